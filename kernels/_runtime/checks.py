@@ -1,0 +1,36 @@
+"""Argument checks of the public functions. Each message names op, argument, rule, and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def require(condition: bool, op: str, arg: str, rule: str, actual: Any) -> None:
+    if not condition:
+        raise ValueError(f"{op}: {arg} must {rule}, got {actual}")
+
+
+def require_floating(op: str, **tensors: Tensor | None) -> None:
+    for arg, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{op}: {arg} must be a floating-point tensor, got {tensor.dtype}")
+
+
+def require_same_device(op: str, lead: Tensor, **tensors: Tensor | None) -> None:
+    for arg, tensor in tensors.items():
+        if tensor is not None and tensor.device != lead.device:
+            raise ValueError(
+                f"{op}: {arg} must be on the input's device {lead.device}, got {tensor.device}"
+            )
+
+
+def require_shape(op: str, arg: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
+    if tensor is not None and tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{op}: {arg} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def require_probability(op: str, arg: str, p: float) -> None:
+    require(0.0 <= p <= 1.0, op, arg, "be a probability between 0 and 1", p)

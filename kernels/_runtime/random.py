@@ -1,0 +1,71 @@
+"""Dropout's random bits: Philox-4x32-10, keyed by a 64-bit seed and an element's position.
+
+A call draws one seed from torch's generator; forward and backward make the same mask from it, and no
+mask is stored. Positions are counted in quads, four consecutive elements of a row, because one
+Philox call gives four numbers: element `col` of row `row` of an (M, N) tensor is lane `col % 4` of
+quad `row * cdiv(N, 4) + col // 4`. Element and tile order do not enter.
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trilith.kernels._runtime.language import tl, triton
+
+_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
+_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+
+
+def draw_seed(like: Tensor) -> Tensor:
+    """A (1,) int64 seed on `like`'s device from torch's generator there; no synchronisation."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=like.device)
+
+
+@triton.jit
+def keep_mask(seed_ptr, quads, p):
+    """Which elements stay: quads [..., Q] int64 -> bool [..., 4 * Q], each True with 1 - p."""
+    seed = tl.load(seed_ptr)
+    low = (quads & 0xFFFFFFFF).to(tl.uint32)
+    high = (quads >> 32).to(tl.uint32)
+    zero = tl.zeros_like(low)
+    a, b, c, d = tl.philox(seed, low, high, zero, zero)
+    even = tl.join(tl.uint_to_uniform_float(a), tl.uint_to_uniform_float(c))
+    odd = tl.join(tl.uint_to_uniform_float(b), tl.uint_to_uniform_float(d))
+    lanes = tl.join(even, odd)
+    return tl.reshape(lanes, quads.shape[:-1] + (4 * quads.shape[-1],)) >= p
+
+
+def reference_keep_mask(seed: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
+    """The same mask in plain PyTorch for a row-major tensor whose last dimension is the row."""
+    n = shape[-1]
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    quads_per_row = -(-n // 4)
+    quads = torch.arange(rows * quads_per_row, dtype=torch.int64, device=seed.device)
+    lanes = torch.stack(_philox(seed, quads), dim=-1).reshape(rows, 4 * quads_per_row)[:, :n]
+    return (_uniform(lanes) >= torch.tensor(p, dtype=torch.float32)).reshape(shape)
+
+
+def _philox(seed: Tensor, quads: Tensor) -> list[Tensor]:
+    key_a, key_b = seed & _LOW, (seed >> 32) & _LOW
+    c0, c1 = quads & _LOW, (quads >> 32) & _LOW
+    c2 = c3 = torch.zeros_like(quads)
+    for _ in range(10):
+        product_a, product_b = c0 * _ROUND_A, c2 * _ROUND_B
+        c0 = ((product_b >> 32) & _LOW) ^ c1 ^ key_a
+        c2 = ((product_a >> 32) & _LOW) ^ c3 ^ key_b
+        c1, c3 = product_b & _LOW, product_a & _LOW
+        key_a, key_b = (key_a + _KEY_A) & _LOW, (key_b + _KEY_B) & _LOW
+    return [c0, c1, c2, c3]
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """uint32 -> float32 in [0, 1), as tl.uint_to_uniform_float."""
+    signed = torch.where(bits >= 2**31, bits - 2**32, bits)
+    folded = torch.where(signed < 0, -signed - 1, signed)
+    return folded.to(torch.float32) * 4.6566127342e-10

@@ -1,0 +1,361 @@
+"""OpSpec -> a torch op pair and its autograd wiring. The only file that touches torch.library.
+
+A call takes the reference where no implementation can run, where a functorch transform is active,
+and for empty tensors; the forward op where no gradient is wanted; else an autograd.Function around
+the forward and backward ops. A backward under create_graph=True differentiates the reference.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trilith.plugins.spec import BackwardContext, Implementation, OpSpec
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_KEY = "CompositeExplicitAutograd"
+
+
+class Op:
+    """A callable op. Takes and returns what the OpSpec's forward does, without the aux tensors."""
+
+    def __init__(self, spec: OpSpec) -> None:
+        self.spec = spec
+        self.signature = _resolved_signature(spec)
+        self.implementations: list[Implementation] = []
+        parameters = list(self.signature.parameters.values())
+        self._arity = len(parameters)
+        self._tensors = tuple(i for i, p in enumerate(parameters) if _is_tensor(p.annotation))
+        self._constants = tuple(i for i in range(self._arity) if i not in self._tensors)
+        names = [p.name for p in parameters]
+        keep = names if spec.save_inputs is None else spec.save_inputs
+        unknown = set(keep) - {names[i] for i in self._tensors} if spec.save_inputs else ()
+        if not self._tensors or unknown:
+            problem = f"save_inputs names {sorted(unknown)}" if unknown else "no tensor parameter"
+            raise ValueError(f"{spec.name}: forward's tensor parameters don't fit: {problem}")
+        self._saved = tuple(i for i in self._tensors if names[i] in keep)
+        self._candidates: dict[tuple[torch.device, torch.dtype], tuple[Implementation, ...]] = {}
+        self._by_provider: dict[str, Implementation] = {}
+        self.add_implementation(
+            Implementation(
+                op=spec.name,
+                provider=spec.provider,
+                forward=spec.forward,
+                backward=spec.backward,
+                devices=spec.devices,
+                dtypes=spec.dtypes,
+            )
+        )
+        self._define(parameters)
+        self._function = _autograd_function(self)
+        _defined[spec.name] = self
+        self.__name__ = self.__qualname__ = spec.name
+        self.__doc__ = spec.reference.__doc__
+
+    def __repr__(self) -> str:
+        return f"<op {self.spec.name}{self.signature}>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != self._arity:
+            args = self._bind(args, kwargs)
+        lead = next(args[i] for i in self._tensors if args[i] is not None)
+        if torch.is_autocast_enabled(lead.device.type):
+            return self._call_in_autocast(lead.device.type, args)
+        provider = self._provider(lead, args)
+        if provider is None:
+            return self.spec.reference(*args)
+        if torch.is_grad_enabled() and any(_requires_grad(args[i]) for i in self._tensors):
+            return self._function.apply(provider, *args)
+        results = self.forward_op(*args, provider)
+        return results[0] if self.spec.outputs == 1 else tuple(results[: self.spec.outputs])
+
+    def runs_kernels(self, *args: Any) -> bool:
+        """Whether a call with these arguments would take an implementation, not the reference."""
+        lead = next(args[i] for i in self._tensors if args[i] is not None)
+        return self._provider(lead, args) is not None
+
+    def add_implementation(self, implementation: Implementation) -> None:
+        if implementation.provider in self._by_provider:
+            raise ValueError(f"{self.spec.name}: provider {implementation.provider!r} exists already")
+        if implementation.forward is None or (
+            implementation.backward is None and self.spec.backward is not None
+        ):
+            raise ValueError(
+                f"{self.spec.name}: provider {implementation.provider!r} must bring forward and "
+                "backward as a pair"
+            )
+        self._by_provider[implementation.provider] = implementation
+        self.implementations.append(implementation)
+        self.implementations.sort(key=lambda i: -i.priority)
+        self._candidates.clear()
+
+    def candidates(self, device: torch.device, dtype: torch.dtype) -> tuple[Implementation, ...]:
+        """The implementations that can run there, best first."""
+        key = (device, dtype)
+        found = self._candidates.get(key)
+        if found is None:
+            found = tuple(i for i in self.implementations if i.refusal(device, dtype) is None)
+            self._candidates[key] = found
+        return found
+
+    def destroy(self) -> None:
+        """Take the op out of torch's dispatcher, so that its name is free again."""
+        del _defined[self.spec.name]
+        self._library._destroy()
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.spec.name}{self.signature}: {error}") from None
+        bound.apply_defaults()
+        return tuple(bound.arguments.values())
+
+    def _provider(self, lead: Tensor, args: tuple[Any, ...]) -> str | None:
+        if torch._C._are_functorch_transforms_active():
+            return None
+        for i in self._tensors:
+            if args[i] is not None and args[i].numel() == 0:
+                return None
+        if torch.compiler.is_dynamo_compiling():
+            return _traced_provider(self.spec.name, lead.device, lead.dtype)
+        for candidate in self.candidates(lead.device, lead.dtype):
+            if candidate.supports is None or candidate.supports(*args):
+                return candidate.provider
+        return None
+
+    def _call_in_autocast(self, device_type: str, args: tuple[Any, ...]) -> Any:
+        if self.spec.autocast == "low":
+            dtype = torch.get_autocast_dtype(device_type)
+            args = tuple(_lower(a, dtype) if i in self._tensors else a for i, a in enumerate(args))
+        with torch.autocast(device_type, enabled=False):
+            return self(*args)
+
+    def _define(self, parameters: list[inspect.Parameter]) -> None:
+        namespace, _, name = self.spec.name.partition("::")
+        self._library = torch.library.Library(namespace, "FRAGMENT")
+        inputs = [f"{_schema_type(p.annotation)} {p.name}" for p in parameters]
+        constants = [inputs[i] for i in self._constants]
+        forward_schema = ", ".join([*inputs, "str provider"])
+        backward_schema = ", ".join(
+            ["Tensor?[] grads", "Tensor?[] inputs", "Tensor[] outputs", "Tensor[] aux"]
+            + constants
+            + ["str provider", "bool[] needs"]
+        )
+        for suffix, schema, body, fake in (
+            ("fwd", forward_schema, self._run_forward, self._fake_forward),
+            ("bwd", backward_schema, self._run_backward, self._fake_backward),
+        ):
+            self._library.define(f"{name}_{suffix}({schema}) -> Tensor[]", tags=_TAGS)
+            self._library.impl(f"{name}_{suffix}", body, _KEY)
+            torch.library.register_fake(
+                f"{namespace}::{name}_{suffix}", fake, lib=self._library, allow_override=True
+            )
+        ops = getattr(torch.ops, namespace)
+        self.forward_op = getattr(ops, f"{name}_fwd").default
+        self.backward_op = getattr(ops, f"{name}_bwd").default
+
+    def _run_forward(self, *args: Any) -> list[Tensor]:
+        *inputs, provider = args
+        return _as_list(self._by_provider[provider].forward(*inputs))
+
+    def _fake_forward(self, *args: Any) -> list[Tensor]:
+        return _as_list((self.spec.fake or self.spec.forward)(*args[:-1]))
+
+    def _run_backward(self, grads: Sequence[Tensor | None], *rest: Any) -> list[Tensor]:
+        context, provider = self._context(*rest)
+        backward = self._by_provider[provider].backward
+        assert backward is not None
+        results = self._needed(context, _as_list(backward(context, *grads)), grads)
+        if self.spec.fake_backward is None:
+            return [g.contiguous() for g in results]
+        return results
+
+    def _fake_backward(self, grads: Sequence[Tensor | None], *rest: Any) -> list[Tensor]:
+        context, _ = self._context(*rest)
+        if self.spec.fake_backward is not None:
+            return self._needed(context, _as_list(self.spec.fake_backward(context, *grads)), grads)
+        return self._needed(context, [], grads, fill=torch.Tensor.new_empty)
+
+    def _context(
+        self,
+        inputs: Sequence[Tensor | None],
+        outputs: Sequence[Tensor],
+        aux: Sequence[Tensor],
+        *rest: Any,
+    ) -> tuple[BackwardContext, str]:
+        *constants, provider, needs = rest
+        merged: list[Any] = [None] * self._arity
+        for positions, values in ((self._tensors, inputs), (self._constants, constants)):
+            for i, value in zip(positions, values, strict=True):
+                merged[i] = value
+        return BackwardContext(tuple(merged), tuple(outputs), tuple(aux), tuple(needs)), provider
+
+    def _needed(
+        self,
+        context: BackwardContext,
+        results: list[Tensor | None],
+        grads: Sequence[Tensor | None],
+        fill: Callable[[Tensor, torch.Size], Tensor] = torch.Tensor.new_zeros,
+    ) -> list[Tensor]:
+        """The gradients that are wanted, in order; those that backward left out are filled in."""
+        if len(results) > self._arity:
+            raise RuntimeError(
+                f"{self.spec.name}: backward must return at most {self._arity} gradients, one per "
+                f"parameter of forward, got {len(results)}"
+            )
+        needed: list[Tensor] = []
+        for i, need in enumerate(context.needs_input_grad):
+            if not need:
+                continue
+            grad = results[i] if i < len(results) else None
+            if grad is None:
+                like = context.inputs[i]
+                like = next(g for g in grads if g is not None) if like is None else like
+                grad = fill(like, like.shape)
+            needed.append(grad)
+        return needed
+
+    def reference_gradient(
+        self, args: tuple[Any, ...], needs: Sequence[bool], grads: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Gradients of the reference, themselves differentiable in inputs and grads."""
+        aliased = [a.view_as(a) if isinstance(a, Tensor) else a for a in args]
+        wanted = [a for a, need in zip(aliased, needs, strict=True) if need]
+        outputs = self.spec.reference(*aliased)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        pairs = [
+            (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
+        ]
+        if not pairs:
+            return [None] * len(needs)
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs],
+                wanted,
+                [g for _, g in pairs],
+                create_graph=True,
+                allow_unused=True,
+            )
+        )
+        return [next(found) if need else None for need in needs]
+
+
+def _autograd_function(op: Op) -> type[torch.autograd.Function]:
+    spec = op.spec
+    n_saved, n_outputs = len(op._saved), spec.outputs
+    tensors, constants, saved = op._tensors, op._constants, op._saved
+    unsaved = tuple(i for i in tensors if i not in saved)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, provider: str, *args: Any) -> Any:
+            results = op.forward_op(*args, provider)
+            outputs = results[:n_outputs]
+            kept = results if spec.save_outputs else results[n_outputs:]
+            ctx.save_for_backward(*[args[i] for i in saved], *kept)
+            ctx.constants = [args[i] for i in constants]
+            ctx.unsaved = [
+                None if args[i] is None else (args[i].shape, args[i].dtype, args[i].device)
+                for i in unsaved
+            ]
+            ctx.provider = provider
+            ctx.set_materialize_grads(spec.materialize_grads)
+            integers = [o for o in outputs if not o.is_floating_point()]
+            if integers:
+                ctx.mark_non_differentiable(*integers)
+            return outputs[0] if n_outputs == 1 else tuple(outputs)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            needs = ctx.needs_input_grad[1:]
+            kept = ctx.saved_tensors
+            inputs: list[Any] = [None] * op._arity
+            for i, value in zip(saved, kept[:n_saved], strict=True):
+                inputs[i] = value
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                for i, value in zip(constants, ctx.constants, strict=True):
+                    inputs[i] = value
+                for i, meta in zip(unsaved, ctx.unsaved, strict=True):
+                    if meta is not None:
+                        shape, dtype, device = meta
+                        inputs[i] = torch.zeros(shape, dtype=dtype, device=device)
+                        inputs[i].requires_grad_(needs[i])
+                return (None, *op.reference_gradient(tuple(inputs), needs, grads))
+            if all(g is None for g in grads):
+                return (None,) * (op._arity + 1)
+            split = n_saved + (n_outputs if spec.save_outputs else 0)
+            found = iter(
+                op.backward_op(
+                    list(grads),
+                    [inputs[i] for i in tensors],
+                    list(kept[n_saved:split]),
+                    list(kept[split:]),
+                    *ctx.constants,
+                    ctx.provider,
+                    list(needs),
+                )
+            )
+            return (None, *[next(found) if need else None for need in needs])
+
+    Function.__name__ = Function.__qualname__ = spec.name.replace("::", "_")
+    return Function
+
+
+_defined: dict[str, Op] = {}
+
+
+@torch.compiler.assume_constant_result
+def _traced_provider(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    candidates = _defined[name].candidates(device, dtype)
+    return next((c.provider for c in candidates if c.supports is None), None)
+
+
+def _resolved_signature(spec: OpSpec) -> inspect.Signature:
+    hints = typing.get_type_hints(spec.forward)
+    signature = inspect.signature(spec.forward)
+    missing = [name for name in signature.parameters if name not in hints]
+    if missing:
+        raise TypeError(f"{spec.name}: forward must annotate every parameter, got none for {missing}")
+    return signature.replace(
+        parameters=[p.replace(annotation=hints[p.name]) for p in signature.parameters.values()],
+        return_annotation=inspect.Signature.empty,
+    )
+
+
+def _schema_type(annotation: Any) -> str:
+    inferred = torch.library.infer_schema(_prototype(annotation), mutates_args=())
+    return inferred.removeprefix("(").partition(" value)")[0]
+
+
+def _prototype(annotation: Any) -> Callable[..., None]:
+    def prototype(value: Any) -> None: ...
+
+    parameter = inspect.Parameter(
+        "value", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation
+    )
+    prototype.__signature__ = inspect.Signature([parameter], return_annotation=None)  # type: ignore[attr-defined]
+    prototype.__annotations__ = {"value": annotation, "return": None}
+    return prototype
+
+
+def _is_tensor(annotation: Any) -> bool:
+    return annotation is Tensor or Tensor in typing.get_args(annotation)
+
+
+def _requires_grad(value: Tensor | None) -> bool:
+    return value is not None and value.requires_grad
+
+
+def _lower(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    is_floating = value is not None and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(dtype) if value is not None and is_floating else value
+
+
+def _as_list(results: Any) -> list[Any]:
+    return [results] if isinstance(results, Tensor) else list(results)

@@ -1,0 +1,173 @@
+"""What a layer author writes: an op, its implementations, its samples, its cost, a module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Forward = Callable[..., "Tensor | Sequence[Tensor]"]
+Backward = Callable[..., "Tensor | Sequence[Tensor | None]"]
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_devices() -> tuple[str, ...]:
+    if find_spec("triton") is None:
+        return ()
+    return ("cuda", "cpu") if INTERPRETING else ("cuda",)
+
+
+TRITON_DEVICES = _triton_devices()
+HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+SLOTS = ("norm", "mlp", "attention", "activation", "position")
+
+
+class Sample:
+    """The arguments of one call of an op, as `Sample(x, scale=2.0)`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args = args
+        self.kwargs = kwargs
+
+    def __repr__(self) -> str:
+        named = [f"{k}={_brief(v)}" for k, v in self.kwargs.items()]
+        return ", ".join([_brief(a) for a in self.args] + named)
+
+
+def _brief(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    shape = "x".join(map(str, value.shape)) or "scalar"
+    return f"{str(value.dtype).removeprefix('torch.')}[{shape}]"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Least work of one call: bytes that must cross device memory, and floating-point operations."""
+
+    forward_bytes: int
+    backward_bytes: int
+    forward_flops: int = 0
+    backward_flops: int = 0
+
+
+@dataclass
+class BackwardContext:
+    """What an op's backward is given besides the gradients of its outputs.
+
+    Each tuple but `aux` follows the order of its namesake: `inputs` and `needs_input_grad` have one
+    entry per parameter of forward (a tensor left out of `save_inputs` is None), `outputs` one
+    per output. `aux` holds the tensors that forward returned after its outputs.
+    """
+
+    inputs: tuple[Any, ...]
+    outputs: tuple[Tensor, ...]
+    aux: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A forward and backward pair for one op, on some devices and dtypes, by one provider.
+
+    `arch` bounds the compute capability, as `(80, 89)` or `(90, None)`; None takes every device.
+    `supports(*args)` sees each call's arguments and may refuse it. Higher `priority` is tried first.
+    """
+
+    op: str
+    provider: str
+    forward: Forward
+    backward: Backward | None
+    devices: tuple[str, ...] = TRITON_DEVICES
+    dtypes: tuple[torch.dtype, ...] | None = HALF_AND_SINGLE
+    arch: tuple[int | None, int | None] | None = None
+    supports: Callable[..., bool] | None = None
+    priority: int = 0
+
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why this implementation cannot run there, or None if it can."""
+        if device.type not in self.devices:
+            return f"runs on {' or '.join(self.devices) or 'no device here'}, not {device.type}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"takes {', '.join(map(str, self.dtypes))}, not {dtype}"
+        if self.arch is not None and device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            have, (low, high) = 10 * major + minor, self.arch
+            if (low is not None and have < low) or (high is not None and have > high):
+                return f"needs compute capability {low or ''}..{high or ''}, not {have}"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpSpec:
+    """One mathematical function, declared once.
+
+    Required
+        name: "namespace::op".
+        forward: `(*parameters) -> outputs + aux`. Its annotations make the schema: Tensor,
+            `Tensor | None`, float, int, bool, str, `float | None`, Sequence[int], torch.dtype.
+        backward: `(ctx: BackwardContext, *grad_outputs) -> gradients`, one per parameter of forward
+            in order, None where there is none; trailing Nones may be left out.
+        reference: the meaning in plain differentiable PyTorch; same parameters, returns the outputs
+            only. Computes in float64 when given float64.
+        samples: `(device, dtype) -> Iterable[Sample]`, some of them odd.
+    Optional
+        outputs: how many of forward's results are outputs; the rest is aux.
+        save_inputs: names of the tensor inputs that backward reads. None keeps all. An input left
+            out must enter the op linearly, or get no gradient.
+        save_outputs: whether backward reads the outputs.
+        fake: `(*parameters) -> outputs + aux` without data, with exact strides. The default runs
+            forward on fake tensors, which works when its kernels start through `kernels.launch`.
+        fake_backward: `(ctx, *grad_outputs) -> gradients` likewise. The default says: contiguous,
+            shaped and typed like the inputs (an input that is not saved: like the first gradient).
+        materialize_grads: whether the gradient of an unused output arrives as zeros or as None.
+        cost: `(*parameters) -> Cost`.
+        autocast: "keep" leaves dtypes alone; "low" casts floating inputs to the autocast dtype.
+        devices, dtypes: where forward and backward run. Elsewhere the reference does.
+    """
+
+    name: str
+    forward: Forward
+    backward: Backward | None
+    reference: Callable[..., Any]
+    samples: Callable[[torch.device, torch.dtype], Iterable[Sample]]
+    outputs: int = 1
+    save_inputs: tuple[str, ...] | None = None
+    save_outputs: bool = True
+    fake: Forward | None = None
+    fake_backward: Backward | None = None
+    materialize_grads: bool = True
+    cost: Callable[..., Cost] | None = None
+    autocast: str = "keep"
+    devices: tuple[str, ...] = TRITON_DEVICES
+    dtypes: tuple[torch.dtype, ...] | None = HALF_AND_SINGLE
+
+    def __post_init__(self) -> None:
+        namespace, sep, op = self.name.partition("::")
+        if not (sep and namespace.isidentifier() and op.isidentifier()):
+            raise ValueError(f"OpSpec: name must be 'namespace::op', got {self.name!r}")
+        if self.autocast not in ("keep", "low"):
+            raise ValueError(f"{self.name}: autocast must be 'keep' or 'low', got {self.autocast!r}")
+
+    @property
+    def provider(self) -> str:
+        return self.name.partition("::")[0]
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """A module that configurations choose by name: `build(config) -> nn.Module` for one slot."""
+
+    slot: str
+    name: str
+    build: Callable[[Any], nn.Module]
+
+    def __post_init__(self) -> None:
+        if self.slot not in SLOTS:
+            raise ValueError(f"ModuleSpec {self.name!r}: slot must be one of {SLOTS}, got {self.slot!r}")
