@@ -1,0 +1,50 @@
+"""What launchers ask about the device they tile for."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+_INTERPRETED_MULTIPROCESSORS = 4
+_assumed_architecture: list[str] = []
+
+
+def architecture(device: torch.device) -> str:
+    """The class that launch tables are keyed by: sm_80, sm_90, sm_100 or gfx942."""
+    if _assumed_architecture:
+        return _assumed_architecture[-1]
+    return "sm_90" if device.type != "cuda" else _architecture_of(device.index or 0)
+
+
+@lru_cache(maxsize=64)
+def _architecture_of(index: int) -> str:
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(index)
+    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100" if major >= 10 else "sm_80")
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side; a small number where Triton's interpreter runs."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return _INTERPRETED_MULTIPROCESSORS
+    return _multiprocessors_of(device.index or 0)
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors_of(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+class assume_architecture:
+    """`with assume_architecture("sm_80"):` tiles as for that architecture; for offline compiles."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        _assumed_architecture.append(self.name)
+
+    def __exit__(self, *_: object) -> None:
+        _assumed_architecture.pop()
