@@ -31,7 +31,6 @@ class Op:
         parameters = list(self.signature.parameters.values())
         self._arity = len(parameters)
         self._tensors = tuple(i for i, p in enumerate(parameters) if _is_tensor(p.annotation))
-        self._constants = tuple(i for i in range(self._arity) if i not in self._tensors)
         names = [p.name for p in parameters]
         keep = names if spec.save_inputs is None else spec.save_inputs
         unknown = set(keep) - {names[i] for i in self._tensors} if spec.save_inputs else ()
@@ -63,25 +62,26 @@ class Op:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) != self._arity:
             args = self._bind(args, kwargs)
-        lead = next(args[i] for i in self._tensors if args[i] is not None)
+        lead = self._lead(args)
         if torch.is_autocast_enabled(lead.device.type):
             return self._call_in_autocast(lead.device.type, args)
         provider = self._provider(lead, args)
         if provider is None:
             return self.spec.reference(*args)
-        if torch.is_grad_enabled() and any(_requires_grad(args[i]) for i in self._tensors):
+        if torch.is_grad_enabled() and self._wants_gradient(args):
             return self._function.apply(provider, *args)
         results = self.forward_op(*args, provider)
         return results[0] if self.spec.outputs == 1 else tuple(results[: self.spec.outputs])
 
     def runs_kernels(self, *args: Any) -> bool:
         """Whether a call with these arguments would take an implementation, not the reference."""
-        lead = next(args[i] for i in self._tensors if args[i] is not None)
-        return self._provider(lead, args) is not None
+        return self._provider(self._lead(args), args) is not None
 
     def add_implementation(self, implementation: Implementation) -> None:
         if implementation.provider in self._by_provider:
-            raise ValueError(f"{self.spec.name}: provider {implementation.provider!r} exists already")
+            raise ValueError(
+                f"{self.spec.name}: provider {implementation.provider!r} exists already"
+            )
         if implementation.forward is None or (
             implementation.backward is None and self.spec.backward is not None
         ):
@@ -116,6 +116,16 @@ class Op:
         bound.apply_defaults()
         return tuple(bound.arguments.values())
 
+    def _lead(self, args: tuple[Any, ...]) -> Tensor:
+        """The first tensor, whose device and dtype decide who runs the call."""
+        for i in self._tensors:
+            if args[i] is not None:
+                return args[i]
+        raise TypeError(f"{self.spec.name}: at least one tensor must be given, got none")
+
+    def _wants_gradient(self, args: tuple[Any, ...]) -> bool:
+        return any(args[i] is not None and args[i].requires_grad for i in self._tensors)
+
     def _provider(self, lead: Tensor, args: tuple[Any, ...]) -> str | None:
         if torch._C._are_functorch_transforms_active():
             return None
@@ -139,71 +149,64 @@ class Op:
     def _define(self, parameters: list[inspect.Parameter]) -> None:
         namespace, _, name = self.spec.name.partition("::")
         self._library = torch.library.Library(namespace, "FRAGMENT")
-        inputs = [f"{_schema_type(p.annotation)} {p.name}" for p in parameters]
-        constants = [inputs[i] for i in self._constants]
-        forward_schema = ", ".join([*inputs, "str provider"])
-        backward_schema = ", ".join(
-            ["Tensor?[] grads", "Tensor?[] inputs", "Tensor[] outputs", "Tensor[] aux"]
-            + constants
-            + ["str provider", "bool[] needs"]
-        )
+        types = [_schema_type(p.annotation) for p in parameters]
+        inputs = [f"{t} {p.name}" for t, p in zip(types, parameters, strict=True)]
+        optional = [
+            f"{'Tensor?' if t == 'Tensor' else t} {p.name}"
+            for t, p in zip(types, parameters, strict=True)
+        ]
+        grads = [f"Tensor? grad_{i}" for i in range(self.spec.outputs)]
         for suffix, schema, body, fake in (
-            ("fwd", forward_schema, self._run_forward, self._fake_forward),
-            ("bwd", backward_schema, self._run_backward, self._fake_backward),
+            ("fwd", [*inputs, "str provider"], self._run_forward, self._fake_forward),
+            (
+                "bwd",
+                [*grads, *optional, "Tensor[] kept", "str provider", "bool[] needs"],
+                self._run_backward,
+                self._fake_backward,
+            ),
         ):
-            self._library.define(f"{name}_{suffix}({schema}) -> Tensor[]", tags=_TAGS)
+            self._library.define(f"{name}_{suffix}({', '.join(schema)}) -> Tensor[]", tags=_TAGS)
             self._library.impl(f"{name}_{suffix}", body, _KEY)
-            torch.library.register_fake(
-                f"{namespace}::{name}_{suffix}", fake, lib=self._library, allow_override=True
-            )
+            torch.library.register_fake(f"{namespace}::{name}_{suffix}", fake, lib=self._library)
         ops = getattr(torch.ops, namespace)
         self.forward_op = getattr(ops, f"{name}_fwd").default
         self.backward_op = getattr(ops, f"{name}_bwd").default
 
     def _run_forward(self, *args: Any) -> list[Tensor]:
-        *inputs, provider = args
-        return _as_list(self._by_provider[provider].forward(*inputs))
+        return _as_list(self._by_provider[args[-1]].forward(*args[:-1]))
 
     def _fake_forward(self, *args: Any) -> list[Tensor]:
         return _as_list((self.spec.fake or self.spec.forward)(*args[:-1]))
 
-    def _run_backward(self, grads: Sequence[Tensor | None], *rest: Any) -> list[Tensor]:
-        context, provider = self._context(*rest)
-        backward = self._by_provider[provider].backward
+    def _run_backward(self, *args: Any) -> list[Tensor]:
+        grads, context = self._backward_arguments(args)
+        backward = self._by_provider[args[-2]].backward
         assert backward is not None
-        results = self._needed(context, _as_list(backward(context, *grads)), grads)
+        results = self._needed(_as_list(backward(context, *grads)), grads, context)
         if self.spec.fake_backward is None:
             return [g.contiguous() for g in results]
         return results
 
-    def _fake_backward(self, grads: Sequence[Tensor | None], *rest: Any) -> list[Tensor]:
-        context, _ = self._context(*rest)
-        if self.spec.fake_backward is not None:
-            return self._needed(context, _as_list(self.spec.fake_backward(context, *grads)), grads)
-        return self._needed(context, [], grads, fill=torch.Tensor.new_empty)
+    def _fake_backward(self, *args: Any) -> list[Tensor]:
+        grads, context = self._backward_arguments(args)
+        given = self.spec.fake_backward
+        results = [] if given is None else _as_list(given(context, *grads))
+        return self._needed(results, grads, context)
 
-    def _context(
-        self,
-        inputs: Sequence[Tensor | None],
-        outputs: Sequence[Tensor],
-        aux: Sequence[Tensor],
-        *rest: Any,
-    ) -> tuple[BackwardContext, str]:
-        *constants, provider, needs = rest
-        merged: list[Any] = [None] * self._arity
-        for positions, values in ((self._tensors, inputs), (self._constants, constants)):
-            for i, value in zip(positions, values, strict=True):
-                merged[i] = value
-        return BackwardContext(tuple(merged), tuple(outputs), tuple(aux), tuple(needs)), provider
+    def _backward_arguments(self, args: Sequence[Any]) -> tuple[Sequence[Any], BackwardContext]:
+        n = self.spec.outputs
+        kept, needs = tuple(args[-3]), args[-1]
+        split = n if self.spec.save_outputs else 0
+        context = BackwardContext(tuple(args[n:-3]), kept[:split], kept[split:], tuple(needs))
+        return args[:n], context
 
     def _needed(
         self,
-        context: BackwardContext,
         results: list[Tensor | None],
         grads: Sequence[Tensor | None],
-        fill: Callable[[Tensor, torch.Size], Tensor] = torch.Tensor.new_zeros,
+        context: BackwardContext,
     ) -> list[Tensor]:
-        """The gradients that are wanted, in order; those that backward left out are filled in."""
+        """The gradients that are wanted, in order; one that backward left out is zero."""
         if len(results) > self._arity:
             raise RuntimeError(
                 f"{self.spec.name}: backward must return at most {self._arity} gradients, one per "
@@ -217,7 +220,7 @@ class Op:
             if grad is None:
                 like = context.inputs[i]
                 like = next(g for g in grads if g is not None) if like is None else like
-                grad = fill(like, like.shape)
+                grad = like.new_zeros(like.shape)
             needed.append(grad)
         return needed
 
@@ -248,9 +251,9 @@ class Op:
 
 def _autograd_function(op: Op) -> type[torch.autograd.Function]:
     spec = op.spec
-    n_saved, n_outputs = len(op._saved), spec.outputs
-    tensors, constants, saved = op._tensors, op._constants, op._saved
-    unsaved = tuple(i for i in tensors if i not in saved)
+    n_outputs, saved, n_saved = spec.outputs, op._saved, len(op._saved)
+    constant = tuple(i not in op._tensors for i in range(op._arity))
+    unsaved = tuple(i for i in op._tensors if i not in saved)
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -259,11 +262,8 @@ def _autograd_function(op: Op) -> type[torch.autograd.Function]:
             outputs = results[:n_outputs]
             kept = results if spec.save_outputs else results[n_outputs:]
             ctx.save_for_backward(*[args[i] for i in saved], *kept)
-            ctx.constants = [args[i] for i in constants]
-            ctx.unsaved = [
-                None if args[i] is None else (args[i].shape, args[i].dtype, args[i].device)
-                for i in unsaved
-            ]
+            ctx.constants = [a if c else None for a, c in zip(args, constant, strict=True)]
+            ctx.unsaved = [(i, _meta(args[i])) for i in unsaved if args[i] is not None]
             ctx.provider = provider
             ctx.set_materialize_grads(spec.materialize_grads)
             integers = [o for o in outputs if not o.is_floating_point()]
@@ -275,32 +275,20 @@ def _autograd_function(op: Op) -> type[torch.autograd.Function]:
         def backward(ctx: Any, *grads: Any) -> Any:
             needs = ctx.needs_input_grad[1:]
             kept = ctx.saved_tensors
-            inputs: list[Any] = [None] * op._arity
-            for i, value in zip(saved, kept[:n_saved], strict=True):
+            inputs = list(ctx.constants)
+            for i, value in zip(saved, kept, strict=False):
                 inputs[i] = value
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                for i, value in zip(constants, ctx.constants, strict=True):
-                    inputs[i] = value
-                for i, meta in zip(unsaved, ctx.unsaved, strict=True):
-                    if meta is not None:
-                        shape, dtype, device = meta
-                        inputs[i] = torch.zeros(shape, dtype=dtype, device=device)
-                        inputs[i].requires_grad_(needs[i])
+                for i, (shape, dtype, device) in ctx.unsaved:
+                    inputs[i] = torch.zeros(shape, dtype=dtype, device=device)
+                    inputs[i].requires_grad_(needs[i])
                 return (None, *op.reference_gradient(tuple(inputs), needs, grads))
             if all(g is None for g in grads):
                 return (None,) * (op._arity + 1)
-            split = n_saved + (n_outputs if spec.save_outputs else 0)
-            found = iter(
-                op.backward_op(
-                    list(grads),
-                    [inputs[i] for i in tensors],
-                    list(kept[n_saved:split]),
-                    list(kept[split:]),
-                    *ctx.constants,
-                    ctx.provider,
-                    list(needs),
-                )
-            )
+            results = op.backward_op(*grads, *inputs, kept[n_saved:], ctx.provider, needs)
+            if len(results) == op._arity:
+                return (None, *results)
+            found = iter(results)
             return (None, *[next(found) if need else None for need in needs])
 
     Function.__name__ = Function.__qualname__ = spec.name.replace("::", "_")
@@ -321,7 +309,9 @@ def _resolved_signature(spec: OpSpec) -> inspect.Signature:
     signature = inspect.signature(spec.forward)
     missing = [name for name in signature.parameters if name not in hints]
     if missing:
-        raise TypeError(f"{spec.name}: forward must annotate every parameter, got none for {missing}")
+        raise TypeError(
+            f"{spec.name}: forward must annotate every parameter, got none for {missing}"
+        )
     return signature.replace(
         parameters=[p.replace(annotation=hints[p.name]) for p in signature.parameters.values()],
         return_annotation=inspect.Signature.empty,
@@ -348,8 +338,8 @@ def _is_tensor(annotation: Any) -> bool:
     return annotation is Tensor or Tensor in typing.get_args(annotation)
 
 
-def _requires_grad(value: Tensor | None) -> bool:
-    return value is not None and value.requires_grad
+def _meta(value: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return value.shape, value.dtype, value.device
 
 
 def _lower(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -20,7 +20,9 @@ class Registry:
 
     def add_op(self, spec: OpSpec) -> Op:
         if spec.name in self._ops:
-            raise ValueError(f"{spec.name}: an op of this name exists; add an Implementation instead")
+            raise ValueError(
+                f"{spec.name}: an op of this name exists; add an Implementation instead"
+            )
         op = Op(spec)
         self._ops[spec.name] = op
         return op
@@ -64,9 +66,13 @@ class Registry:
         lines = [f"{name} on {device}, {dtype}:"]
         for implementation in op.implementations:
             verdict = implementation.refusal(torch.device(device), dtype) or "can run"
-            lines.append(f"  {implementation.provider} (priority {implementation.priority}): {verdict}")
+            lines.append(
+                f"  {implementation.provider} (priority {implementation.priority}): {verdict}"
+            )
         chosen = op.candidates(torch.device(device), dtype)
-        lines.append(f"  takes: {chosen[0].provider if chosen else 'the reference (plain PyTorch)'}")
+        lines.append(
+            f"  takes: {chosen[0].provider if chosen else 'the reference (plain PyTorch)'}"
+        )
         return "\n".join(lines)
 
 

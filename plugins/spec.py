@@ -49,7 +49,7 @@ def _brief(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Cost:
-    """Least work of one call: bytes that must cross device memory, and floating-point operations."""
+    """Least work of one call: bytes that cross device memory, and floating-point operations."""
 
     forward_bytes: int
     backward_bytes: int
@@ -77,7 +77,8 @@ class Implementation:
     """A forward and backward pair for one op, on some devices and dtypes, by one provider.
 
     `arch` bounds the compute capability, as `(80, 89)` or `(90, None)`; None takes every device.
-    `supports(*args)` sees each call's arguments and may refuse it. Higher `priority` is tried first.
+    `supports(*args)` sees each call's arguments and may refuse it; torch.compile passes over
+    implementations that have one. Higher `priority` is tried first.
     """
 
     op: str
@@ -153,7 +154,9 @@ class OpSpec:
         if not (sep and namespace.isidentifier() and op.isidentifier()):
             raise ValueError(f"OpSpec: name must be 'namespace::op', got {self.name!r}")
         if self.autocast not in ("keep", "low"):
-            raise ValueError(f"{self.name}: autocast must be 'keep' or 'low', got {self.autocast!r}")
+            raise ValueError(
+                f"{self.name}: autocast must be 'keep' or 'low', got {self.autocast!r}"
+            )
 
     @property
     def provider(self) -> str:
@@ -170,4 +173,6 @@ class ModuleSpec:
 
     def __post_init__(self) -> None:
         if self.slot not in SLOTS:
-            raise ValueError(f"ModuleSpec {self.name!r}: slot must be one of {SLOTS}, got {self.slot!r}")
+            raise ValueError(
+                f"ModuleSpec {self.name!r}: slot must be one of {SLOTS}, got {self.slot!r}"
+            )

@@ -1,6 +1,6 @@
 """Trilith: fused Triton kernels, transformer blocks, and a plugin contract.
 
-Names are loaded when they are first asked for; importing the package needs neither Triton nor a GPU.
+Names are loaded when they are first asked for; the import needs neither Triton nor a GPU.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def launch(kernel: Any, grid: Grid, *args: Any, **options: Any) -> None:
     """Start `kernel` on the device of its first tensor argument.
 
     Does nothing for an empty grid, and nothing on fake tensors, so that a launcher run on them
-    gives its outputs' shapes and strides. `options` are constexprs by keyword, num_warps, num_stages.
+    gives its outputs' shapes and strides. `options`: constexprs by keyword, num_warps, num_stages.
     """
     first = next(a for a in args if isinstance(a, Tensor))
     if 0 in grid:

@@ -1,7 +1,7 @@
 """Dropout's random bits: Philox-4x32-10, keyed by a 64-bit seed and an element's position.
 
-A call draws one seed from torch's generator; forward and backward make the same mask from it, and no
-mask is stored. Positions are counted in quads, four consecutive elements of a row, because one
+A call draws one seed from torch's generator; forward and backward make the same mask from it, and
+no mask is stored. Positions are counted in quads, four consecutive elements of a row, because one
 Philox call gives four numbers: element `col` of row `row` of an (M, N) tensor is lane `col % 4` of
 quad `row * cdiv(N, 4) + col // 4`. Element and tile order do not enter.
 
