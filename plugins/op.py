@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Op:
         self._arity = len(parameters)
         self._tensors = tuple(i for i, p in enumerate(parameters) if _is_tensor(p.annotation))
         names = [p.name for p in parameters]
+        self._positions = {name: i for i, name in enumerate(names)}
         keep = names if spec.save_inputs is None else spec.save_inputs
         unknown = set(keep) - {names[i] for i in self._tensors} if spec.save_inputs else ()
         if not self._tensors or unknown:
@@ -94,14 +95,21 @@ class Op:
         self.implementations.sort(key=lambda i: -i.priority)
         self._candidates.clear()
 
+    def remove_implementation(self, provider: str) -> None:
+        self.implementations.remove(self._by_provider.pop(provider))
+        self._candidates.clear()
+
     def candidates(self, device: torch.device, dtype: torch.dtype) -> tuple[Implementation, ...]:
         """The implementations that can run there, best first."""
         key = (device, dtype)
         found = self._candidates.get(key)
         if found is None:
-            found = tuple(i for i in self.implementations if i.refusal(device, dtype) is None)
-            self._candidates[key] = found
+            before_first_choice()
+            found = self._candidates[key] = self._runnable(device, dtype)
         return found
+
+    def _runnable(self, device: torch.device, dtype: torch.dtype) -> tuple[Implementation, ...]:
+        return tuple(i for i in self.implementations if i.refusal(device, dtype) is None)
 
     def destroy(self) -> None:
         """Take the op out of torch's dispatcher, so that its name is free again."""
@@ -224,6 +232,16 @@ class Op:
             needed.append(grad)
         return needed
 
+    def _asked(self, needs: Sequence[bool], sources: Mapping[str, int | str]) -> list[bool]:
+        """Whose gradients backward computes, when some are shared."""
+        asked = list(needs)
+        for name, source in sources.items():
+            i = self._positions[name]
+            if isinstance(source, str):
+                asked[self._positions[source]] |= needs[i]
+            asked[i] = False
+        return asked
+
     def reference_gradient(
         self, args: tuple[Any, ...], needs: Sequence[bool], grads: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
@@ -285,22 +303,39 @@ def _autograd_function(op: Op) -> type[torch.autograd.Function]:
                 return (None, *op.reference_gradient(tuple(inputs), needs, grads))
             if all(g is None for g in grads):
                 return (None,) * (op._arity + 1)
-            results = op.backward_op(*grads, *inputs, kept[n_saved:], ctx.provider, needs)
-            if len(results) == op._arity:
-                return (None, *results)
+            sources = {} if spec.shared_gradients is None else spec.shared_gradients(*inputs)
+            asked = op._asked(needs, sources) if sources else needs
+            results: Sequence[Any] = ()
+            if any(asked):
+                results = op.backward_op(*grads, *inputs, kept[n_saved:], ctx.provider, asked)
+                if len(results) == op._arity:
+                    return (None, *results)
             found = iter(results)
-            return (None, *[next(found) if need else None for need in needs])
+            gradients = [next(found) if ask else None for ask in asked]
+            for name, source in sources.items():
+                i = op._positions[name]
+                gradients[i] = (
+                    grads[source] if isinstance(source, int) else gradients[op._positions[source]]
+                )
+            return (None, *gradients)
 
     Function.__name__ = Function.__qualname__ = spec.name.replace("::", "_")
     return Function
 
+
+def _nothing() -> None: ...
+
+
+# Runs before an op first chooses an implementation: the plugin manager loads plugins here.
+before_first_choice: Callable[[], None] = _nothing
 
 _defined: dict[str, Op] = {}
 
 
 @torch.compiler.assume_constant_result
 def _traced_provider(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    candidates = _defined[name].candidates(device, dtype)
+    # No plugin is loaded under tracing, and no argument has data that `supports` could look at.
+    candidates = _defined[name]._runnable(device, dtype)
     return next((c.provider for c in candidates if c.supports is None), None)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,43 +13,48 @@ from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec
 
 
 class Registry:
-    """Ops and modules by name."""
+    """Ops and modules by name, and which plugin brought each."""
 
     def __init__(self) -> None:
         self._ops: dict[str, Op] = {}
         self._modules: dict[tuple[str, str], ModuleSpec] = {}
+        self._owners: dict[Any, str] = {}
 
-    def add_op(self, spec: OpSpec) -> Op:
-        if spec.name in self._ops:
+    def add_op(self, spec: OpSpec | Op, owner: str = "trilith") -> Op:
+        name = spec.spec.name if isinstance(spec, Op) else spec.name
+        if name in self._ops:
             raise ValueError(
-                f"{spec.name}: an op of this name exists; add an Implementation instead"
+                f"{name} is already defined by {self._owners[name]}; "
+                "register an Implementation to replace how it runs"
             )
-        op = Op(spec)
-        self._ops[spec.name] = op
+        op = spec if isinstance(spec, Op) else Op(spec)
+        self._ops[name] = op
+        self._owners[name] = owner
         return op
 
-    def remove_op(self, name: str) -> None:
-        self._ops.pop(name).destroy()
-
-    def add_implementation(self, implementation: Implementation) -> None:
+    def add_implementation(self, implementation: Implementation, owner: str = "trilith") -> None:
         self.op(implementation.op).add_implementation(implementation)
+        self._owners[implementation.op, implementation.provider] = owner
 
-    def add_module(self, spec: ModuleSpec) -> None:
+    def add_module(self, spec: ModuleSpec, owner: str = "trilith") -> None:
         key = (spec.slot, spec.name)
         if key in self._modules:
-            raise ValueError(f"{spec.slot} {spec.name!r} exists already; choose another name")
+            raise ValueError(
+                f"{spec.slot} {spec.name!r} is already defined by {self._owners[key]}; "
+                "choose another name"
+            )
         self._modules[key] = spec
+        self._owners[key] = owner
 
     def op(self, name: str) -> Op:
-        try:
-            return self._ops[name]
-        except KeyError:
-            raise KeyError(f"no op {name!r}; there are: {', '.join(self.op_names())}") from None
+        if name not in self._ops:
+            raise KeyError(f"no op {name!r}; there are: {', '.join(self.op_names())}")
+        return self._ops[name]
 
     def op_names(self) -> list[str]:
         return sorted(self._ops)
 
-    def ops(self) -> Iterable[Op]:
+    def ops(self) -> list[Op]:
         return [self._ops[name] for name in self.op_names()]
 
     def build_module(self, slot: str, name: str, config: Any) -> torch.nn.Module:
@@ -60,19 +66,31 @@ class Registry:
     def module_names(self, slot: str) -> list[str]:
         return sorted(name for s, name in self._modules if s == slot)
 
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """What is added inside is taken back if the block raises."""
+        ops, modules, owners = dict(self._ops), dict(self._modules), dict(self._owners)
+        implementations = {name: list(op.implementations) for name, op in ops.items()}
+        try:
+            yield
+        except BaseException:
+            for name in self._ops.keys() - ops.keys():
+                self._ops[name].destroy()
+            for name, kept in implementations.items():
+                for implementation in [i for i in ops[name].implementations if i not in kept]:
+                    ops[name].remove_implementation(implementation.provider)
+            self._ops, self._modules, self._owners = ops, modules, owners
+            raise
+
     def explain(self, name: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> str:
-        """Which implementation a call of the op would take on this device and dtype, and why."""
+        """Which implementation a call of the op takes on this device and dtype, and why."""
         op = self.op(name)
         lines = [f"{name} on {device}, {dtype}:"]
-        for implementation in op.implementations:
-            verdict = implementation.refusal(torch.device(device), dtype) or "can run"
-            lines.append(
-                f"  {implementation.provider} (priority {implementation.priority}): {verdict}"
-            )
+        for choice in op.implementations:
+            verdict = choice.refusal(torch.device(device), dtype) or "can run"
+            lines.append(f"  {choice.provider} (priority {choice.priority}): {verdict}")
         chosen = op.candidates(torch.device(device), dtype)
-        lines.append(
-            f"  takes: {chosen[0].provider if chosen else 'the reference (plain PyTorch)'}"
-        )
+        lines.append(f"  takes: {chosen[0].provider if chosen else 'the reference (PyTorch)'}")
         return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -123,6 +123,10 @@ class OpSpec:
         save_inputs: names of the tensor inputs that backward reads. None keeps all. An input left
             out must enter the op linearly, or get no gradient.
         save_outputs: whether backward reads the outputs.
+        shared_gradients: `(*parameters) -> {input name: source}` for inputs whose gradient is a
+            tensor that exists anyway: an output's gradient (source is the output's index) or that
+            of another input (its name). backward is not asked for them, so nothing is copied.
+            Parameters that are not saved are None.
         fake: `(*parameters) -> outputs + aux` without data, with exact strides. The default runs
             forward on fake tensors, which works when its kernels start through `kernels.launch`.
         fake_backward: `(ctx, *grad_outputs) -> gradients` likewise. The default says: contiguous,
@@ -141,6 +145,7 @@ class OpSpec:
     outputs: int = 1
     save_inputs: tuple[str, ...] | None = None
     save_outputs: bool = True
+    shared_gradients: Callable[..., Mapping[str, int | str]] | None = None
     fake: Forward | None = None
     fake_backward: Backward | None = None
     materialize_grads: bool = True

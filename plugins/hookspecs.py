@@ -1,0 +1,39 @@
+"""The pluggy contract: what a plugin may implement.
+
+A plugin is a module or object with some of these hooks, named by an entry point of its
+distribution in the group `trilith`:
+
+    [project.entry-points.trilith]
+    acme = "acme_layers.plugin"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pluggy
+
+from trilith.plugins.op import Op
+from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec
+
+PROJECT = "trilith"
+CONTRACT = (1, 0)
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class HookSpecs:
+    """Every hook, with what it returns. A plugin says `TRILITH_CONTRACT = (1, 0)` to be checked."""
+
+    @hookspec
+    def trilith_register_ops(self) -> Sequence[OpSpec | Op]:  # type: ignore[empty-body]
+        """New ops."""
+
+    @hookspec
+    def trilith_register_implementations(self) -> Sequence[Implementation]:  # type: ignore[empty-body]
+        """Other forward and backward pairs for ops that exist."""
+
+    @hookspec
+    def trilith_register_modules(self) -> Sequence[ModuleSpec]:  # type: ignore[empty-body]
+        """Modules that configurations choose by name."""
