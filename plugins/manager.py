@@ -128,7 +128,7 @@ def _check_contract(plugin: Any) -> None:
 
 def _in_order(found: Iterable[EntryPoint]) -> list[tuple[str, EntryPoint]]:
     """Ours first, then by distribution and name; without those that the environment leaves out."""
-    named = {}
+    named: dict[tuple[bool, str, str], EntryPoint] = {}
     for entry_point in found:
         distribution = entry_point.dist.name if entry_point.dist else ""
         named.setdefault((distribution != PROJECT, distribution, entry_point.name), entry_point)
