@@ -11,9 +11,11 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pluggy
+import torch
 
 from trilith.plugins import op as op_module
 from trilith.plugins.hookspecs import CONTRACT, PROJECT, HookSpecs
+from trilith.plugins.op import Op
 from trilith.plugins.registry import Registry, registry
 
 
@@ -48,20 +50,21 @@ class Manager:
         self._pluggy = pluggy.PluginManager(PROJECT)
         self._pluggy.add_hookspecs(HookSpecs)
         self._lock = threading.RLock()
-        self._done = False
+        self._done = self._loading = False
 
     def load(self, found: Iterable[EntryPoint] | None = None) -> None:
         """Load every installed plugin that the environment allows; the second call does nothing."""
         if self._done:
             return
         with self._lock:
-            if self._done:
+            if self._done or self._loading:
                 return
-            self._done = True
+            self._loading = True
             for name, entry_point in _in_order(
                 entry_points(group=PROJECT) if found is None else found
             ):
                 self.add(name, entry_point.load)
+            self._done = True
 
     def add(self, name: str, load: Callable[[], Any]) -> bool:
         """Load one plugin inside its guard; whether it came in."""
@@ -152,3 +155,17 @@ def _allowed(names: set[str]) -> bool:
 
 manager = Manager(registry)
 op_module.before_first_choice = manager.load
+
+
+def find_op(name: str) -> Op:
+    """The op of this name, as `find_op("acme::relu2")(x, 2.0)`; KeyError lists the names."""
+    manager.load()
+    return registry.op(name)
+
+
+def explain(
+    name: str, device: str | torch.device = "cuda", dtype: torch.dtype = torch.bfloat16
+) -> str:
+    """Which implementation a call of this op takes on a device and dtype, and why."""
+    manager.load()
+    return registry.explain(name, torch.device(device), dtype)

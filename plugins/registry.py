@@ -82,14 +82,13 @@ class Registry:
             self._ops, self._modules, self._owners = ops, modules, owners
             raise
 
-    def explain(self, name: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> str:
-        """Which implementation a call of the op takes on this device and dtype, and why."""
+    def explain(self, name: str, device: torch.device, dtype: torch.dtype) -> str:
         op = self.op(name)
         lines = [f"{name} on {device}, {dtype}:"]
         for choice in op.implementations:
-            verdict = choice.refusal(torch.device(device), dtype) or "can run"
+            verdict = choice.refusal(device, dtype) or "can run"
             lines.append(f"  {choice.provider} (priority {choice.priority}): {verdict}")
-        chosen = op.candidates(torch.device(device), dtype)
+        chosen = op.candidates(device, dtype)
         lines.append(f"  takes: {chosen[0].provider if chosen else 'the reference (PyTorch)'}")
         return "\n".join(lines)
 

@@ -10,22 +10,22 @@ from typing import Any
 
 from trilith._version import __version__
 
-_HOME = {
-    "op": "trilith.kernels",
-    "explain": "trilith.kernels",
-    "kernels": "",
-    "blocks": "",
-    "plugins": "",
+_FUNCTIONS = {
+    "op": ("trilith.plugins.manager", "find_op"),
+    "explain": ("trilith.plugins.manager", "explain"),
 }
+_PACKAGES = ("blocks", "kernels", "plugins")
 
 __all__ = ["__version__", "blocks", "explain", "kernels", "op", "plugins"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'trilith' has no attribute {name!r}")
-    home = _HOME[name]
-    return getattr(import_module(home), name) if home else import_module(f"trilith.{name}")
+    if name in _PACKAGES:
+        return import_module(f"trilith.{name}")
+    if name in _FUNCTIONS:
+        module, function = _FUNCTIONS[name]
+        return getattr(import_module(module), function)
+    raise AttributeError(f"module 'trilith' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
