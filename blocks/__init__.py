@@ -2,3 +2,28 @@
 
 if __name__ == "blocks":
     raise ImportError("import trilith.blocks, not blocks: the folder is mapped by the package")
+
+from trilith.blocks import builtin  # noqa: F401
+from trilith.blocks.attention import SelfAttention
+from trilith.blocks.config import LMConfig, build_lm
+from trilith.blocks.mlp import MLP, GatedMLP
+from trilith.blocks.norms import LayerNorm, RMSNorm
+from trilith.blocks.positions import LearnedPosition, Rotary, SinusoidalPosition
+from trilith.blocks.residual import Residual
+from trilith.blocks.transformer import TransformerBlock, TransformerLM
+
+__all__ = [
+    "MLP",
+    "GatedMLP",
+    "LMConfig",
+    "LayerNorm",
+    "LearnedPosition",
+    "RMSNorm",
+    "Residual",
+    "Rotary",
+    "SelfAttention",
+    "SinusoidalPosition",
+    "TransformerBlock",
+    "TransformerLM",
+    "build_lm",
+]

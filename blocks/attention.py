@@ -1,0 +1,75 @@
+"""Self-attention with a packed projection."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from trilith.blocks.linear import reset_linear
+from trilith.kernels import attention
+
+
+class SelfAttention(nn.Module):
+    """out(softmax(q k^T / sqrt(D)) v) with q, k, v = qkv(x), for x (B, T, dim).
+
+    Args:
+        qkv: linear layer dim -> (n_heads + 2 * n_kv_heads) * D, heads of q first, then k, then v.
+        out: linear layer n_heads * D -> dim.
+        n_heads: query heads.
+        n_kv_heads: key and value heads, a divisor of n_heads; None for as many as queries.
+        position: called as `position(q, k) -> (q, k)` on (B, heads, T, D), such as `Rotary`.
+        causal: whether a token sees only itself and what came before.
+        dropout: probability, applied to the attention weights.
+        gain: scales `out`'s initial weights; 1 / sqrt(2 * layers) where it ends in a residual.
+    """
+
+    def __init__(
+        self,
+        *,
+        qkv: nn.Module,
+        out: nn.Module,
+        n_heads: int,
+        n_kv_heads: int | None = None,
+        position: nn.Module | None = None,
+        causal: bool = True,
+        dropout: float = 0.0,
+        gain: float = 1.0,
+    ) -> None:
+        super().__init__()
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        if n_kv_heads < 1 or n_heads % n_kv_heads:
+            raise ValueError(
+                f"SelfAttention: n_kv_heads must divide n_heads={n_heads}, got {n_kv_heads}"
+            )
+        self.qkv = qkv
+        self.out = out
+        self.position = position
+        self.heads = (n_heads, n_kv_heads, n_kv_heads)
+        self.causal = causal
+        self.dropout = dropout
+        self.gain = gain
+
+    def reset_parameters(self) -> None:
+        reset_linear(self.qkv)
+        reset_linear(self.out, self.gain)
+        if self.position is not None:
+            self.position.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x)
+        p = self.dropout if self.training else 0.0
+        mixed_BHTD = attention(q, k, v, causal=self.causal, dropout_p=p)
+        return self.out(mixed_BHTD.transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, H, T, D), k and v (B, Hkv, T, D), q and k with their positions."""
+        packed_BTHD = self.qkv(x).unflatten(-1, (sum(self.heads), -1))
+        q, k, v = (part.transpose(1, 2) for part in packed_BTHD.split(self.heads, dim=2))
+        if self.position is None:
+            return q, k, v
+        q, k = self.position(q, k)
+        # v as a view would keep the whole packed buffer for backward, beside the new q and k
+        return q, k, v.contiguous()
+
+    def extra_repr(self) -> str:
+        n_heads, n_kv_heads, _ = self.heads
+        return f"n_heads={n_heads}, n_kv_heads={n_kv_heads}, causal={self.causal}"

@@ -1,0 +1,87 @@
+"""Our own modules, registered by name like a plugin's."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from trilith.blocks.attention import SelfAttention
+from trilith.blocks.config import LMConfig, build_position
+from trilith.blocks.mlp import MLP, GatedMLP
+from trilith.blocks.norms import LayerNorm, RMSNorm
+from trilith.blocks.positions import LearnedPosition, Rotary, SinusoidalPosition
+from trilith.plugins import ModuleSpec, registry
+
+_HIDDEN_MULTIPLE = 64
+
+
+def _layer_norm(config: LMConfig) -> LayerNorm:
+    return LayerNorm(config.dim, bias=config.bias)
+
+
+def _rms_norm(config: LMConfig) -> RMSNorm:
+    return RMSNorm(config.dim)
+
+
+def _mlp(config: LMConfig) -> MLP:
+    hidden = config.mlp_hidden or 4 * config.dim
+    return MLP(
+        up=nn.Linear(config.dim, hidden, bias=config.bias),
+        down=nn.Linear(hidden, config.dim, bias=config.bias),
+        activation=config.activation,
+        gain=config.residual_gain,
+    )
+
+
+def _gated_mlp(config: LMConfig) -> GatedMLP:
+    hidden = config.mlp_hidden or _rounded_up(8 * config.dim / 3)
+    return GatedMLP(
+        gate=nn.Linear(config.dim, hidden, bias=config.bias),
+        up=nn.Linear(config.dim, hidden, bias=config.bias),
+        down=nn.Linear(hidden, config.dim, bias=config.bias),
+        activation=config.activation,
+        gain=config.residual_gain,
+    )
+
+
+def _self_attention(config: LMConfig) -> SelfAttention:
+    heads = config.n_heads + 2 * config.kv_heads
+    return SelfAttention(
+        qkv=nn.Linear(config.dim, heads * config.head_dim, bias=config.bias),
+        out=nn.Linear(config.dim, config.dim, bias=config.bias),
+        n_heads=config.n_heads,
+        n_kv_heads=config.kv_heads,
+        position=build_position(config, "heads"),
+        dropout=config.dropout,
+        gain=config.residual_gain,
+    )
+
+
+def _rotary(config: LMConfig) -> Rotary:
+    return Rotary(config.head_dim, config.max_len, base=config.rotary_base)
+
+
+def _learned(config: LMConfig) -> LearnedPosition:
+    return LearnedPosition(config.max_len, config.dim, scale=config.position_scale)
+
+
+def _sinusoidal(config: LMConfig) -> SinusoidalPosition:
+    return SinusoidalPosition(config.max_len, config.dim, scale=config.position_scale)
+
+
+def _rounded_up(size: float) -> int:
+    return -int(-size // _HIDDEN_MULTIPLE) * _HIDDEN_MULTIPLE
+
+
+MODULES = (
+    ModuleSpec(slot="norm", name="layer_norm", build=_layer_norm),
+    ModuleSpec(slot="norm", name="rms_norm", build=_rms_norm),
+    ModuleSpec(slot="mlp", name="mlp", build=_mlp),
+    ModuleSpec(slot="mlp", name="gated_mlp", build=_gated_mlp),
+    ModuleSpec(slot="attention", name="self_attention", build=_self_attention),
+    ModuleSpec(slot="position", name="rotary", build=_rotary),
+    ModuleSpec(slot="position", name="learned", build=_learned),
+    ModuleSpec(slot="position", name="sinusoidal", build=_sinusoidal),
+)
+
+for _spec in MODULES:
+    registry.add_module(_spec)

@@ -1,0 +1,64 @@
+"""Linear layers as the blocks use them: their init, and when their weight may be read directly."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trilith.kernels import bias_act
+from trilith.plugins import TRITON_DEVICES
+
+
+def plain_linear(module: nn.Module) -> bool:
+    """Whether reading `module.weight` is the same as calling `module`.
+
+    Only for nn.Linear itself, with no hook and no forward of its own: a subclass, a
+    parametrization, a LoRA or quantized wrapper and a sharding hook do something when called.
+    """
+    return (
+        type(module) is nn.Linear
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+        and not module._backward_pre_hooks
+        and not module._backward_hooks
+        and "forward" not in vars(module)
+    )
+
+
+def linear_act(
+    linear: nn.Module, x: Tensor, activation: str, *, p: float, training: bool
+) -> Tensor:
+    """dropout(activation(linear(x))); where kernels run, the activation's pass adds the bias.
+
+    Elsewhere the matrix product adds the bias at no cost, and adding it apart would be a pass more.
+    """
+    if x.device.type in TRITON_DEVICES and plain_linear(linear):
+        return bias_act(F.linear(x, linear.weight), linear.bias, activation, p=p, training=training)
+    return bias_act(linear(x), None, activation, p=p, training=training)
+
+
+def reset_linear(module: nn.Module, gain: float = 1.0) -> None:
+    """Weight normal with standard deviation gain / sqrt(fan_in), bias zero.
+
+    A module that is not an nn.Linear resets itself, if it can.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=gain / math.sqrt(module.in_features))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    else:
+        reset(module)
+
+
+def reset(*modules: nn.Module | None) -> None:
+    """Call the reset_parameters of each module; where there is none, of its children."""
+    for module in modules:
+        if module is None:
+            continue
+        own = getattr(module, "reset_parameters", None)
+        if own is not None:
+            own()
+        else:
+            reset(*module.children())

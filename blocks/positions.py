@@ -1,0 +1,119 @@
+"""Where a token stands. `acts_on` says what a position module takes: "tokens" or "heads"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trilith.kernels import rotary
+
+
+class Rotary(nn.Module):
+    """Rotates pairs of each head's elements by angles proportional to the position.
+
+    Args:
+        head_dim: D of q and k (B, heads, T, D); even.
+        max_len: longest T.
+        base: the slowest pair turns by 1 / base of the fastest's angle, nearly.
+    """
+
+    acts_on = "heads"
+
+    def __init__(self, head_dim: int, max_len: int, *, base: float = 10000.0) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"Rotary: head_dim must be even, got {head_dim}")
+        self.head_dim = head_dim
+        self.max_len = max_len
+        self.base = base
+        table = torch.empty(max_len, head_dim // 2, dtype=torch.float32)
+        self.register_buffer("cos", table, persistent=False)
+        self.register_buffer("sin", table.clone(), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        angles = _angles(self.max_len, self.head_dim, self.base, self.cos.device)
+        self.cos, self.sin = angles.cos().float(), angles.sin().float()
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        length = _checked_length("Rotary", q.shape[-2], self.max_len)
+        cos, sin = self.cos[:length], self.sin[:length]
+        return rotary(q, cos, sin), rotary(k, cos, sin)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.reset_parameters()  # the tables stay float32 in a bfloat16 model
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}, max_len={self.max_len}, base={self.base}"
+
+
+class LearnedPosition(nn.Module):
+    """x (B, T, dim) plus a learned vector for each position; `scale` is its initial deviation."""
+
+    acts_on = "tokens"
+
+    def __init__(self, max_len: int, dim: int, *, scale: float = 1.0) -> None:
+        super().__init__()
+        self.max_len = max_len
+        self.scale = scale
+        self.weight = nn.Parameter(torch.empty(max_len, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight[: _checked_length("LearnedPosition", x.shape[-2], self.max_len)]
+
+    def extra_repr(self) -> str:
+        return f"{self.max_len}, {self.weight.shape[1]}, scale={self.scale}"
+
+
+class SinusoidalPosition(nn.Module):
+    """x (B, T, dim) plus sines and cosines of the position, scaled to root mean square `scale`."""
+
+    acts_on = "tokens"
+
+    def __init__(self, max_len: int, dim: int, *, scale: float = 1.0) -> None:
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"SinusoidalPosition: dim must be even, got {dim}")
+        self.max_len = max_len
+        self.scale = scale
+        self.register_buffer("table", torch.empty(max_len, dim), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        angles = _angles(self.max_len, self.table.shape[1], 10000.0, self.table.device)
+        table = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        self.table = (table * (self.scale * 2**0.5)).to(self.table.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table[: _checked_length("SinusoidalPosition", x.shape[-2], self.max_len)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.reset_parameters()  # a table moved by to_empty holds nothing
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.max_len}, {self.table.shape[1]}, scale={self.scale}"
+
+
+def _angles(length: int, dim: int, base: float, device: torch.device) -> Tensor:
+    """position * base^(-2i / dim), (length, dim / 2) float64."""
+    pair = torch.arange(0, dim, 2, dtype=torch.float64, device=device)
+    return torch.arange(length, device=device)[:, None] * base ** (-pair / dim)
+
+
+def _checked_length(name: str, length: int, max_len: int) -> int:
+    if length > max_len:
+        raise ValueError(
+            f"{name}: a sequence must have at most max_len={max_len} tokens, got {length}"
+        )
+    return length

@@ -1,0 +1,110 @@
+"""A decoder-only transformer language model, from the top down."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from trilith.blocks.linear import reset, reset_linear
+from trilith.kernels import cross_entropy, dropout
+
+LOGIT_DEVIATION = 0.5
+
+
+class TransformerLM(nn.Module):
+    """Tokens to logits, or to a loss.
+
+    Args:
+        embedding: token table (vocabulary, dim).
+        blocks: called in order on (B, T, dim).
+        norm: called before the head.
+        head: dim -> vocabulary; None ties it to the embedding's weight.
+        position: called as `position(x) -> x` on the embedded tokens, such as `LearnedPosition`.
+        dropout: probability, applied to the embedded tokens.
+        checkpoint_activations: recompute each block in backward instead of keeping what it made.
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding: nn.Embedding,
+        blocks: nn.ModuleList,
+        norm: nn.Module,
+        head: nn.Module | None = None,
+        position: nn.Module | None = None,
+        dropout: float = 0.0,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.position = position or nn.Identity()
+        self.blocks = blocks
+        self.norm = norm
+        self.head = head
+        self.dropout = dropout
+        self.checkpoint_activations = checkpoint_activations
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, vocabulary), or with targets (B, T) the mean cross-entropy in nats.
+
+        Targets of -100 are ignored.
+        """
+        x = dropout(self.position(self.embedding(tokens)), self.dropout, self.training)
+        for block in self.blocks:
+            x = self._run(block, x)
+        logits = self.logits(x)
+        if targets is None:
+            return logits
+        return cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+    def logits(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+
+    def reset_parameters(self) -> None:
+        """Initialise every weight. A fresh model's loss is near log(vocabulary).
+
+        The embedding has deviation `embedding_deviation`, the head such that logits have 0.5.
+        """
+        dim = self.embedding.embedding_dim
+        deviation = embedding_deviation(dim, tied=self.head is None)
+        nn.init.normal_(self.embedding.weight, std=deviation)
+        reset(self.position, *self.blocks, self.norm)
+        if self.head is not None:
+            reset_linear(self.head, LOGIT_DEVIATION)
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}, tied={self.head is None}"
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then an MLP, each in a `Residual`."""
+
+    def __init__(self, *, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+        self.mlp = mlp
+
+    def reset_parameters(self) -> None:
+        reset(self.attention, self.mlp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attention(x)
+        return self.mlp(x)
+
+
+def embedding_deviation(dim: int, *, tied: bool) -> float:
+    """1 for a table of its own; as a head's where it is the head too.
+
+    A tied table at unit scale would give each token's own logit a lead of order sqrt(dim).
+    """
+    return LOGIT_DEVIATION / math.sqrt(dim) if tied else 1.0
