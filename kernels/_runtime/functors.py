@@ -1,0 +1,172 @@
+# ruff: noqa: ANN001, ANN202
+"""Activations as pairs of functors on fp32 tiles, for kernels that take them as constexprs.
+
+    f(z) = act(z)        df(z, g) = g * act'(z)
+
+df takes the incoming gradient g, because relu, leaky_relu and elu select it rather than scale it:
+an infinite g times a zero slope must stay 0 there. Infinities and NaN come out where torch has them.
+
+Numerics: act' of a sigmoid-like function is s * (1 - s). Near saturation 1 - s loses every digit,
+so s(z) and s(-z) are computed side by side from exp(-|z|), which neither overflows nor cancels.
+tanh is a polynomial below 0.55 and (1 - e) / (1 + e) with e = exp(-2 |z|) above: within 4 roundings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trilith.kernels._runtime.language import tl, triton
+
+
+@triton.jit
+def _sigmoid_pair(z):
+    """sigmoid(z) and sigmoid(-z)."""
+    e = tl.exp(-tl.abs(z))
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    return tl.where(z >= 0, large, small), tl.where(z >= 0, small, large)
+
+
+@triton.jit
+def _identity(z):
+    return z
+
+
+@triton.jit
+def _identity_grad(z, g):
+    return g
+
+
+@triton.jit
+def _relu(z):
+    return tl.where(z <= 0, 0.0, z)
+
+
+@triton.jit
+def _relu_grad(z, g):
+    return tl.where(z <= 0, 0.0, g)
+
+
+@triton.jit
+def _leaky_relu(z):
+    return tl.where(z > 0, z, 0.01 * z)
+
+
+@triton.jit
+def _leaky_relu_grad(z, g):
+    return tl.where(z > 0, g, 0.01 * g)
+
+
+@triton.jit
+def _elu(z):
+    # exp(z) - 1 = 2 t / (1 - t) with t = tanh(z / 2): exact near 0, where the difference is not.
+    t = _tanh(0.5 * z)
+    return tl.where(z > 0, z, 2.0 * t / (1.0 - t))
+
+
+@triton.jit
+def _elu_grad(z, g):
+    return tl.where(z > 0, g, g * tl.exp(z))
+
+
+@triton.jit
+def _sigmoid(z):
+    s, _ = _sigmoid_pair(z)
+    return s
+
+
+@triton.jit
+def _sigmoid_grad(z, g):
+    s, c = _sigmoid_pair(z)
+    return g * (s * c)
+
+
+@triton.jit
+def _tanh(z):
+    e = tl.exp(-2.0 * tl.abs(z))
+    large = (1.0 - e) / (1.0 + e)
+    square = z * z
+    series = -6.274653598666191e-3  # least squares in Chebyshev nodes on [0, 0.55], error 3e-9
+    series = series * square + 2.1071862429380417e-2
+    series = series * square - 5.385231226682663e-2
+    series = series * square + 0.13332585990428925
+    series = series * square - 0.33333316445350647
+    return tl.where(tl.abs(z) < 0.55, z + z * (square * series), tl.where(z < 0, -large, large))
+
+
+@triton.jit
+def _tanh_grad(z, g):
+    s, c = _sigmoid_pair(2.0 * z)
+    return g * (4.0 * s * c)
+
+
+@triton.jit
+def _gelu(z):
+    return z * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_grad(z, g):
+    cdf = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
+    pdf = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    return g * (cdf + z * pdf)
+
+
+@triton.jit
+def _gelu_tanh(z):
+    # 0.5 * (1 + tanh(u)) = sigmoid(2 u). Beyond |z| = 20 it is 0 or 1, and z**3 might overflow.
+    v = tl.minimum(tl.maximum(z, -20.0), 20.0)
+    s, _ = _sigmoid_pair(1.5957691216057308 * (v + 0.044715 * v * v * v))
+    return z * s
+
+
+@triton.jit
+def _gelu_tanh_grad(z, g):
+    v = tl.minimum(tl.maximum(z, -20.0), 20.0)
+    s, c = _sigmoid_pair(1.5957691216057308 * (v + 0.044715 * v * v * v))
+    slope = 1.5957691216057308 * (1.0 + 0.134145 * v * v)
+    return g * (s + z * (s * c * slope))
+
+
+@triton.jit
+def _silu(z):
+    s, _ = _sigmoid_pair(z)
+    return z * s
+
+
+@triton.jit
+def _silu_grad(z, g):
+    s, c = _sigmoid_pair(z)
+    return g * (s + z * (s * c))
+
+
+class Activation(NamedTuple):
+    """f and df are kernel functors; `torch` is the same function in plain PyTorch."""
+
+    f: Any
+    df: Any
+    torch: Callable[[Tensor], Tensor]
+
+
+ACTIVATIONS = {
+    "identity": Activation(_identity, _identity_grad, torch.clone),
+    "relu": Activation(_relu, _relu_grad, F.relu),
+    "leaky_relu": Activation(_leaky_relu, _leaky_relu_grad, F.leaky_relu),
+    "elu": Activation(_elu, _elu_grad, F.elu),
+    "sigmoid": Activation(_sigmoid, _sigmoid_grad, torch.sigmoid),
+    "tanh": Activation(_tanh, _tanh_grad, torch.tanh),
+    "gelu": Activation(_gelu, _gelu_grad, F.gelu),
+    "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_grad, partial(F.gelu, approximate="tanh")),
+    "silu": Activation(_silu, _silu_grad, F.silu),
+}
+
+
+def require_activation(op: str, name: str) -> None:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
