@@ -1,0 +1,288 @@
+"""Attention backward: probabilities are made again from lse, each gradient by the one who owns it.
+
+    p = 2^(x - lse),  dp = do v^T,  ds = p (dp - delta),  delta = sum(do * out) - dlse
+    dv = p^T do,  dk = scale ds^T q,  dq = scale ds k,  dbias = sum of ds over broadcast dims
+
+One kernel owns tiles of keys and goes through the queries of every head that shares them, one owns
+tiles of queries and goes through the keys, one owns tiles of the bias: no atomics, so the result
+does not depend on the order of programs. Under dropout p in dv and dp in ds carry the mask.
+
+Letters and source as in forward.py. Numerics: fp32, but p and ds are rounded to the inputs' dtype
+before their products.
+"""
+
+# ruff: noqa: ANN001, ANN201, ANN202
+
+from __future__ import annotations
+
+from trilith.kernels._runtime.language import tl, triton
+from trilith.kernels.attention.tiles import (
+    band_range,
+    base2_lse,
+    kept_by_dropout,
+    load_rows,
+    scores,
+    store_rows,
+    tile_of_program,
+)
+
+
+@triton.jit
+def attention_delta_kernel(
+    out_ptr,
+    dout_ptr,
+    dlse_ptr,
+    delta_ptr,
+    out_strides,
+    dout_strides,
+    dlse_strides,
+    H,
+    T,
+    DV,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One program owns delta [BLOCK_M] of one head."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    pid = tl.program_id(0)
+    bh = (pid // tiles).to(tl.int64)
+    offs_m = (pid % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    b = bh // H
+    h = bh - b * H
+    out_ptr += b * out_strides[0] + h * out_strides[1]
+    dout_ptr += b * dout_strides[0] + h * dout_strides[1]
+    out = load_rows(out_ptr, out_strides, offs_m, offs_dv, T, DV, True, True)
+    dout = load_rows(dout_ptr, dout_strides, offs_m, offs_dv, T, DV, True, True)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        dlse_ptr += b * dlse_strides[0] + h * dlse_strides[1]
+        dlse_ptrs = dlse_ptr + offs_m.to(tl.int64) * dlse_strides[2]
+        delta -= tl.load(dlse_ptrs, mask=offs_m < T, other=0.0)
+    tl.store(delta_ptr + bh * T + offs_m, delta, mask=offs_m < T)
+
+
+@triton.jit
+def _keys_loop(
+    dk,
+    dv,
+    k,
+    v,
+    q_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    bias_ptr,
+    key_mask_ptr,
+    seed_ptr,
+    q_strides,
+    dout_strides,
+    bias_strides,
+    key_mask_strides,
+    start_n,
+    begin,
+    end,
+    row_offset,
+    slope,
+    T,
+    S,
+    D,
+    DV,
+    low,
+    high,
+    diagonal,
+    scale,
+    softcap,
+    p_drop,
+    keep_scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PAD_D: tl.constexpr,
+    PAD_DV: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    HAS_HIGH: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add to dk and dv of a tile of keys what the queries [begin, end) of one head give."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    for start_m in range(begin, end, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr, q_strides, offs_m, offs_d, T, D, MASKED, PAD_D)
+        lse = base2_lse(lse_ptr, offs_m, T)
+        dots = tl.dot(k, tl.trans(q), input_precision="ieee")
+        x, slope_of_cap = scores(
+            dots,
+            offs_m[None, :],
+            offs_n[:, None],
+            bias_ptr,
+            bias_strides,
+            key_mask_ptr,
+            key_mask_strides,
+            slope,
+            T,
+            S,
+            low,
+            high,
+            diagonal,
+            scale,
+            softcap,
+            HAS_LOW,
+            HAS_HIGH,
+            HAS_SLOPE,
+            HAS_SOFTCAP,
+            MASKED,
+        )
+        p = tl.exp2(x - lse[None, :])
+        dout = load_rows(dout_ptr, dout_strides, offs_m, offs_dv, T, DV, MASKED, PAD_DV)
+        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        if seed_ptr is not None:
+            kept = kept_by_dropout(seed_ptr, row_offset, offs_m, start_n, S, p_drop, BLOCK_N)
+            kept = tl.trans(kept)
+            dp = tl.where(kept, dp * keep_scale, 0.0)
+            p_kept = tl.where(kept, p * keep_scale, 0.0)
+        else:
+            p_kept = p
+        dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision="ieee")
+        delta = tl.load(delta_ptr + offs_m, mask=offs_m < T, other=0.0)
+        ds = p * (dp - delta[None, :]) * slope_of_cap
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def attention_bwd_dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    key_mask_ptr,
+    slopes_ptr,
+    seed_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    bias_strides,
+    key_mask_strides,
+    slopes_strides,
+    dout_strides,
+    dk_strides,
+    dv_strides,
+    BH,
+    H,
+    G,
+    T,
+    S,
+    D,
+    DV,
+    heads_together,
+    low,
+    high,
+    diagonal,
+    scale,
+    softcap,
+    p_drop,
+    keep_scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PAD_D: tl.constexpr,
+    PAD_DV: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    HAS_HIGH: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """One program owns dk [BLOCK_N, D] and dv [BLOCK_N, DV] of one key head."""
+    HAS_SLOPE: tl.constexpr = slopes_ptr is not None
+    scale = tl.cast(scale, tl.float32)
+    softcap = tl.cast(softcap, tl.float32)
+    HKV = H // G
+    tile, bhkv = tile_of_program(tl.cdiv(S, BLOCK_N), BH // G, heads_together, False)
+    b = bhkv // HKV
+    hkv = bhkv - b * HKV
+    start_n = tile * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    k_ptr += b * k_strides[0] + hkv * k_strides[1]
+    v_ptr += b * v_strides[0] + hkv * v_strides[1]
+    k = load_rows(k_ptr, k_strides, offs_n, offs_d, S, D, True, PAD_D)
+    v = load_rows(v_ptr, v_strides, offs_n, offs_dv, S, DV, True, PAD_DV)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    if key_mask_ptr is not None:
+        key_mask_ptr += b * key_mask_strides[0]
+    begin, full_begin, full_end, end = band_range(
+        start_n, tl.minimum(start_n + BLOCK_N, S), T, -high, -low, HAS_HIGH, HAS_LOW, BLOCK_M
+    )
+    for g in range(G):
+        h = hkv * G + g
+        bh = b * H + h
+        head_bias_ptr = bias_ptr
+        if bias_ptr is not None:
+            head_bias_ptr = bias_ptr + b * bias_strides[0] + h * bias_strides[1]
+        slope = 0.0
+        if slopes_ptr is not None:
+            slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1])
+            slope = slope.to(tl.float32)
+        for phase in tl.static_range(3):
+            if phase != 0 or HAS_HIGH:
+                dk, dv = _keys_loop(
+                    dk,
+                    dv,
+                    k,
+                    v,
+                    q_ptr + b * q_strides[0] + h * q_strides[1],
+                    dout_ptr + b * dout_strides[0] + h * dout_strides[1],
+                    lse_ptr + bh * T,
+                    delta_ptr + bh * T,
+                    head_bias_ptr,
+                    key_mask_ptr,
+                    seed_ptr,
+                    q_strides,
+                    dout_strides,
+                    bias_strides,
+                    key_mask_strides,
+                    start_n,
+                    begin if phase == 0 else (full_begin if phase == 1 else full_end),
+                    full_begin if phase == 0 else (full_end if phase == 1 else end),
+                    bh * T,
+                    slope,
+                    T,
+                    S,
+                    D,
+                    DV,
+                    low,
+                    high,
+                    diagonal,
+                    scale,
+                    softcap,
+                    p_drop,
+                    keep_scale,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    PAD_D,
+                    PAD_DV,
+                    HAS_LOW,
+                    HAS_HIGH,
+                    HAS_SLOPE,
+                    HAS_SOFTCAP,
+                    phase != 1,
+                )
+    dk_ptr += b * dk_strides[0] + hkv * dk_strides[1]
+    dv_ptr += b * dv_strides[0] + hkv * dv_strides[1]
+    store_rows(dk_ptr, dk_strides, offs_n, offs_d, S, D, dk * scale)
+    store_rows(dv_ptr, dv_strides, offs_n, offs_dv, S, DV, dv)

@@ -1,0 +1,415 @@
+"""Attention backward for the queries: dq = scale ds k; and for an additive bias: dbias = ds.
+
+Letters, formulas and source as in backward.py.
+"""
+
+# ruff: noqa: ANN001, ANN201, ANN202
+
+from __future__ import annotations
+
+from trilith.kernels._runtime.language import tl, triton
+from trilith.kernels.attention.tiles import (
+    band_range,
+    base2_lse,
+    kept_by_dropout,
+    load_rows,
+    scores,
+    store_rows,
+    tile_of_program,
+)
+
+
+@triton.jit
+def score_gradient(
+    q,
+    k,
+    v,
+    dout,
+    lse,
+    delta,
+    offs_m,
+    offs_n,
+    start_n,
+    row_offset,
+    bias_ptr,
+    bias_strides,
+    key_mask_ptr,
+    key_mask_strides,
+    seed_ptr,
+    slope,
+    T,
+    S,
+    low,
+    high,
+    diagonal,
+    scale,
+    softcap,
+    p_drop,
+    keep_scale,
+    BLOCK_N: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    HAS_HIGH: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """(ds, d score / d (scale * dot)) of a tile [BLOCK_M, BLOCK_N]."""
+    dots = tl.dot(q, tl.trans(k), input_precision="ieee")
+    x, slope_of_cap = scores(
+        dots,
+        offs_m[:, None],
+        offs_n[None, :],
+        bias_ptr,
+        bias_strides,
+        key_mask_ptr,
+        key_mask_strides,
+        slope,
+        T,
+        S,
+        low,
+        high,
+        diagonal,
+        scale,
+        softcap,
+        HAS_LOW,
+        HAS_HIGH,
+        HAS_SLOPE,
+        HAS_SOFTCAP,
+        MASKED,
+    )
+    p = tl.exp2(x - lse[:, None])
+    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    if seed_ptr is not None:
+        kept = kept_by_dropout(seed_ptr, row_offset, offs_m, start_n, S, p_drop, BLOCK_N)
+        dp = tl.where(kept, dp * keep_scale, 0.0)
+    return p * (dp - delta[:, None]), slope_of_cap
+
+
+@triton.jit
+def _queries_loop(
+    dq,
+    q,
+    dout,
+    lse,
+    delta,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    key_mask_ptr,
+    seed_ptr,
+    k_strides,
+    v_strides,
+    bias_strides,
+    key_mask_strides,
+    offs_m,
+    begin,
+    end,
+    row_offset,
+    slope,
+    T,
+    S,
+    D,
+    DV,
+    low,
+    high,
+    diagonal,
+    scale,
+    softcap,
+    p_drop,
+    keep_scale,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PAD_D: tl.constexpr,
+    PAD_DV: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    HAS_HIGH: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add to dq of a tile of queries what the keys [begin, end) give."""
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    for start_n in range(begin, end, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, k_strides, offs_n, offs_d, S, D, MASKED, PAD_D)
+        v = load_rows(v_ptr, v_strides, offs_n, offs_dv, S, DV, MASKED, PAD_DV)
+        ds, slope_of_cap = score_gradient(
+            q,
+            k,
+            v,
+            dout,
+            lse,
+            delta,
+            offs_m,
+            offs_n,
+            start_n,
+            row_offset,
+            bias_ptr,
+            bias_strides,
+            key_mask_ptr,
+            key_mask_strides,
+            seed_ptr,
+            slope,
+            T,
+            S,
+            low,
+            high,
+            diagonal,
+            scale,
+            softcap,
+            p_drop,
+            keep_scale,
+            BLOCK_N,
+            HAS_LOW,
+            HAS_HIGH,
+            HAS_SLOPE,
+            HAS_SOFTCAP,
+            MASKED,
+        )
+        dq = tl.dot((ds * slope_of_cap).to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit
+def attention_bwd_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    key_mask_ptr,
+    slopes_ptr,
+    seed_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    bias_strides,
+    key_mask_strides,
+    slopes_strides,
+    dout_strides,
+    dq_strides,
+    BH,
+    H,
+    G,
+    T,
+    S,
+    D,
+    DV,
+    heads_together,
+    low,
+    high,
+    diagonal,
+    scale,
+    softcap,
+    p_drop,
+    keep_scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PAD_D: tl.constexpr,
+    PAD_DV: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    HAS_HIGH: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """One program owns dq [BLOCK_M, D] of one query head."""
+    HAS_SLOPE: tl.constexpr = slopes_ptr is not None
+    scale = tl.cast(scale, tl.float32)
+    softcap = tl.cast(softcap, tl.float32)
+    tile, bh = tile_of_program(tl.cdiv(T, BLOCK_M), BH, heads_together, HAS_HIGH)
+    b = bh // H
+    h = bh - b * H
+    hkv = h // G
+    q_ptr += b * q_strides[0] + h * q_strides[1]
+    k_ptr += b * k_strides[0] + hkv * k_strides[1]
+    v_ptr += b * v_strides[0] + hkv * v_strides[1]
+    dout_ptr += b * dout_strides[0] + h * dout_strides[1]
+    dq_ptr += b * dq_strides[0] + h * dq_strides[1]
+    if bias_ptr is not None:
+        bias_ptr += b * bias_strides[0] + h * bias_strides[1]
+    if key_mask_ptr is not None:
+        key_mask_ptr += b * key_mask_strides[0]
+    slope = 0.0
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1]).to(tl.float32)
+    start_m = tile * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    q = load_rows(q_ptr, q_strides, offs_m, offs_d, T, D, True, PAD_D)
+    dout = load_rows(dout_ptr, dout_strides, offs_m, offs_dv, T, DV, True, PAD_DV)
+    lse = base2_lse(lse_ptr + bh * T, offs_m, T)
+    delta = tl.load(delta_ptr + bh * T + offs_m, mask=offs_m < T, other=0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    begin, full_begin, full_end, end = band_range(
+        start_m, tl.minimum(start_m + BLOCK_M, T), S, low, high, HAS_LOW, HAS_HIGH, BLOCK_N
+    )
+    for phase in tl.static_range(3):
+        if phase != 0 or HAS_LOW:
+            dq = _queries_loop(
+                dq,
+                q,
+                dout,
+                lse,
+                delta,
+                k_ptr,
+                v_ptr,
+                bias_ptr,
+                key_mask_ptr,
+                seed_ptr,
+                k_strides,
+                v_strides,
+                bias_strides,
+                key_mask_strides,
+                offs_m,
+                begin if phase == 0 else (full_begin if phase == 1 else full_end),
+                full_begin if phase == 0 else (full_end if phase == 1 else end),
+                bh * T,
+                slope,
+                T,
+                S,
+                D,
+                DV,
+                low,
+                high,
+                diagonal,
+                scale,
+                softcap,
+                p_drop,
+                keep_scale,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_DV,
+                PAD_D,
+                PAD_DV,
+                HAS_LOW,
+                HAS_HIGH,
+                HAS_SLOPE,
+                HAS_SOFTCAP,
+                phase != 1,
+            )
+    store_rows(dq_ptr, dq_strides, offs_m, offs_d, T, D, dq * scale)
+
+
+@triton.jit
+def attention_bwd_dbias_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    key_mask_ptr,
+    slopes_ptr,
+    seed_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dbias_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    bias_strides,
+    key_mask_strides,
+    slopes_strides,
+    dout_strides,
+    dbias_strides,
+    BIAS_H,
+    SHARING_BATCHES,
+    SHARING_HEADS,
+    H,
+    G,
+    T,
+    S,
+    D,
+    DV,
+    low,
+    high,
+    diagonal,
+    scale,
+    softcap,
+    p_drop,
+    keep_scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PAD_D: tl.constexpr,
+    PAD_DV: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    HAS_HIGH: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """One program owns dbias [BLOCK_M, BLOCK_N] of one bias matrix, whoever shares it."""
+    HAS_SLOPE: tl.constexpr = slopes_ptr is not None
+    scale = tl.cast(scale, tl.float32)
+    softcap = tl.cast(softcap, tl.float32)
+    tiles_n = tl.cdiv(S, BLOCK_N)
+    tiles = tl.cdiv(T, BLOCK_M) * tiles_n
+    pid = tl.program_id(0)
+    matrix = (pid // tiles).to(tl.int64)
+    tile = pid % tiles
+    first_b = matrix // BIAS_H
+    first_h = matrix - first_b * BIAS_H
+    start_n = (tile % tiles_n) * BLOCK_N
+    offs_m = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for sharer in range(SHARING_BATCHES * SHARING_HEADS):
+        b = first_b + sharer // SHARING_HEADS
+        h = first_h + sharer % SHARING_HEADS
+        hkv = h // G
+        bh = b * H + h
+        head_key_mask_ptr = key_mask_ptr
+        if key_mask_ptr is not None:
+            head_key_mask_ptr = key_mask_ptr + b * key_mask_strides[0]
+        slope = 0.0
+        if slopes_ptr is not None:
+            slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1])
+            slope = slope.to(tl.float32)
+        head_q_ptr = q_ptr + b * q_strides[0] + h * q_strides[1]
+        head_k_ptr = k_ptr + b * k_strides[0] + hkv * k_strides[1]
+        head_v_ptr = v_ptr + b * v_strides[0] + hkv * v_strides[1]
+        head_dout_ptr = dout_ptr + b * dout_strides[0] + h * dout_strides[1]
+        ds, _ = score_gradient(
+            load_rows(head_q_ptr, q_strides, offs_m, offs_d, T, D, True, PAD_D),
+            load_rows(head_k_ptr, k_strides, offs_n, offs_d, S, D, True, PAD_D),
+            load_rows(head_v_ptr, v_strides, offs_n, offs_dv, S, DV, True, PAD_DV),
+            load_rows(head_dout_ptr, dout_strides, offs_m, offs_dv, T, DV, True, PAD_DV),
+            base2_lse(lse_ptr + bh * T, offs_m, T),
+            tl.load(delta_ptr + bh * T + offs_m, mask=offs_m < T, other=0.0),
+            offs_m,
+            offs_n,
+            start_n,
+            bh * T,
+            bias_ptr + b * bias_strides[0] + h * bias_strides[1],
+            bias_strides,
+            head_key_mask_ptr,
+            key_mask_strides,
+            seed_ptr,
+            slope,
+            T,
+            S,
+            low,
+            high,
+            diagonal,
+            scale,
+            softcap,
+            p_drop,
+            keep_scale,
+            BLOCK_N,
+            HAS_LOW,
+            HAS_HIGH,
+            HAS_SLOPE,
+            HAS_SOFTCAP,
+            True,
+        )
+        dbias += ds
+    dbias_ptr += first_b * dbias_strides[0] + first_h * dbias_strides[1]
+    store_rows(dbias_ptr, dbias_strides, offs_m, offs_n, T, S, dbias)

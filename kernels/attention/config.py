@@ -1,0 +1,39 @@
+"""Tile sizes by kernel, architecture, dtype class and head dim: data that measurements change."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trilith.kernels._runtime.device import architecture
+from trilith.plugins.spec import INTERPRETING
+
+
+class Tiles(NamedTuple):
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+_INTERPRETED = Tiles(32, 32, 4, 1)
+_CACHE_BYTES = 24 << 20
+
+_TABLE: dict[tuple[str, str, str, int], Tiles] = {}
+
+
+def tiles_for(kernel: str, q: Tensor, block_d: int, block_dv: int) -> Tiles:
+    """The tiles of `kernel` (fwd, dkdv, dq or dbias) for q's device and dtype and these head dims."""
+    if INTERPRETING and q.device.type == "cpu":
+        return _INTERPRETED
+    dtype_class = "single" if q.dtype == torch.float32 else "half"
+    head_dim = max(64, block_d, block_dv)
+    return _TABLE[kernel, architecture(q.device), dtype_class, head_dim]
+
+
+def heads_together(k: Tensor, v: Tensor) -> int:
+    """How many heads' keys and values fit in the last-level cache side by side."""
+    head_bytes = k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
+    return max(1, _CACHE_BYTES // head_bytes)

@@ -1,0 +1,329 @@
+"""Attention: softmax(scale q k^T + bias) v, with everything that may change the scores."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trilith.kernels._runtime.checks import (
+    require,
+    require_floating,
+    require_probability,
+    require_same_device,
+    require_shape,
+)
+from trilith.kernels._runtime.random import draw_seed
+from trilith.kernels.attention.op import OP
+from trilith.kernels.attention.reference import diagonal_of
+
+_NAME = "attention"
+_NO_TERMS = (None, None, None, None, None, 1.0, 0.0, 0.0, "top_left", -1, -1)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaled dot-product attention of H query heads over Hkv key heads.
+
+    score = softcap(scale * q . k) + bias - slope * |distance|, out = softmax(score) v. The distance
+    of query t from key s is counted from the diagonal s = t ("top_left") or s = t + S - T
+    ("bottom_right", also where `causal` is False).
+
+    Args:
+        q: (B, H, T, D), D from 1 to 256; any strides, as for all tensors here.
+        k: (B, Hkv, S, D), q's dtype. Hkv divides H; query head h reads key head h // (H / Hkv).
+        v: (B, Hkv, S, Dv), q's dtype; Dv from 1 to 256.
+        causal: False, "top_left" or "bottom_right": no key beyond the diagonal. True where T == S.
+        window: (left, right), how many keys before and after the diagonal's are seen; None for
+            any number.
+        bias: broadcasts to (B, H, T, S). Boolean: True where the key takes part. Floating: added.
+        alibi_slopes: (H,) or (B, H).
+        softcap: positive; scores become softcap * tanh(score / softcap).
+        sinks: (H,), one more score per head, which takes its share of the softmax and has no value.
+        key_padding_mask: (B, S) boolean, True where the key takes part.
+        dropout_p: the probability that a weight is dropped.
+        scale: 1 / sqrt(D) if None.
+        return_lse: whether to return the log-sum-exp of the scores too.
+
+    Returns:
+        (B, H, T, Dv) in q's dtype; with `return_lse` also (B, H, T) in fp32, natural logarithm. Both
+        differentiable. A query that sees no key has output 0, lse -inf, and gradients 0.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: shapes that do not fit, causal=True where T != S, a value out of range.
+
+    Numerics:
+        Sums in fp32. Probabilities, and score gradients, are rounded to the inputs' dtype before
+        they are multiplied. float32 products are IEEE. Deterministic.
+
+    Source: Vaswani et al., "Attention is all you need", 2017; Dao et al., "FlashAttention", 2022;
+        Press et al., "Train short, test long", 2021 (slopes); Xiao et al., "Efficient streaming
+        language models with attention sinks", 2023.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 8, 128, 64).unbind()
+        >>> attention(q, k, v, causal=True).shape
+        torch.Size([2, 8, 128, 64])
+    """
+    _check_shapes(q, k, v)
+    require_probability(_NAME, "dropout_p", dropout_p)
+    alignment, right = _diagonal(causal, q.shape[2], k.shape[2])
+    left, right = _window(window, right)
+    if softcap is not None:
+        require(softcap > 0, _NAME, "softcap", "be positive", softcap)
+    bias, slopes = _score_terms(q, k, bias, alibi_slopes, alignment)
+    require_same_device(
+        _NAME, q, bias=bias, alibi_slopes=slopes, sinks=sinks, key_padding_mask=key_padding_mask
+    )
+    require_shape(_NAME, "key_padding_mask", key_padding_mask, (q.shape[0], k.shape[2]))
+    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
+        raise TypeError(
+            f"{_NAME}: key_padding_mask must be boolean, True where a key takes part, "
+            f"got {key_padding_mask.dtype}"
+        )
+    require_floating(_NAME, sinks=sinks)
+    require_shape(_NAME, "sinks", sinks, (q.shape[1],))
+    scale = 1 / math.sqrt(max(1, q.shape[3])) if scale is None else scale
+    out, lse = _attend(
+        *(q, k, v, bias, key_padding_mask, slopes, sinks),
+        *(scale, softcap or 0.0, dropout_p, alignment, left, right, return_lse),
+    )
+    return (out, lse) if return_lse else out
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention, argument for argument.
+
+    Args:
+        query: (..., H, T, D), or (T, D); batch dimensions broadcast.
+        key: (..., H, S, D).
+        value: (..., H, S, Dv).
+        attn_mask: broadcasts to (..., H, T, S). Boolean: True where the key takes part. Else added.
+        dropout_p: the probability that a weight is dropped.
+        is_causal: no key after the query's own position, counted from the first of each.
+        scale: 1 / sqrt(D) if None.
+        enable_gqa: key and value may have fewer heads, a divisor of query's.
+
+    Returns:
+        (..., H, T, Dv) in query's dtype. A query that sees no key has output 0.
+
+    Raises:
+        RuntimeError: as torch does: arguments that no kernel takes are handed to torch.
+
+    Numerics: as `attention`.
+
+    Source: Vaswani et al., "Attention is all you need", 2017.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 8, 128, 64).unbind()
+        >>> scaled_dot_product_attention(q, k, v, is_causal=True).shape
+        torch.Size([2, 8, 128, 64])
+    """
+    batch = _common_batch(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    if batch is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
+    heads = key.shape[-3:-2] if enable_gqa else batch[-1:]
+    q = _as_4d(query, batch)
+    k = _as_4d(key, (*batch[:-1], *heads))
+    v = _as_4d(value, (*batch[:-1], *heads))
+    bias = None if attn_mask is None else _mask_as_4d(attn_mask, batch)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    out, _ = _attend(
+        *(q, k, v, bias, None, None, None, scale, 0.0, dropout_p),
+        *("top_left", -1, 0 if is_causal else -1, False),
+    )
+    return out.reshape(*batch, *out.shape[2:])
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    p: float,
+    alignment: str,
+    left: int,
+    right: int,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The op; where no kernel runs and the lse is not wanted, torch's function for what it can."""
+    terms = (key_mask, slopes, sinks)
+    rest = (scale, softcap, p, alignment, left, right)
+    if OP.runs_kernels(q, k, v, bias, *terms, None, *rest):
+        seed = draw_seed(q) if p > 0 else None
+        return OP(q, k, v, bias, *terms, seed, *rest)
+    plain = all(t is None for t in terms) and softcap == 0 and left < 0 and right <= 0
+    from_top = right < 0 or alignment == "top_left" or q.shape[2] == k.shape[2]
+    if plain and from_top and not return_lse and not (right == 0 and bias is not None):
+        gqa = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, bias, p, right == 0, scale, gqa)
+        return out, None
+    return OP(q, k, v, bias, *terms, None, *rest)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    require_floating(_NAME, q=q, k=k, v=v)
+    require_same_device(_NAME, q, k=k, v=v)
+    for arg, tensor in (("q", q), ("k", k), ("v", v)):
+        require(tensor.ndim == 4, _NAME, arg, "be 4-D (batch, heads, length, dim)", tensor.shape)
+    if not (q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)):
+        raise TypeError(
+            f"{_NAME}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
+        )
+    (B, H, _, D), (Hkv, S) = q.shape, k.shape[1:3]
+    require_shape(_NAME, "k", k, (B, Hkv, S, D))
+    require_shape(_NAME, "v", v, (B, Hkv, S, v.shape[3]))
+    divides = H % Hkv == 0 if Hkv else H == 0
+    require(divides, _NAME, "q's heads", f"be a multiple of k's {Hkv}", H)
+
+
+def _diagonal(causal: bool | str, T: int, S: int) -> tuple[str, int]:
+    """(alignment, how far right of the diagonal is seen)."""
+    if causal is False:
+        return "bottom_right", -1
+    if causal is True:
+        if T != S:
+            raise ValueError(
+                f"{_NAME}: causal must say where the diagonal lies when there are {T} queries and "
+                f'{S} keys, "top_left" or "bottom_right", got True'
+            )
+        return "top_left", 0
+    rule = 'be False, True, "top_left" or "bottom_right"'
+    require(causal in ("top_left", "bottom_right"), _NAME, "causal", rule, repr(causal))
+    return causal, 0
+
+
+def _window(window: tuple[int | None, int | None] | None, right: int) -> tuple[int, int]:
+    if window is None:
+        return -1, right
+    valid = len(window) == 2 and all(n is None or n >= 0 for n in window)
+    require(valid, _NAME, "window", "be (left, right), each None or not negative", window)
+    before, after = (-1 if n is None else n for n in window)
+    return before, after if right < 0 else 0
+
+
+def _score_terms(
+    q: Tensor, k: Tensor, bias: Tensor | None, slopes: Tensor | None, alignment: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Bias as 4-D and slopes as 2-D; slopes that want a gradient become a bias."""
+    (B, H, T, _), S = q.shape, k.shape[2]
+    if bias is not None:
+        if bias.dtype != torch.bool:
+            require_floating(_NAME, bias=bias)
+        sizes = (1,) * (4 - bias.ndim) + tuple(bias.shape)
+        fits = len(sizes) == 4 and all(
+            n in (1, m) for n, m in zip(sizes, (B, H, T, S), strict=True)
+        )
+        require(fits, _NAME, "bias", f"broadcast to {(B, H, T, S)}", tuple(bias.shape))
+        bias = bias[(None,) * (4 - bias.ndim)]
+    if slopes is not None:
+        require_floating(_NAME, alibi_slopes=slopes)
+        fits = tuple(slopes.shape) in ((H,), (B, H))
+        require(fits, _NAME, "alibi_slopes", f"be {(H,)} or {(B, H)}", tuple(slopes.shape))
+        slopes = slopes if slopes.ndim == 2 else slopes[None]
+        if slopes.requires_grad:
+            bias, slopes = _slopes_as_bias(bias, slopes, T, S, alignment), None
+    return bias, slopes
+
+
+def _slopes_as_bias(bias: Tensor | None, slopes: Tensor, T: int, S: int, alignment: str) -> Tensor:
+    rows = torch.arange(T, device=slopes.device)[:, None] + diagonal_of(alignment, T, S)
+    distance = (torch.arange(S, device=slopes.device) - rows).abs()
+    added = -slopes[..., None, None] * distance
+    if bias is None:
+        return added
+    return added.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else bias + added
+
+
+def _common_batch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> tuple[int, ...] | None:
+    """The batch dimensions of a call that our kernels take, heads last; None for any other call."""
+    tensors = (query, key, value)
+    if not all(isinstance(t, Tensor) and t.ndim >= 2 and not t.is_nested for t in tensors):
+        return None
+    if not OP.runs_kernels(query, key, value, *_NO_TERMS):
+        return None
+    autocast = torch.is_autocast_enabled(query.device.type)
+    dtypes = {t.dtype for t in tensors}
+    shapes_fit = query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2]
+    if (len(dtypes) > 1 and not autocast) or not shapes_fit or not 0.0 <= p <= 1.0:
+        return None
+    if max(query.shape[-1], value.shape[-1]) > 256 or (is_causal and mask is not None):
+        return None
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        return None
+    return _batch_shape(query, key, value, mask, enable_gqa)
+
+
+def _batch_shape(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
+) -> tuple[int, ...] | None:
+    trailing = 3 if enable_gqa else 2
+    if enable_gqa:
+        heads = [t.shape[-3] if t.ndim > 2 else 0 for t in (query, key, value)]
+        if 0 in heads or heads[1] != heads[2] or heads[0] % heads[1]:
+            return None
+    try:
+        leads = [t.shape[:-trailing] for t in (query, key, value)]
+        batch = (*torch.broadcast_shapes(*leads), *query.shape[-trailing:-2])
+        if mask is not None:
+            full = (*batch, query.shape[-2], key.shape[-2])
+            if mask.ndim < 2 or torch.broadcast_shapes(mask.shape, full) != full:
+                return None
+    except RuntimeError:
+        return None
+    return batch
+
+
+def _as_4d(tensor: Tensor, batch: tuple[int, ...]) -> Tensor:
+    tensor = tensor.expand(*batch, *tensor.shape[-2:])
+    if len(batch) <= 2:
+        return tensor[(None,) * (2 - len(batch))]
+    return tensor.flatten(0, len(batch) - 2)
+
+
+def _mask_as_4d(mask: Tensor, batch: tuple[int, ...]) -> Tensor:
+    mask = mask[(None,) * (max(2, len(batch)) + 2 - mask.ndim)]
+    if len(batch) <= 2:
+        return mask
+    return mask.expand(*batch[:-1], *mask.shape[-3:]).flatten(0, len(batch) - 2)

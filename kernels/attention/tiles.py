@@ -1,0 +1,176 @@
+"""What the forward and backward kernels share: tile ranges, loads, scores, dropout.
+
+A tile of scores has any orientation: `rows` and `cols` are the query and key positions of its
+elements, shaped to broadcast against it, as [BLOCK_M, 1] and [1, BLOCK_N] or the transposed.
+Scores are kept in base 2, that is times log2(e), so that probabilities are plain exp2.
+"""
+
+# ruff: noqa: ANN001, ANN201, ANN202
+
+from __future__ import annotations
+
+from trilith.kernels._runtime.language import tl, triton
+from trilith.kernels._runtime.random import keep_mask
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tile_of_program(num_tiles, num_heads, heads_together, LONGEST_LAST: tl.constexpr):
+    """(tile, head) of this program: tiles of a few heads at a time, the longest first.
+
+    `heads_together` heads have keys and values that stay in the last-level cache.
+    """
+    pid = tl.program_id(0)
+    section = pid // (num_tiles * heads_together)
+    within = pid - section * num_tiles * heads_together
+    heads = tl.minimum(heads_together, num_heads - section * heads_together)
+    tile = within // heads
+    head = section * heads_together + within - tile * heads
+    if LONGEST_LAST:
+        tile = num_tiles - 1 - tile
+    return tile, head.to(tl.int64)
+
+
+@triton.jit
+def band_range(
+    start,
+    stop,
+    limit,
+    low,
+    high,
+    HAS_LOW: tl.constexpr,
+    HAS_HIGH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Where the positions [start, stop) meet those of the other side, of which there are `limit`.
+
+    Position i meets j if i + low <= j <= i + high. Returns begin <= full_begin <= full_end <= end,
+    begin and full_end on tile borders where they start a loop: outside of [begin, end) nothing
+    meets, every tile in [full_begin, full_end) meets wholly.
+    """
+    begin = 0
+    full_begin = 0
+    end = limit
+    full_end = limit // BLOCK * BLOCK
+    if HAS_LOW:
+        begin = tl.minimum(tl.maximum(start + low, 0), limit) // BLOCK * BLOCK
+        full_begin = tl.cdiv(tl.maximum(stop - 1 + low, 0), BLOCK) * BLOCK
+    if HAS_HIGH:
+        end = tl.minimum(tl.maximum(stop + high, 0), limit)
+        full_end = tl.minimum(tl.maximum(start + high + 1, 0), limit) // BLOCK * BLOCK
+    full_begin = tl.minimum(full_begin, end)
+    full_end = tl.maximum(full_end, full_begin)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def load_rows(ptr, strides, rows, cols, M, N, CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):
+    """[rows, cols] of an (M, N) matrix; zeros outside of it."""
+    ptrs = ptr + rows.to(tl.int64)[:, None] * strides[2] + cols.to(tl.int64)[None, :] * strides[3]
+    if CHECK_ROWS and CHECK_COLS:
+        return tl.load(ptrs, mask=(rows < M)[:, None] & (cols < N)[None, :], other=0.0)
+    elif CHECK_ROWS:
+        return tl.load(ptrs, mask=(rows < M)[:, None], other=0.0)
+    elif CHECK_COLS:
+        return tl.load(ptrs, mask=(cols < N)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_rows(ptr, strides, rows, cols, M, N, value):
+    ptrs = ptr + rows.to(tl.int64)[:, None] * strides[2] + cols.to(tl.int64)[None, :] * strides[3]
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tanh(x):
+    """To 2**-22 of the value: a series near 0, where 1 - exp(-2|x|) would cancel."""
+    t = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - t) / (1.0 + t)
+    far = tl.where(x < 0, -far, far)
+    u = x * x
+    series = 2.1869488536e-2
+    series = -5.3968253968e-2 + u * series
+    series = 1.3333333333e-1 + u * series
+    series = -3.3333333333e-1 + u * series
+    near = x + x * u * series
+    return tl.where(u < 0.0625, near, far)
+
+
+@triton.jit
+def scores(
+    dots,
+    rows,
+    cols,
+    bias_ptr,
+    bias_strides,
+    key_mask_ptr,
+    key_mask_strides,
+    slope,
+    T,
+    S,
+    low,
+    high,
+    diagonal,
+    scale,
+    softcap,
+    HAS_LOW: tl.constexpr,
+    HAS_HIGH: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """(scores in base 2, d score / d (scale * dot)) of a tile of dot products q . k.
+
+    Only a MASKED tile looks at the band and at the end of the keys. bias_ptr and key_mask_ptr
+    point at this batch entry and head.
+    """
+    if HAS_SOFTCAP:
+        t = tanh(dots * (scale / softcap))
+        x = t * (softcap * LOG2E)
+        slope_of_cap = 1.0 - t * t
+    else:
+        x = dots * (scale * LOG2E)
+        slope_of_cap = 1.0
+    if HAS_SLOPE:
+        x -= (slope * LOG2E) * tl.abs(rows + diagonal - cols).to(tl.float32)
+    if bias_ptr is not None:
+        offsets = rows.to(tl.int64) * bias_strides[2] + cols.to(tl.int64) * bias_strides[3]
+        bias = tl.load(bias_ptr + offsets, mask=(rows < T) & (cols < S), other=0)
+        if bias_ptr.dtype.element_ty == tl.int1:
+            x = tl.where(bias, x, -float("inf"))
+        else:
+            x += bias.to(tl.float32) * LOG2E
+    if key_mask_ptr is not None:
+        kept = tl.load(
+            key_mask_ptr + cols.to(tl.int64) * key_mask_strides[1], mask=cols < S, other=0
+        )
+        x = tl.where(kept, x, -float("inf"))
+    if MASKED:
+        meets = cols < S
+        if HAS_LOW:
+            meets &= cols >= rows + low
+        if HAS_HIGH:
+            meets &= cols <= rows + high
+        x = tl.where(meets, x, -float("inf"))
+    return x, slope_of_cap
+
+
+@triton.jit
+def kept_by_dropout(seed_ptr, row_offset, rows, first_col, S, p, BLOCK_N: tl.constexpr):
+    """[rows, BLOCK_N] of the mask over (B * H * T, S); `row_offset` is the first row's index."""
+    quads_per_row = tl.cdiv(S, 4)
+    quads = first_col // 4 + tl.arange(0, BLOCK_N // 4)
+    positions = (row_offset + rows.to(tl.int64))[:, None] * quads_per_row + quads[None, :]
+    return keep_mask(seed_ptr, positions, p)
+
+
+@triton.jit
+def base2_lse(ptr, offs_m, T):
+    """lse of rows in base 2; +inf for rows that saw no key or are none, so that p is 0 there."""
+    lse = tl.load(ptr + offs_m, mask=offs_m < T, other=float("inf"))
+    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
