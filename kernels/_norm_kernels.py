@@ -1,0 +1,331 @@
+# ruff: noqa: ANN001, ANN202
+"""The kernels that layer_norm and rms_norm share: a null `mean_ptr` asks for the RMS norm.
+
+M rows of N elements. With g = dy * weight and x_hat = (x - mean) * rstd, backward is
+
+    dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat))
+    dweight = sum(dy * x_hat)    dbias = sum(dy)
+
+where rms_norm has neither mean nor mean(g).
+
+The variance is the mean of squared differences from the mean. A row that fits on chip is read once.
+A longer one is read twice in forward: each lane keeps a running mean and sum of squared differences
+(Welford), which are merged at the end. It is read twice in backward too: for mean(g) and
+mean(g * x_hat), then a block of columns at a time. Weight gradients are summed per program, then
+over programs, without atomics.
+
+Source: Welford, "Note on a method for calculating corrected sums of squares and products", 1962.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trilith.kernels._runtime.language import tl, triton
+from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.reduce import column_sum, column_sum_pair
+from trilith.kernels._runtime.rows import (
+    RowTile,
+    as_rows,
+    persistent_programs,
+    row_offsets,
+    row_tile,
+)
+
+_FWD_RESIDENT_N = 16384  # 32 elements a thread in 16 warps
+_BWD_RESIDENT_N = 8192  # 16 elements a thread in 16 warps, beside two accumulators
+_LOOPED_N, _LOOPED_WARPS = 8192, 16
+_SPLIT_N, _SPLIT_WARPS = 4096, 8
+
+
+@triton.jit
+def _norm_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    x_strides,
+    weight_stride,
+    bias_stride,
+    M,
+    N,
+    inner,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns [BLOCK_M, N]."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N).to(tl.int64)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    x_offsets = row_offsets(rows, inner, x_strides)[:, None] + (cols * x_strides[2])[None, :]
+    x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32)
+    if mean_ptr is not None:
+        mean = tl.sum(x, axis=1) / N
+        tl.store(mean_ptr + rows, mean, mask=rows < M)
+        x = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / N + tl.cast(eps, tl.float32))
+    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+    y = x * rstd[:, None]
+    y = _affine(y, weight_ptr, bias_ptr, cols[None, :], weight_stride, bias_stride, N)
+    y_offsets = rows[:, None] * N + cols[None, :]
+    tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _affine(y, weight_ptr, bias_ptr, cols, weight_stride, bias_stride, N):
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + cols * weight_stride, mask=cols < N, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + cols * bias_stride, mask=cols < N, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _norm_fwd_looped_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    x_strides,
+    weight_stride,
+    bias_stride,
+    N,
+    inner,
+    eps,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns one row, and reads it twice, BLOCK_N columns at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row_offsets(row, inner, x_strides)
+    lanes = tl.arange(0, BLOCK_N).to(tl.int64)
+    lane_mean = tl.zeros((BLOCK_N,), tl.float32)
+    lane_squares = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        cols = start + lanes
+        x = tl.load(x_ptr + cols * x_strides[2], mask=cols < N, other=0.0).to(tl.float32)
+        if mean_ptr is not None:
+            change = tl.where(cols < N, x - lane_mean, 0.0)
+            lane_mean += change * (1.0 / (start // BLOCK_N + 1))
+            lane_squares += change * (x - lane_mean)
+        else:
+            lane_squares += x * x
+    mean = 0.0
+    if mean_ptr is not None:
+        lane_count = tl.maximum((N - lanes + BLOCK_N - 1) // BLOCK_N, 0).to(tl.float32)
+        mean = tl.sum(lane_mean * lane_count) / N
+        lane_squares += lane_count * (lane_mean - mean) * (lane_mean - mean)
+        tl.store(mean_ptr + row, mean)
+    rstd = 1.0 / tl.sqrt(tl.sum(lane_squares) / N + tl.cast(eps, tl.float32))
+    tl.store(rstd_ptr + row, rstd)
+    y_ptr += row * N
+    for start in range(0, N, BLOCK_N):
+        cols = start + lanes
+        x = tl.load(x_ptr + cols * x_strides[2], mask=cols < N, other=0.0).to(tl.float32)
+        y = _affine((x - mean) * rstd, weight_ptr, bias_ptr, cols, weight_stride, bias_stride, N)
+        tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=cols < N)
+
+
+@triton.jit
+def _norm_bwd_kernel(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    sums_ptr,
+    dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    dy_strides,
+    x_strides,
+    weight_stride,
+    M,
+    N,
+    inner,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One of P programs owns [BLOCK_M, BLOCK_N] of every P-th tile of rows.
+
+    Where BLOCK_N < N, `sums_ptr` (2, M) has the rows' means of g and g * x_hat. dweight and dbias
+    are partial sums (P, N).
+    """
+    programs = tl.num_programs(0).to(tl.int64)
+    pid = tl.program_id(0).to(tl.int64)
+    cols = (tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    weight = 1.0
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + cols * weight_stride, mask=cols < N, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # two stages: the next tile of rows is fetched while this one is worked on
+    for start in tl.range(pid * BLOCK_M, M, programs * BLOCK_M, num_stages=2):
+        rows = start + tl.arange(0, BLOCK_M)
+        mask = (rows < M)[:, None] & (cols < N)
+        dy_tile = dy_ptr + row_offsets(rows, inner, dy_strides)[:, None] + cols * dy_strides[2]
+        x_tile = x_ptr + row_offsets(rows, inner, x_strides)[:, None] + cols * x_strides[2]
+        dy = tl.load(dy_tile, mask=mask, other=0.0).to(tl.float32)
+        x_hat = tl.load(x_tile, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)[:, None]
+        mean = 0.0
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)[:, None]
+        x_hat = (x_hat - mean) * rstd
+        if dx_ptr is not None:
+            g = dy * weight
+            mean_g = 0.0
+            if sums_ptr is None:
+                mean_gx = tl.sum(g * x_hat, axis=1, keep_dims=True) / N
+                if mean_ptr is not None:
+                    mean_g = tl.sum(g, axis=1, keep_dims=True) / N
+            else:
+                mean_gx = tl.load(sums_ptr + M + rows, mask=rows < M, other=0.0)[:, None]
+                if mean_ptr is not None:
+                    mean_g = tl.load(sums_ptr + rows, mask=rows < M, other=0.0)[:, None]
+            dx = (g - mean_g - x_hat * mean_gx) * rstd
+            dx_tile = dx_ptr + rows[:, None] * N + cols
+            tl.store(dx_tile, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if dweight_ptr is not None:
+            dweight += dy * x_hat
+        if dbias_ptr is not None:
+            dbias += dy
+    offsets = pid * N + cols
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + offsets, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < N)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + offsets, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < N)
+
+
+@triton.jit
+def _norm_bwd_sums_kernel(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    sums_ptr,
+    dy_strides,
+    x_strides,
+    weight_stride,
+    M,
+    N,
+    inner,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns one row, and writes its means of g and of g * x_hat."""
+    row = tl.program_id(0).to(tl.int64)
+    dy_ptr += row_offsets(row, inner, dy_strides)
+    x_ptr += row_offsets(row, inner, x_strides)
+    mean = 0.0
+    if mean_ptr is not None:
+        mean = tl.load(mean_ptr + row)
+    rstd = tl.load(rstd_ptr + row)
+    sum_g = tl.zeros((BLOCK_N,), tl.float32)
+    sum_gx = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        cols = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        mask = cols < N
+        g = tl.load(dy_ptr + cols * dy_strides[2], mask=mask, other=0.0).to(tl.float32)
+        g = _affine(g, weight_ptr, None, cols, weight_stride, 0, N)
+        x = tl.load(x_ptr + cols * x_strides[2], mask=mask, other=0.0).to(tl.float32)
+        sum_gx += g * ((x - mean) * rstd)
+        sum_g += g
+    if mean_ptr is not None:
+        tl.store(sums_ptr + row, tl.sum(sum_g) / N)
+    tl.store(sums_ptr + M + row, tl.sum(sum_gx) / N)
+
+
+def norm_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    y: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+) -> None:
+    n = x.shape[-1]
+    m = x.numel() // n
+    rows = as_rows(x)
+    tensors = (*rows.tensors, weight, bias, y, mean, rstd)
+    strides = (*rows.strides, _stride(weight), _stride(bias))
+    if n > _FWD_RESIDENT_N:
+        options = {"BLOCK_N": _LOOPED_N, "num_warps": _LOOPED_WARPS}
+        launch(_norm_fwd_looped_kernel, (m,), *tensors, *strides, n, rows.inner, eps, **options)
+        return
+    tile = row_tile(n, per_thread=16, max_warps=16)
+    launch(
+        _norm_fwd_kernel,
+        (triton.cdiv(m, tile.block_m),),
+        *tensors,
+        *strides,
+        m,
+        n,
+        rows.inner,
+        eps,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+    )
+
+
+def norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias, those of them that are needed."""
+    n = x.shape[-1]
+    m = x.numel() // n
+    rows = as_rows(dy, x)
+    inputs = (*rows.tensors, weight, mean, rstd)
+    strides_and_sizes = (*rows.strides, _stride(weight), m, n, rows.inner)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+    sums = None
+    tile = row_tile(n, per_thread=16, max_warps=16)
+    if n > _BWD_RESIDENT_N:
+        tile = RowTile(1, _SPLIT_N, _SPLIT_WARPS)
+        if needs[0]:
+            sums = rstd.new_empty((2, m))
+            options = {"BLOCK_N": _SPLIT_N, "num_warps": _SPLIT_WARPS}
+            launch(_norm_bwd_sums_kernel, (m,), *inputs, sums, *strides_and_sizes, **options)
+    splits = triton.cdiv(n, tile.block_n)
+    programs = persistent_programs(m, tile, x.device, splits)
+    partials = rstd.new_empty((needs[1] + needs[2], programs, n))
+    launch(
+        _norm_bwd_kernel,
+        (programs, splits),
+        *inputs,
+        sums,
+        dx,
+        partials[0] if needs[1] else None,
+        partials[-1] if needs[2] else None,
+        *strides_and_sizes,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+    )
+    dweight = dbias = None
+    if needs[1] and needs[2]:
+        dweight, dbias = column_sum_pair(partials, weight.dtype, bias.dtype)
+    elif needs[1]:
+        dweight = column_sum(partials[0], weight.dtype)
+    elif needs[2]:
+        dbias = column_sum(partials[0], bias.dtype)
+    return dx, dweight, dbias
+
+
+def _stride(vector: Tensor | None) -> int:
+    return 1 if vector is None else vector.stride(0)
