@@ -1,0 +1,452 @@
+"""Cross-entropy of M rows of V logits against class indices, one loss a row.
+
+    y = x, or softcap * tanh(x / softcap)      lse = log(sum(exp(y)))      p = exp(y - lse)
+    loss = weight[t] * ((1 - s) * (lse - y[t]) + z_loss * lse^2) + s / V * sum(weight * (lse - y))
+    dy = weight[t] * ((1 - s) * (p - onehot) + 2 * z_loss * lse * p) + s / V * (p * W - weight)
+
+x (M, V) logits, t (M,) labels, weight (V,) or all ones, W = sum(weight), s the label smoothing.
+Rows labelled `ignore_index` have loss and gradient exactly 0; their logits are not read. Saved for
+backward: x, t, weight, and in fp32 (M,) each `peak` = max(y) and `log_sum` = lse - peak.
+
+Numerics: fp32 throughout, one rounding of the gradient. lse is kept in two parts, so that logits
+far from zero lose nothing. When the model is sure of the right class, lse - y[t] and p - 1 come
+from the sum over the other classes, never from a difference of nearly equal numbers.
+
+Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; the z loss:
+Chowdhery et al., "PaLM", 2022; the soft cap: Gemma Team, "Gemma 2", 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from trilith.kernels._runtime.checks import (
+    require,
+    require_floating,
+    require_same_device,
+    require_shape,
+)
+from trilith.kernels._runtime.language import tl, triton
+from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.logits import capped, class_weights, expm1, load_labels, log1p
+from trilith.kernels._runtime.rows import RowTile, row_tile
+from trilith.plugins import BackwardContext, Cost, OpSpec, Sample, registry
+
+_MAX_BLOCK = 4096
+_REDUCTIONS = ("none", "mean", "sum")
+_LABEL_DTYPES = (torch.int64, torch.uint8)
+
+
+@triton.jit
+def _cross_entropy_fwd_kernel(
+    x_ptr,
+    target_ptr,
+    weight_ptr,
+    weight_sum_ptr,
+    loss_ptr,
+    peak_ptr,
+    log_sum_ptr,
+    x_strides,
+    target_stride,
+    weight_stride,
+    M,
+    N,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    SMOOTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns [BLOCK_M, N], and reads it once, BLOCK_N columns at a time."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    label, live, wrong = load_labels(target_ptr, target_stride, rows, M, N, ignore_index)
+    x_rows = x_ptr + rows * x_strides[0]
+    chosen, _ = capped(
+        tl.load(x_rows + label.to(tl.int64) * x_strides[1], mask=live, other=0.0), softcap
+    )
+    origin = tl.where(tl.abs(chosen) < float("inf"), chosen, 0.0)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    lane_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    lane_smooth = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        mask = live[:, None] & (cols < N)[None, :]
+        offsets = (cols.to(tl.int64) * x_strides[1])[None, :]
+        y, _ = capped(tl.load(x_rows[:, None] + offsets, mask=mask, other=0.0), softcap)
+        if SMOOTH:
+            weight = class_weights(weight_ptr, weight_stride, cols, cols < N)[None, :]
+            lane_smooth += tl.where(mask, weight * (y - origin[:, None]), 0.0)
+        other = tl.where(mask & (cols[None, :] != label[:, None]), y, float("-inf"))
+        new_top = tl.maximum(top, tl.max(other, axis=1))
+        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        lane_sum = lane_sum * tl.exp(top - safe_top)[:, None] + tl.exp(other - safe_top[:, None])
+        top = new_top
+    peak = tl.maximum(top, chosen)
+    others = tl.sum(lane_sum, axis=1) * tl.exp(top - peak)
+    log_sum = tl.log(others + tl.exp(chosen - peak))
+    log_sum = tl.where(chosen == peak, log1p(others), log_sum)
+    log_sum += peak - peak  # NaN if a logit is +inf, or all are -inf
+    weight = class_weights(weight_ptr, weight_stride, label, live)
+    loss = weight * (peak - chosen + log_sum)
+    if SMOOTH:
+        smoothing = tl.cast(label_smoothing, tl.float32)
+        weight_sum = N * 1.0 if weight_sum_ptr is None else tl.load(weight_sum_ptr)
+        smooth = weight_sum * (peak - origin + log_sum) - tl.sum(lane_smooth, axis=1)
+        loss = loss * (1.0 - smoothing) + smooth * (smoothing / N)
+    z = tl.cast(z_loss, tl.float32)
+    lse = peak + log_sum
+    loss += tl.where(z == 0.0, 0.0, weight * z * lse * lse)
+    loss = tl.where(live, loss, tl.where(wrong, float("nan"), 0.0))
+    tl.store(loss_ptr + rows, loss, mask=rows < M)
+    tl.store(peak_ptr + rows, peak, mask=rows < M)
+    tl.store(log_sum_ptr + rows, log_sum, mask=rows < M)
+
+
+@triton.jit
+def _cross_entropy_bwd_kernel(
+    dloss_ptr,
+    x_ptr,
+    target_ptr,
+    weight_ptr,
+    weight_sum_ptr,
+    peak_ptr,
+    log_sum_ptr,
+    dx_ptr,
+    dloss_stride,
+    x_strides,
+    target_stride,
+    weight_stride,
+    M,
+    N,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    SMOOTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns [BLOCK_M, BLOCK_N]."""
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    rows = (pid // n_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = (pid % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    label, live, wrong = load_labels(target_ptr, target_stride, rows, M, N, ignore_index)
+    mask = live[:, None] & (cols < N)[None, :]
+    x_rows = x_ptr + rows * x_strides[0]
+    offsets = (cols.to(tl.int64) * x_strides[1])[None, :]
+    y, slope = capped(tl.load(x_rows[:, None] + offsets, mask=mask, other=0.0), softcap)
+    chosen, _ = capped(
+        tl.load(x_rows + label.to(tl.int64) * x_strides[1], mask=live, other=0.0), softcap
+    )
+    peak = tl.load(peak_ptr + rows, mask=live, other=0.0)
+    log_sum = tl.load(log_sum_ptr + rows, mask=live, other=0.0)
+    dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=live, other=0.0).to(tl.float32)
+    weight = class_weights(weight_ptr, weight_stride, label, live)
+    spread = 2.0 * tl.cast(z_loss, tl.float32) * weight * (peak + log_sum)
+    if SMOOTH:
+        share = tl.cast(label_smoothing, tl.float32) / N
+        weight_sum = N * 1.0 if weight_sum_ptr is None else tl.load(weight_sum_ptr)
+        spread += share * weight_sum
+        weight *= 1.0 - tl.cast(label_smoothing, tl.float32)
+    p = tl.exp(y - peak[:, None] - log_sum[:, None])
+    missing = weight * expm1(chosen - peak - log_sum)
+    dx = p * (weight + spread)[:, None]
+    is_label = cols[None, :] == label[:, None]
+    dx = tl.where(is_label, missing[:, None] + p * spread[:, None], dx)
+    if SMOOTH:
+        dx -= share * class_weights(weight_ptr, weight_stride, cols, cols < N)[None, :]
+    if slope is not None:
+        dx *= slope
+    dx = tl.where(mask, dx * dloss[:, None], tl.where(wrong, float("nan"), 0.0)[:, None])
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    tl.store(
+        dx_ptr + rows[:, None] * N + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside
+    )
+
+
+def _require_labels(target: Tensor, ignore_index: int, n_classes: int) -> None:
+    """On CPU, as torch: an IndexError. On a GPU a look at the labels would stall the host."""
+    if target.device.type != "cpu" or isinstance(target, FakeTensor):
+        return
+    wrong = (target != ignore_index) & ((target < 0) | (target >= n_classes))
+    if wrong.any():
+        first = target[wrong][0].item()
+        raise IndexError(
+            f"cross_entropy: target must be in [0, {n_classes}) or {ignore_index}, got {first}"
+        )
+
+
+def _cross_entropy_out(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    loss, peak, log_sum = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3))
+    return loss, peak, log_sum
+
+
+def _cross_entropy_fwd(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _require_labels(target, ignore_index, x.shape[1])
+    outputs = _cross_entropy_out(x)
+    weight_sum, tile, tail, options = _launch_arguments(
+        x, target, weight, ignore_index, label_smoothing, z_loss, softcap
+    )
+    grid = (triton.cdiv(x.shape[0], tile.block_m),)
+    inputs = (x, target, weight, weight_sum)
+    launch(_cross_entropy_fwd_kernel, grid, *inputs, *outputs, *tail, **options)
+    return outputs
+
+
+def _cross_entropy_bwd(ctx: BackwardContext, dloss: Tensor) -> tuple[Tensor]:
+    x, target, weight = ctx.inputs[:3]
+    dx = x.new_empty(x.shape)
+    weight_sum, tile, tail, options = _launch_arguments(*ctx.inputs)
+    grid = (triton.cdiv(x.shape[0], tile.block_m) * triton.cdiv(x.shape[1], tile.block_n),)
+    inputs = (dloss, x, target, weight, weight_sum, *ctx.aux)
+    launch(_cross_entropy_bwd_kernel, grid, *inputs, dx, dloss.stride(0), *tail, **options)
+    return (dx,)
+
+
+def _launch_arguments(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> tuple[Tensor | None, RowTile, tuple[Any, ...], dict[str, Any]]:
+    """What both kernels take: sum(weight), the tile, the arguments from x_strides on, options."""
+    smooth = label_smoothing > 0
+    weight_sum = weight.sum(dtype=torch.float32) if smooth and weight is not None else None
+    weight_stride = None if weight is None else weight.stride(0)
+    strides = (x.stride(), target.stride(0), weight_stride)
+    scalars = (ignore_index, label_smoothing, z_loss, softcap)
+    tile = row_tile(min(x.shape[1], _MAX_BLOCK), per_thread=16, max_warps=8)
+    options = {
+        "SMOOTH": smooth,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "num_warps": tile.num_warps,
+    }
+    return weight_sum, tile, (*strides, *x.shape, *scalars), options
+
+
+def _widened_logits(x: Tensor, softcap: float | None) -> Tensor:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
+
+
+def _cross_entropy_reference(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> Tensor:
+    """Cross-entropy per row, fp32 (float64 for float64 logits); class weights are constants."""
+    logits = _widened_logits(x, softcap)
+    weight = None if weight is None else weight.detach().to(logits.dtype)
+    loss = F.cross_entropy(
+        logits,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    if z_loss:
+        z = z_loss * torch.logsumexp(logits, dim=1).square()
+        if weight is not None:
+            z = z * weight[target.clamp(0, weight.shape[0] - 1)]
+        loss = loss + z.masked_fill(target == ignore_index, 0.0)
+    return loss
+
+
+def _cross_entropy_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    def draw(m: int, n: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(m, n, device=device, dtype=dtype)
+        return x, torch.randint(0, n, (m,), device=device)
+
+    def weight(n: int) -> Tensor:
+        return torch.rand(n, device=device) + 0.5
+
+    x, target = draw(5, 33)
+    yield Sample(x, target, None, -100, 0.0, 0.0, None)
+    target[2] = -100
+    yield Sample(x, target, weight(33), -100, 0.0, 0.0, None)
+    x, target = draw(9, 7)
+    yield Sample(x, target, None, 3, 0.1, 0.0, None)
+    yield Sample(x * 4, target, weight(7).to(dtype), -1, 0.2, 1e-2, 5.0)
+    x, target = draw(130, 6)
+    yield Sample(x.t(), target[:6], weight(130), -100, 0.1, 1e-3, None)
+    x, target = draw(3, 1)
+    yield Sample(x, target, None, -100, 0.0, 0.0, 30.0)
+
+
+def _cross_entropy_cost(x: Tensor, target: Tensor, *_: object) -> Cost:
+    logits, rows = x.numel() * x.element_size(), 4 * x.shape[0]
+    labels = target.numel() * target.element_size()
+    return Cost(
+        forward_bytes=logits + labels + 3 * rows,
+        backward_bytes=2 * logits + labels + 3 * rows,
+        forward_flops=4 * x.numel(),
+        backward_flops=4 * x.numel(),
+    )
+
+
+_CROSS_ENTROPY = registry.add_op(
+    OpSpec(
+        name="trilith::cross_entropy",
+        forward=_cross_entropy_fwd,
+        backward=_cross_entropy_bwd,
+        reference=_cross_entropy_reference,
+        samples=_cross_entropy_samples,
+        fake=_cross_entropy_out,
+        cost=_cross_entropy_cost,
+        save_outputs=False,
+    )
+)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Cross-entropy between logits and targets, as `torch.nn.functional.cross_entropy`.
+
+    Args:
+        input: logits (N, C), (C,) or (N, C, d1, ...), floating-point. Of the last a copy with the
+            classes innermost is made, unless memory has them so.
+        target: class indices (N,), () or (N, d1, ...), int64 or uint8; or class probabilities,
+            floating-point and shaped as input, which run in plain PyTorch.
+        weight: (C,) weight of each class, floating-point; it cannot require a gradient.
+        ignore_index: label of the rows that have loss and gradient exactly 0 and are not counted.
+        reduction: "none", "sum", or "mean": the mean over the counted rows, weighted by their
+            labels' weights. If no row is counted the mean is NaN, and the gradient 0.
+        label_smoothing: share of the target that is spread evenly over all classes.
+        z_loss: adds `z_loss * lse ** 2` to the loss of each row, multiplied like the rest of it by
+            its label's weight, so that the mean is a weighted mean of both; with class
+            probabilities, without a weight. lse is the row's logsumexp after the soft cap.
+        softcap: replaces the logits x by `softcap * tanh(x / softcap)`.
+
+    Returns:
+        A scalar, or for "none" a tensor shaped as the class indices; in the input's dtype, but
+        float32 (float64 for float64 logits) under autocast.
+
+    Raises:
+        IndexError: a label is out of range, on CPU. On a GPU that row's loss and gradient are NaN.
+        RuntimeError: target is of another integer dtype, or weight requires a gradient; as torch.
+        ValueError: shapes don't fit, or an option is out of its range.
+        TypeError: input or weight is not floating-point.
+
+    Numerics: fp32 from the load on, one rounding of the result and one of the gradient; input's and
+    weight's dtypes may differ. Deterministic.
+
+    Example:
+        >>> loss = cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), z_loss=1e-4)
+    """
+    _check(input, target, weight, reduction, label_smoothing, softcap)
+    if target.is_floating_point():
+        loss = _soft_cross_entropy(
+            input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap
+        )
+    else:
+        class_dim = min(input.dim() - 1, 1)
+        labels = target.reshape(-1).to(torch.int64)
+        x = input.movedim(class_dim, -1).reshape(labels.shape[0], input.shape[class_dim])
+        loss = _CROSS_ENTROPY(x, labels, weight, ignore_index, label_smoothing, z_loss, softcap)
+        if reduction == "none":
+            loss = loss.reshape(target.shape)
+        else:
+            loss = loss.sum()
+            if reduction == "mean":
+                loss = loss / _counted(labels, weight, ignore_index)
+    return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
+
+
+def _check(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    softcap: float | None,
+) -> None:
+    op = "cross_entropy"
+    require_floating(op, input=input, weight=weight)
+    require(input.dim() > 0, op, "input", "have a class dimension", "a scalar")
+    class_dim = min(input.dim() - 1, 1)
+    classes, shape = input.shape[class_dim], list(input.shape)
+    if not target.is_floating_point():
+        del shape[class_dim]
+        if target.dtype not in _LABEL_DTYPES:
+            raise RuntimeError(
+                f"{op}: target must be int64 or uint8 class indices, or floating-point class "
+                f"probabilities, got {target.dtype}"
+            )
+    require_shape(op, "target", target, shape)
+    require_shape(op, "weight", weight, (classes,))
+    require_same_device(op, input, target=target, weight=weight)
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: weight must not require a gradient; detach it")
+    require(reduction in _REDUCTIONS, op, "reduction", f"be one of {_REDUCTIONS}", repr(reduction))
+    require(0 <= label_smoothing <= 1, op, "label_smoothing", "be in [0, 1]", label_smoothing)
+    require(softcap is None or softcap > 0, op, "softcap", "be None or positive", softcap)
+
+
+def _counted(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What the mean divides by: how many rows are not ignored, or the sum of their weights."""
+    counted = target != ignore_index
+    if weight is None:
+        return counted.sum()
+    weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    return torch.where(counted, weight[target.clamp(0, weight.shape[0] - 1)], 0.0).sum()
+
+
+def _soft_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> Tensor:
+    """Cross-entropy against class probabilities in plain PyTorch, widened to fp32 or float64."""
+    logits = _widened_logits(input, softcap)
+    loss = F.cross_entropy(
+        logits,
+        target.to(logits.dtype),
+        None if weight is None else weight.detach().to(logits.dtype),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    if z_loss:
+        z = z_loss * torch.logsumexp(logits, dim=min(input.dim() - 1, 1)).square()
+        loss = loss + (z if reduction == "none" else z.sum() if reduction == "sum" else z.mean())
+    return loss
