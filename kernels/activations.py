@@ -31,6 +31,7 @@ from trilith.kernels._runtime.elementwise import (
     keep_scale,
     offsets,
     reference_dropout,
+    require_seed,
     tile_rows,
 )
 from trilith.kernels._runtime.functors import ACTIVATIONS, require_activation
@@ -204,6 +205,7 @@ def _bias_act_out(x: Tensor, *_: object) -> tuple[Tensor]:
 def _bias_act_fwd(
     x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, p: float
 ) -> tuple[Tensor, ...]:
+    require_seed("bias_act", seed, p)
     (y,) = _bias_act_out(x)
     plane = as_plane(x, columns=bias is not None, p=p)
     tile = plane.tile(_FORWARD_ELEMENTS)

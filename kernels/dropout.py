@@ -30,6 +30,7 @@ from trilith.kernels._runtime.elementwise import (
     keep_scale,
     offsets,
     reference_dropout,
+    require_seed,
     tile_rows,
 )
 from trilith.kernels._runtime.language import tl, triton
@@ -158,6 +159,7 @@ def _dropout_out(x: Tensor, *_: object) -> tuple[Tensor]:
 
 
 def _dropout_fwd(x: Tensor, seed: Tensor | None, p: float) -> tuple[Tensor, ...]:
+    require_seed("dropout", seed, p)
     (y,) = _dropout_out(x)
     _apply(x, None, None, seed, p, y)
     return (y,)
@@ -250,6 +252,7 @@ def _bias_dropout_add_fwd(
     p: float,
     x_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
+    require_seed("bias_dropout_add", seed, p)
     (y,) = _bias_dropout_add_out(x, residual)
     _apply(x, residual, bias, seed, p, y)
     return (y,)
@@ -294,8 +297,15 @@ def _bias_dropout_add_grads(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | 
     return dx, None, bias.new_empty(bias.shape) if needs_bias else None
 
 
-def _bias_dropout_add_shared(*_: object) -> dict[str, int | str]:
-    return {"residual": 0}
+def _bias_dropout_add_shared(
+    x: None,
+    residual: None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    x_dtype: torch.dtype,
+) -> dict[str, int | str]:
+    return {"residual": 0} if p > 0.0 else {"residual": 0, "x": 0}
 
 
 def _bias_dropout_add_reference(

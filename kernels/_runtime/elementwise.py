@@ -82,6 +82,11 @@ def keep_scale(p: float) -> float:
     return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
+def require_seed(op: str, seed: Tensor | None, p: float) -> None:
+    if seed is None and p > 0.0:
+        raise ValueError(f"{op}: seed must be given where p > 0, got None; draw_seed(x) makes one")
+
+
 def reference_dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """Dropout in plain PyTorch, with the kernels' mask where there is a seed. Dropped means 0."""
     if p == 0.0:

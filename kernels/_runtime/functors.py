@@ -4,11 +4,11 @@
     f(z) = act(z)        df(z, g) = g * act'(z)
 
 df takes the incoming gradient g, because relu, leaky_relu and elu select it rather than scale it:
-an infinite g times a zero slope must stay 0 there. Infinities and NaN come out where torch has them.
+an infinite g times a zero slope stays 0 there. Infinities and NaN come out where torch has them.
 
 Numerics: act' of a sigmoid-like function is s * (1 - s). Near saturation 1 - s loses every digit,
 so s(z) and s(-z) are computed side by side from exp(-|z|), which neither overflows nor cancels.
-tanh is a polynomial below 0.55 and (1 - e) / (1 + e) with e = exp(-2 |z|) above: within 4 roundings.
+tanh is a polynomial below 0.55 and (1 - e) / (1 + e), e = exp(-2 |z|), above: within 4 roundings.
 """
 
 from __future__ import annotations
