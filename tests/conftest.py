@@ -16,7 +16,6 @@ if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
 import pytest
 
 from tests.support import interpreter
-from tests.support.poison import poisoned
 
 interpreter.apply()
 
@@ -32,5 +31,7 @@ def seeded():
 @pytest.fixture
 def poison():
     """`torch.empty` and its kin give NaN (integers: their maximum) in this test."""
+    from trilith.plugins._compare import poisoned
+
     with poisoned():
         yield

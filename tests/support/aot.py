@@ -173,20 +173,18 @@ def captured(arch: str, name: str = "") -> tuple[list[Launch], list[Report]]:
 
 def _run(op: Any, sample: Any) -> None:
     """Forward and backward of every implementation, on whatever tensors the sample holds."""
-    spec = op.spec
+    from trilith.plugins.conformance import backward_arguments
+
     args = op._bind(sample.args, sample.kwargs)
     for implementation in op.implementations:
         results = op._run_forward(*args, implementation.provider)
         if implementation.backward is None:
             continue
-        outputs, aux = results[: spec.outputs], results[spec.outputs :]
+        outputs = results[: op.spec.outputs]
         grads = [torch.empty_like(o) if o.is_floating_point() else None for o in outputs]
-        needs = [isinstance(a, Tensor) and a.is_floating_point() for a in args]
-        inputs = [
-            None if i in op._tensors and i not in op._saved else a for i, a in enumerate(args)
-        ]
-        kept = list(results) if spec.save_outputs else list(aux)
-        op._run_backward(*grads, *inputs, kept, implementation.provider, needs)
+        call = backward_arguments(op, args, implementation.provider, results, grads)
+        if any(call[-1]):
+            op._run_backward(*call)
 
 
 def _stand_in(value: Any) -> Any:

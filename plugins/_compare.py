@@ -1,0 +1,100 @@
+"""How the conformance checks compare tensors, and how they make unwritten memory show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_FLOOR = 1e-5
+
+
+def assert_near(what: str, actual: Tensor, expected: Tensor, eager: Tensor) -> None:
+    """Errors within twice those of the reference in the same dtype (float32: ten times)."""
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
+    if not actual.is_floating_point():
+        assert torch.equal(actual, expected.to(actual.dtype)), f"{what}: differs from the reference"
+        return
+    rounded = expected.to(actual.dtype)
+    limit = torch.finfo(actual.dtype).max
+    overflow = expected.isfinite() & (expected.abs() > 0.99 * limit)
+    _assert_pattern(what, actual, rounded, overflow)
+    finite = actual.isfinite() & expected.isfinite()
+    if not finite.any():
+        return
+    error = torch.where(finite, (actual.double() - expected).abs(), 0)
+    fair = torch.where(finite & eager.isfinite(), (eager.double() - expected).abs(), 0)
+    size = torch.where(finite, expected.abs(), 0)
+    factor = 10 if actual.dtype == torch.float32 else 2
+    floor = _FLOOR * min(1.0, size.max().item())
+    unit = torch.finfo(actual.dtype).eps * size
+    bound = factor * fair.max() + floor + unit
+    worst = int((error - bound).argmax())
+    assert (error <= bound).all(), (
+        f"{what}: {_at(worst, actual)} is {actual.flatten()[worst].item():.6g}, the reference "
+        f"gives {expected.flatten()[worst].item():.6g}; error {error.flatten()[worst].item():.2g}, "
+        f"bound {bound.flatten()[worst].item():.2g}; {int((error > bound).sum())} of "
+        f"{error.numel()} elements"
+    )
+    mean = factor * fair.mean() + floor / 10 + unit.mean() / 2
+    assert error.mean() <= mean, f"{what}: mean error {error.mean():.2g}, bound {mean:.2g}"
+
+
+def _assert_pattern(what: str, actual: Tensor, expected: Tensor, ignored: Tensor) -> None:
+    wrong = (actual.isnan() != expected.isnan()) | (
+        (actual.isinf() | expected.isinf()) & (actual != expected) & ~ignored
+    )
+    if wrong.any():
+        first = int(wrong.flatten().int().argmax())
+        raise AssertionError(
+            f"{what}: NaN or inf differ in {int(wrong.sum())} elements; {_at(first, actual)} is "
+            f"{actual.flatten()[first].item()}, expected {expected.flatten()[first].item()}"
+        )
+
+
+def _at(flat: int, tensor: Tensor) -> str:
+    index = torch.unravel_index(torch.tensor(flat), tensor.shape)
+    return f"element {[int(i) for i in index]} of {list(tensor.shape)}"
+
+
+def assert_same(what: str, actual: Tensor, expected: Tensor) -> None:
+    """Equal up to the order of fp32 sums and one rounding."""
+    assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, not {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
+    if not actual.is_floating_point():
+        assert torch.equal(actual, expected), f"{what}: differs"
+        return
+    _assert_pattern(what, actual, expected, torch.zeros_like(actual, dtype=torch.bool))
+    finite = expected.isfinite()
+    if not finite.any():
+        return
+    size = torch.where(finite, expected.double().abs(), 0)
+    error = torch.where(finite, (actual.double() - expected.double()).abs(), 0)
+    bound = 2 * torch.finfo(actual.dtype).eps * size + 256 * 2.0**-24 * size.max()
+    worst = int((error - bound).argmax())
+    assert (error <= bound).all(), (
+        f"{what}: {_at(worst, actual)} is {actual.flatten()[worst].item():.6g}, expected "
+        f"{expected.flatten()[worst].item():.6g}"
+    )
+
+
+def assert_bits(what: str, actual: Tensor, expected: Tensor) -> None:
+    same = torch.equal(actual.detach().nan_to_num(nan=0.5), expected.detach().nan_to_num(nan=0.5))
+    assert same and torch.equal(actual.isnan(), expected.isnan()), f"{what} changed"
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Uninitialised floating-point memory reads as NaN inside."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill

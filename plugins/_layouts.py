@@ -1,0 +1,75 @@
+"""Functions of a tensor that give the same values in another layout, and two that repeat some."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """The last two dimensions lie the other way round in memory."""
+    if tensor.ndim < 2:
+        return every_other(tensor)
+    return tensor.detach().transpose(-1, -2).clone(memory_format=torch.contiguous_format).mT
+
+
+def every_other(tensor: Tensor) -> Tensor:
+    """Every second element of a wider tensor; NaN between."""
+    if tensor.ndim == 0:
+        return misaligned(tensor)
+    wide = _filled(tensor, (*tensor.shape[:-1], 2 * tensor.shape[-1]))
+    return wide[..., ::2].copy_(tensor.detach())
+
+
+def padded_rows(tensor: Tensor) -> Tensor:
+    """Rows of a wider tensor; NaN beyond them."""
+    if tensor.ndim == 0:
+        return misaligned(tensor)
+    wide = _filled(tensor, (*tensor.shape[:-1], tensor.shape[-1] + 3))
+    return wide[..., : tensor.shape[-1]].copy_(tensor.detach())
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """Contiguous, one element off the allocation's alignment; NaN before and after."""
+    wide = _filled(tensor, (tensor.numel() + 2,))
+    return wide[1 : 1 + tensor.numel()].view(tensor.shape).copy_(tensor.detach())
+
+
+def packed(tensor: Tensor) -> Tensor:
+    """The middle third of a projection that packs three, as q, k and v come."""
+    if tensor.ndim == 0:
+        return misaligned(tensor)
+    wide = _filled(tensor, (*tensor.shape[:-1], 3, tensor.shape[-1]))
+    return wide.select(-2, 1).copy_(tensor.detach())
+
+
+def odd_unit_strides(tensor: Tensor) -> Tensor:
+    """Dimensions of size 1 with strides that no contiguous tensor has."""
+    dense = contiguous(tensor)
+    strides = [7 if n == 1 else s for n, s in zip(dense.shape, dense.stride(), strict=True)]
+    return dense.as_strided(dense.shape, strides)
+
+
+def expanded(tensor: Tensor) -> Tensor:
+    """The first element everywhere, stride 0: what `.sum().backward()` hands to an op."""
+    return tensor.detach().flatten()[0].clone().expand(tensor.shape)
+
+
+def expanded_rows(tensor: Tensor) -> Tensor:
+    """The first row everywhere, stride 0: what `.sum(0)` hands back."""
+    if tensor.ndim < 2:
+        return expanded(tensor)
+    return tensor.detach()[:1].clone().expand(tensor.shape)
+
+
+LAYOUTS = (contiguous, transposed, every_other, padded_rows, misaligned, packed, odd_unit_strides)
+EXPANDED = (expanded, expanded_rows)
+
+
+def _filled(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    value = float("nan") if tensor.is_floating_point() else 0
+    return torch.full(shape, value, dtype=tensor.dtype, device=tensor.device)
