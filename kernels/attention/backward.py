@@ -19,6 +19,7 @@ from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels.attention.tiles import (
     band_range,
     base2_lse,
+    head_terms,
     kept_by_dropout,
     load_rows,
     scores,
@@ -72,45 +73,32 @@ def _keys_loop(
     dout_ptr,
     lse_ptr,
     delta_ptr,
-    bias_ptr,
-    key_mask_ptr,
     seed_ptr,
     q_strides,
     dout_strides,
-    bias_strides,
-    key_mask_strides,
     start_n,
     begin,
     end,
     row_offset,
-    slope,
-    T,
-    S,
-    D,
-    DV,
-    low,
-    high,
-    diagonal,
-    scale,
-    softcap,
-    p_drop,
-    keep_scale,
+    terms,
+    term_strides,
+    sizes,
+    band,
+    scalars,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PAD_D: tl.constexpr,
     PAD_DV: tl.constexpr,
-    HAS_LOW: tl.constexpr,
-    HAS_HIGH: tl.constexpr,
-    HAS_SLOPE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    FLAGS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Add to dk and dv of a tile of keys what the queries [begin, end) of one head give."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
+    T, S, D, DV = sizes
     for start_m in range(begin, end, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, q_strides, offs_m, offs_d, T, D, MASKED, PAD_D)
@@ -120,32 +108,24 @@ def _keys_loop(
             dots,
             offs_m[None, :],
             offs_n[:, None],
-            bias_ptr,
-            bias_strides,
-            key_mask_ptr,
-            key_mask_strides,
-            slope,
-            T,
-            S,
-            low,
-            high,
-            diagonal,
-            scale,
-            softcap,
-            HAS_LOW,
-            HAS_HIGH,
-            HAS_SLOPE,
-            HAS_SOFTCAP,
+            terms,
+            term_strides,
+            sizes,
+            band,
+            scalars,
+            FLAGS,
             MASKED,
         )
         p = tl.exp2(x - lse[None, :])
         dout = load_rows(dout_ptr, dout_strides, offs_m, offs_dv, T, DV, MASKED, PAD_DV)
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         if seed_ptr is not None:
-            kept = kept_by_dropout(seed_ptr, row_offset, offs_m, start_n, S, p_drop, BLOCK_N)
+            kept = kept_by_dropout(
+                seed_ptr, row_offset, offs_m, start_n, sizes[1], scalars[2], BLOCK_N
+            )
             kept = tl.trans(kept)
-            dp = tl.where(kept, dp * keep_scale, 0.0)
-            p_kept = tl.where(kept, p * keep_scale, 0.0)
+            dp = tl.where(kept, dp * scalars[3], 0.0)
+            p_kept = tl.where(kept, p * scalars[3], 0.0)
         else:
             p_kept = p
         dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision="ieee")
@@ -199,14 +179,18 @@ def attention_bwd_dkdv_kernel(
     BLOCK_DV: tl.constexpr,
     PAD_D: tl.constexpr,
     PAD_DV: tl.constexpr,
-    HAS_LOW: tl.constexpr,
-    HAS_HIGH: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):
     """One program owns dk [BLOCK_N, D] and dv [BLOCK_N, DV] of one key head."""
-    HAS_SLOPE: tl.constexpr = slopes_ptr is not None
-    scale = tl.cast(scale, tl.float32)
-    softcap = tl.cast(softcap, tl.float32)
+    sizes = (T, S, D, DV)
+    band = (low, high, diagonal)
+    scalars = (
+        tl.cast(scale, tl.float32),
+        tl.cast(softcap, tl.float32),
+        tl.cast(p_drop, tl.float32),
+        tl.cast(keep_scale, tl.float32),
+    )
+    term_strides = (bias_strides, key_mask_strides)
     HKV = H // G
     tile, bhkv = tile_of_program(tl.cdiv(S, BLOCK_N), BH // G, heads_together, False)
     b = bhkv // HKV
@@ -221,23 +205,15 @@ def attention_bwd_dkdv_kernel(
     v = load_rows(v_ptr, v_strides, offs_n, offs_dv, S, DV, True, PAD_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    if key_mask_ptr is not None:
-        key_mask_ptr += b * key_mask_strides[0]
     begin, full_begin, full_end, end = band_range(
-        start_n, tl.minimum(start_n + BLOCK_N, S), T, -high, -low, HAS_HIGH, HAS_LOW, BLOCK_M
+        start_n, tl.minimum(start_n + BLOCK_N, S), T, -high, -low, FLAGS[1], FLAGS[0], BLOCK_M
     )
     for g in range(G):
         h = hkv * G + g
         bh = b * H + h
-        head_bias_ptr = bias_ptr
-        if bias_ptr is not None:
-            head_bias_ptr = bias_ptr + b * bias_strides[0] + h * bias_strides[1]
-        slope = 0.0
-        if slopes_ptr is not None:
-            slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1])
-            slope = slope.to(tl.float32)
+        terms = head_terms(bias_ptr, key_mask_ptr, slopes_ptr, term_strides, slopes_strides, b, h)
         for phase in tl.static_range(3):
-            if phase != 0 or HAS_HIGH:
+            if phase != 0 or FLAGS[1]:
                 dk, dv = _keys_loop(
                     dk,
                     dv,
@@ -247,42 +223,28 @@ def attention_bwd_dkdv_kernel(
                     dout_ptr + b * dout_strides[0] + h * dout_strides[1],
                     lse_ptr + bh * T,
                     delta_ptr + bh * T,
-                    head_bias_ptr,
-                    key_mask_ptr,
                     seed_ptr,
                     q_strides,
                     dout_strides,
-                    bias_strides,
-                    key_mask_strides,
                     start_n,
                     begin if phase == 0 else (full_begin if phase == 1 else full_end),
                     full_begin if phase == 0 else (full_end if phase == 1 else end),
                     bh * T,
-                    slope,
-                    T,
-                    S,
-                    D,
-                    DV,
-                    low,
-                    high,
-                    diagonal,
-                    scale,
-                    softcap,
-                    p_drop,
-                    keep_scale,
+                    terms,
+                    term_strides,
+                    sizes,
+                    band,
+                    scalars,
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_D,
                     BLOCK_DV,
                     PAD_D,
                     PAD_DV,
-                    HAS_LOW,
-                    HAS_HIGH,
-                    HAS_SLOPE,
-                    HAS_SOFTCAP,
+                    FLAGS,
                     phase != 1,
                 )
     dk_ptr += b * dk_strides[0] + hkv * dk_strides[1]
     dv_ptr += b * dv_strides[0] + hkv * dv_strides[1]
-    store_rows(dk_ptr, dk_strides, offs_n, offs_d, S, D, dk * scale)
+    store_rows(dk_ptr, dk_strides, offs_n, offs_d, S, D, dk * scalars[0])
     store_rows(dv_ptr, dv_strides, offs_n, offs_dv, S, DV, dv)

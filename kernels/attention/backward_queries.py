@@ -11,6 +11,7 @@ from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels.attention.tiles import (
     band_range,
     base2_lse,
+    head_terms,
     kept_by_dropout,
     load_rows,
     scores,
@@ -31,26 +32,14 @@ def score_gradient(
     offs_n,
     start_n,
     row_offset,
-    bias_ptr,
-    bias_strides,
-    key_mask_ptr,
-    key_mask_strides,
     seed_ptr,
-    slope,
-    T,
-    S,
-    low,
-    high,
-    diagonal,
-    scale,
-    softcap,
-    p_drop,
-    keep_scale,
+    terms,
+    term_strides,
+    sizes,
+    band,
+    scalars,
     BLOCK_N: tl.constexpr,
-    HAS_LOW: tl.constexpr,
-    HAS_HIGH: tl.constexpr,
-    HAS_SLOPE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    FLAGS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """(ds, d score / d (scale * dot)) of a tile [BLOCK_M, BLOCK_N]."""
@@ -59,29 +48,19 @@ def score_gradient(
         dots,
         offs_m[:, None],
         offs_n[None, :],
-        bias_ptr,
-        bias_strides,
-        key_mask_ptr,
-        key_mask_strides,
-        slope,
-        T,
-        S,
-        low,
-        high,
-        diagonal,
-        scale,
-        softcap,
-        HAS_LOW,
-        HAS_HIGH,
-        HAS_SLOPE,
-        HAS_SOFTCAP,
+        terms,
+        term_strides,
+        sizes,
+        band,
+        scalars,
+        FLAGS,
         MASKED,
     )
     p = tl.exp2(x - lse[:, None])
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
     if seed_ptr is not None:
-        kept = kept_by_dropout(seed_ptr, row_offset, offs_m, start_n, S, p_drop, BLOCK_N)
-        dp = tl.where(kept, dp * keep_scale, 0.0)
+        kept = kept_by_dropout(seed_ptr, row_offset, offs_m, start_n, sizes[1], scalars[2], BLOCK_N)
+        dp = tl.where(kept, dp * scalars[3], 0.0)
     return p * (dp - delta[:, None]), slope_of_cap
 
 
@@ -94,43 +73,30 @@ def _queries_loop(
     delta,
     k_ptr,
     v_ptr,
-    bias_ptr,
-    key_mask_ptr,
     seed_ptr,
     k_strides,
     v_strides,
-    bias_strides,
-    key_mask_strides,
     offs_m,
     begin,
     end,
     row_offset,
-    slope,
-    T,
-    S,
-    D,
-    DV,
-    low,
-    high,
-    diagonal,
-    scale,
-    softcap,
-    p_drop,
-    keep_scale,
+    terms,
+    term_strides,
+    sizes,
+    band,
+    scalars,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PAD_D: tl.constexpr,
     PAD_DV: tl.constexpr,
-    HAS_LOW: tl.constexpr,
-    HAS_HIGH: tl.constexpr,
-    HAS_SLOPE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    FLAGS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Add to dq of a tile of queries what the keys [begin, end) give."""
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
+    _, S, D, DV = sizes
     for start_n in range(begin, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, k_strides, offs_n, offs_d, S, D, MASKED, PAD_D)
@@ -146,26 +112,14 @@ def _queries_loop(
             offs_n,
             start_n,
             row_offset,
-            bias_ptr,
-            bias_strides,
-            key_mask_ptr,
-            key_mask_strides,
             seed_ptr,
-            slope,
-            T,
-            S,
-            low,
-            high,
-            diagonal,
-            scale,
-            softcap,
-            p_drop,
-            keep_scale,
+            terms,
+            term_strides,
+            sizes,
+            band,
+            scalars,
             BLOCK_N,
-            HAS_LOW,
-            HAS_HIGH,
-            HAS_SLOPE,
-            HAS_SOFTCAP,
+            FLAGS,
             MASKED,
         )
         dq = tl.dot((ds * slope_of_cap).to(k.dtype), k, dq, input_precision="ieee")
@@ -214,15 +168,19 @@ def attention_bwd_dq_kernel(
     BLOCK_DV: tl.constexpr,
     PAD_D: tl.constexpr,
     PAD_DV: tl.constexpr,
-    HAS_LOW: tl.constexpr,
-    HAS_HIGH: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):
     """One program owns dq [BLOCK_M, D] of one query head."""
-    HAS_SLOPE: tl.constexpr = slopes_ptr is not None
-    scale = tl.cast(scale, tl.float32)
-    softcap = tl.cast(softcap, tl.float32)
-    tile, bh = tile_of_program(tl.cdiv(T, BLOCK_M), BH, heads_together, HAS_HIGH)
+    sizes = (T, S, D, DV)
+    band = (low, high, diagonal)
+    scalars = (
+        tl.cast(scale, tl.float32),
+        tl.cast(softcap, tl.float32),
+        tl.cast(p_drop, tl.float32),
+        tl.cast(keep_scale, tl.float32),
+    )
+    term_strides = (bias_strides, key_mask_strides)
+    tile, bh = tile_of_program(tl.cdiv(T, BLOCK_M), BH, heads_together, FLAGS[1])
     b = bh // H
     h = bh - b * H
     hkv = h // G
@@ -231,13 +189,7 @@ def attention_bwd_dq_kernel(
     v_ptr += b * v_strides[0] + hkv * v_strides[1]
     dout_ptr += b * dout_strides[0] + h * dout_strides[1]
     dq_ptr += b * dq_strides[0] + h * dq_strides[1]
-    if bias_ptr is not None:
-        bias_ptr += b * bias_strides[0] + h * bias_strides[1]
-    if key_mask_ptr is not None:
-        key_mask_ptr += b * key_mask_strides[0]
-    slope = 0.0
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1]).to(tl.float32)
+    terms = head_terms(bias_ptr, key_mask_ptr, slopes_ptr, term_strides, slopes_strides, b, h)
     start_m = tile * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -248,10 +200,10 @@ def attention_bwd_dq_kernel(
     delta = tl.load(delta_ptr + bh * T + offs_m, mask=offs_m < T, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, full_begin, full_end, end = band_range(
-        start_m, tl.minimum(start_m + BLOCK_M, T), S, low, high, HAS_LOW, HAS_HIGH, BLOCK_N
+        start_m, tl.minimum(start_m + BLOCK_M, T), S, low, high, FLAGS[0], FLAGS[1], BLOCK_N
     )
     for phase in tl.static_range(3):
-        if phase != 0 or HAS_LOW:
+        if phase != 0 or FLAGS[0]:
             dq = _queries_loop(
                 dq,
                 q,
@@ -260,41 +212,27 @@ def attention_bwd_dq_kernel(
                 delta,
                 k_ptr,
                 v_ptr,
-                bias_ptr,
-                key_mask_ptr,
                 seed_ptr,
                 k_strides,
                 v_strides,
-                bias_strides,
-                key_mask_strides,
                 offs_m,
                 begin if phase == 0 else (full_begin if phase == 1 else full_end),
                 full_begin if phase == 0 else (full_end if phase == 1 else end),
                 bh * T,
-                slope,
-                T,
-                S,
-                D,
-                DV,
-                low,
-                high,
-                diagonal,
-                scale,
-                softcap,
-                p_drop,
-                keep_scale,
+                terms,
+                term_strides,
+                sizes,
+                band,
+                scalars,
                 BLOCK_N,
                 BLOCK_D,
                 BLOCK_DV,
                 PAD_D,
                 PAD_DV,
-                HAS_LOW,
-                HAS_HIGH,
-                HAS_SLOPE,
-                HAS_SOFTCAP,
+                FLAGS,
                 phase != 1,
             )
-    store_rows(dq_ptr, dq_strides, offs_m, offs_d, T, D, dq * scale)
+    store_rows(dq_ptr, dq_strides, offs_m, offs_d, T, D, dq * scalars[0])
 
 
 @triton.jit
@@ -340,14 +278,18 @@ def attention_bwd_dbias_kernel(
     BLOCK_DV: tl.constexpr,
     PAD_D: tl.constexpr,
     PAD_DV: tl.constexpr,
-    HAS_LOW: tl.constexpr,
-    HAS_HIGH: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):
     """One program owns dbias [BLOCK_M, BLOCK_N] of one bias matrix, whoever shares it."""
-    HAS_SLOPE: tl.constexpr = slopes_ptr is not None
-    scale = tl.cast(scale, tl.float32)
-    softcap = tl.cast(softcap, tl.float32)
+    sizes = (T, S, D, DV)
+    band = (low, high, diagonal)
+    scalars = (
+        tl.cast(scale, tl.float32),
+        tl.cast(softcap, tl.float32),
+        tl.cast(p_drop, tl.float32),
+        tl.cast(keep_scale, tl.float32),
+    )
+    term_strides = (bias_strides, key_mask_strides)
     tiles_n = tl.cdiv(S, BLOCK_N)
     tiles = tl.cdiv(T, BLOCK_M) * tiles_n
     pid = tl.program_id(0)
@@ -366,13 +308,7 @@ def attention_bwd_dbias_kernel(
         h = first_h + sharer % SHARING_HEADS
         hkv = h // G
         bh = b * H + h
-        head_key_mask_ptr = key_mask_ptr
-        if key_mask_ptr is not None:
-            head_key_mask_ptr = key_mask_ptr + b * key_mask_strides[0]
-        slope = 0.0
-        if slopes_ptr is not None:
-            slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1])
-            slope = slope.to(tl.float32)
+        terms = head_terms(bias_ptr, key_mask_ptr, slopes_ptr, term_strides, slopes_strides, b, h)
         head_q_ptr = q_ptr + b * q_strides[0] + h * q_strides[1]
         head_k_ptr = k_ptr + b * k_strides[0] + hkv * k_strides[1]
         head_v_ptr = v_ptr + b * v_strides[0] + hkv * v_strides[1]
@@ -388,26 +324,14 @@ def attention_bwd_dbias_kernel(
             offs_n,
             start_n,
             bh * T,
-            bias_ptr + b * bias_strides[0] + h * bias_strides[1],
-            bias_strides,
-            head_key_mask_ptr,
-            key_mask_strides,
             seed_ptr,
-            slope,
-            T,
-            S,
-            low,
-            high,
-            diagonal,
-            scale,
-            softcap,
-            p_drop,
-            keep_scale,
+            terms,
+            term_strides,
+            sizes,
+            band,
+            scalars,
             BLOCK_N,
-            HAS_LOW,
-            HAS_HIGH,
-            HAS_SLOPE,
-            HAS_SOFTCAP,
+            FLAGS,
             True,
         )
         dbias += ds

@@ -25,7 +25,7 @@ _TABLE: dict[tuple[str, str, str, int], Tiles] = {}
 
 
 def tiles_for(kernel: str, q: Tensor, block_d: int, block_dv: int) -> Tiles:
-    """The tiles of `kernel` (fwd, dkdv, dq or dbias) for q's device and dtype and these head dims."""
+    """The tiles of `kernel` (fwd, dkdv, dq, dbias) for q's device and dtype."""
     if INTERPRETING and q.device.type == "cpu":
         return _INTERPRETED
     dtype_class = "single" if q.dtype == torch.float32 else "half"

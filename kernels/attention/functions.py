@@ -62,8 +62,8 @@ def attention(
         return_lse: whether to return the log-sum-exp of the scores too.
 
     Returns:
-        (B, H, T, Dv) in q's dtype; with `return_lse` also (B, H, T) in fp32, natural logarithm. Both
-        differentiable. A query that sees no key has output 0, lse -inf, and gradients 0.
+        (B, H, T, Dv) in q's dtype; with `return_lse` also (B, H, T) in fp32, natural logarithm.
+        Both are differentiable. A query that sees no key has output 0, lse -inf, and gradients 0.
 
     Raises:
         TypeError: a dtype that does not fit.

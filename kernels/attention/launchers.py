@@ -121,7 +121,7 @@ class _Call:
             (0, 0) if key_mask is None else key_mask.stride(),
             (0, 0) if self.slopes is None else self.slopes.stride(),
         )
-        self._flags = {"HAS_LOW": left >= 0, "HAS_HIGH": right >= 0, "HAS_SOFTCAP": softcap > 0}
+        self._flags = (left >= 0, right >= 0, slopes is not None, softcap > 0)
 
     def options(self, kernel: str) -> dict[str, Any]:
         """The constexprs and launch options of fwd, dkdv, dq or dbias."""
@@ -137,7 +137,7 @@ class _Call:
             "PAD_DV": block_dv != DV,
             "num_warps": tiles.num_warps,
             "num_stages": tiles.num_stages,
-            **self._flags,
+            "FLAGS": self._flags,
         }
 
     def delta(self, out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:

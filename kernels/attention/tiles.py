@@ -102,41 +102,50 @@ def tanh(x):
 
 
 @triton.jit
+def head_terms(bias_ptr, key_mask_ptr, slopes_ptr, strides, slopes_strides, b, h):
+    """The terms of `scores` at one batch entry and head."""
+    slope = 0.0
+    if bias_ptr is not None:
+        bias_ptr += b * strides[0][0] + h * strides[0][1]
+    if key_mask_ptr is not None:
+        key_mask_ptr += b * strides[1][0]
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1]).to(tl.float32)
+    return bias_ptr, key_mask_ptr, slope
+
+
+@triton.jit
 def scores(
     dots,
     rows,
     cols,
-    bias_ptr,
-    bias_strides,
-    key_mask_ptr,
-    key_mask_strides,
-    slope,
-    T,
-    S,
-    low,
-    high,
-    diagonal,
-    scale,
-    softcap,
-    HAS_LOW: tl.constexpr,
-    HAS_HIGH: tl.constexpr,
-    HAS_SLOPE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    terms,
+    strides,
+    sizes,
+    band,
+    scalars,
+    FLAGS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """(scores in base 2, d score / d (scale * dot)) of a tile of dot products q . k.
 
-    Only a MASKED tile looks at the band and at the end of the keys. bias_ptr and key_mask_ptr
-    point at this batch entry and head.
+    Only a MASKED tile looks at the band and at the end of the keys. `terms` is (bias pointer, key
+    mask pointer, slope) of this batch entry and head, `strides` those of bias and key mask; `sizes`
+    is (T, S, D, DV), `band` (low, high, diagonal), `scalars` (scale, softcap, p, 1 / (1 - p)),
+    FLAGS (HAS_LOW, HAS_HIGH, HAS_SLOPE, HAS_SOFTCAP).
     """
-    if HAS_SOFTCAP:
-        t = tanh(dots * (scale / softcap))
-        x = t * (softcap * LOG2E)
+    bias_ptr, key_mask_ptr, slope = terms
+    bias_strides, key_mask_strides = strides
+    T, S, _, _ = sizes
+    low, high, diagonal = band
+    if FLAGS[3]:
+        t = tanh(dots * (scalars[0] / scalars[1]))
+        x = t * (scalars[1] * LOG2E)
         slope_of_cap = 1.0 - t * t
     else:
-        x = dots * (scale * LOG2E)
+        x = dots * (scalars[0] * LOG2E)
         slope_of_cap = 1.0
-    if HAS_SLOPE:
+    if FLAGS[2]:
         x -= (slope * LOG2E) * tl.abs(rows + diagonal - cols).to(tl.float32)
     if bias_ptr is not None:
         offsets = rows.to(tl.int64) * bias_strides[2] + cols.to(tl.int64) * bias_strides[3]
@@ -152,9 +161,9 @@ def scores(
         x = tl.where(kept, x, -float("inf"))
     if MASKED:
         meets = cols < S
-        if HAS_LOW:
+        if FLAGS[0]:
             meets &= cols >= rows + low
-        if HAS_HIGH:
+        if FLAGS[1]:
             meets &= cols <= rows + high
         x = tl.where(meets, x, -float("inf"))
     return x, slope_of_cap
