@@ -107,7 +107,7 @@ def tile_rows(pid_m, BLOCK_M: tl.constexpr):
 @triton.jit
 def offsets(rows, cols, inner, strides, ALIGN: tl.constexpr):
     """Where elements [BLOCK_M, BLOCK_N] of a tensor in a Plane lie."""
-    starts = tl.multiple_of(row_offsets(rows, inner, strides), ALIGN)
+    starts = row_offsets(rows, inner, strides) // ALIGN * ALIGN  # says so to the compiler
     return starts[:, None] + (cols * strides[2])[None, :]
 
 
