@@ -1,0 +1,266 @@
+"""Train a byte-level language model on Python's standard library, or on a text of your own.
+
+python examples/train_lm.py [--text PATH] [--preset small|gpt2-small] [--resume]
+
+Writes to runs/train_lm/: checkpoint.safetensors, loss.png, sample.txt and metrics.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import signal
+import sys
+import time
+import zlib
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import torch
+    from lm import BadInput, data, plot
+    from lm.checkpoint import State, replace_file, restore, save
+    from lm.settings import Settings, parse, settings_from
+    from torch import Tensor, nn
+    from tqdm import tqdm
+
+    import trilith
+    from trilith.blocks import build_lm
+except ModuleNotFoundError as error:
+    print(
+        f"train_lm: {error.name} is missing; install it with: pip install -e '.[examples]'",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+EVAL_WINDOWS, FINAL_WINDOWS, EVAL_BATCH = 64, 1024, 32
+SAMPLE_BYTES, PROMPT_BYTES, TEMPERATURE = 400, 32, 0.8
+BAR_EVERY = 10
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run(argv)
+    except BadInput as error:
+        print(f"train_lm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train_lm: stopped at once; the last checkpoint stands", file=sys.stderr)
+        return 130
+
+
+def run(argv: list[str] | None) -> int:
+    began = time.perf_counter()
+    args = parse(argv)
+    corpus = data.text_file(args.text) if args.text else data.standard_library()
+    settings = settings_from(args, zlib.crc32(corpus.train.numpy().tobytes()))
+    data.require_windows(corpus, settings.context)
+    device = torch.device(args.device)
+    state = fresh_state(settings, corpus, device)
+    checkpoint = args.out / "checkpoint.safetensors"
+    resumed = checkpoint if args.resume == Path() else args.resume
+    if resumed is not None:
+        restore(resumed, state, settings)
+    prepare(checkpoint, resumed)
+
+    windows = data.held_out_windows(corpus.held_out, settings.context, FINAL_WINDOWS)
+    baselines = {
+        "unigram": data.unigram_loss(corpus.train, windows),
+        "bigram": data.bigram_loss(corpus.train, windows),
+    }
+    params = sum(p.numel() for p in state.model.parameters())
+    print(
+        f"{corpus.name}: {len(corpus.train):,} bytes to train on, {len(corpus.held_out):,} held "
+        f"out; {params:,} parameters on {device}"
+    )
+    first_step = state.step
+    with stop_requests() as stops:
+        seconds = train(state, settings, windows, args, checkpoint, stops)
+    save(checkpoint, state, settings)
+    if stops:
+        print(
+            f"train_lm: interrupted at step {state.step}, saved; go on with --resume {checkpoint}",
+            file=sys.stderr,
+        )
+        return 128 + stops[0]
+
+    val_loss = evaluate(state.model, windows, device)
+    state.evals.append((state.step, val_loss))
+    replace_file(
+        args.out / "loss.png",
+        lambda path: plot.loss_curve(path, state.losses.cpu(), state.evals, baselines),
+    )
+    text = sample(state.model, corpus.held_out[:PROMPT_BYTES], settings)
+    replace_file(args.out / "sample.txt", lambda path: path.write_text(text, encoding="utf-8"))
+    tokens = (state.step - first_step) * settings.batch * settings.accumulate * settings.context
+    metrics = {
+        "val_loss": val_loss,
+        "unigram_loss": baselines["unigram"],
+        "bigram_loss": baselines["bigram"],
+        "tokens_per_s": tokens / seconds if tokens else None,
+        "device": device_name(device),
+        "seconds": time.perf_counter() - began,
+        "steps": state.step,
+        "params": params,
+        "preset": args.preset,
+        "text": corpus.name,
+        "versions": versions(),
+    }
+    line = json.dumps(metrics, indent=2)
+    replace_file(args.out / "metrics.json", lambda path: path.write_text(line + "\n"))
+    report(text, metrics, args.out)
+    return 0
+
+
+def fresh_state(settings: Settings, corpus: data.Corpus, device: torch.device) -> State:
+    torch.manual_seed(settings.seed)
+    model = build_lm(settings.model).to(device)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+    batches = data.Batches(corpus.train, settings.batch, settings.context, settings.seed)
+    losses = torch.full((settings.steps,), math.nan, device=device)
+    return State(model, optimizer, batches, losses)
+
+
+def prepare(checkpoint: Path, resumed: Path | None) -> None:
+    """Make the output folder; another run's checkpoint there is kept under another name."""
+    try:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        if checkpoint.exists() and not (resumed and checkpoint.samefile(resumed)):
+            checkpoint.replace(checkpoint.with_name("previous.safetensors"))
+    except OSError as error:
+        raise BadInput(f"cannot write to --out {checkpoint.parent}: {error.strerror}") from None
+
+
+def train(
+    state: State,
+    settings: Settings,
+    windows: Tensor,
+    args: Namespace,
+    checkpoint: Path,
+    stops: list[int],
+) -> float:
+    """Train to the last step or to a stop request; returns the seconds spent in training steps."""
+    device = state.losses.device
+    chosen = windows[:: max(1, len(windows) // EVAL_WINDOWS)]
+    seconds = 0.0
+    with tqdm(total=settings.steps, initial=state.step, unit="step") as bar:
+        while state.step < settings.steps and not stops:
+            began = time.perf_counter()
+            state.losses[state.step] = train_step(state, settings, device)
+            state.step += 1
+            if state.step % BAR_EVERY == 0 or state.step == settings.steps:
+                bar.set_postfix(loss=f"{state.losses[state.step - 1].item():.3f}", refresh=False)
+            seconds += time.perf_counter() - began
+            bar.update()
+            if state.step % args.eval_every == 0 and state.step < settings.steps:
+                state.evals.append((state.step, evaluate(state.model, chosen, device)))
+            if state.step % args.save_every == 0:
+                save(checkpoint, state, settings)
+    return seconds
+
+
+def train_step(state: State, settings: Settings, device: torch.device) -> Tensor:
+    """One optimizer step over `accumulate` batches; returns their mean loss."""
+    state.model.train()
+    for group in state.optimizer.param_groups:
+        group["lr"] = settings.lr * schedule(state.step, settings)
+    state.optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=device)
+    for _ in range(settings.accumulate):
+        tokens, targets = (part.to(device, non_blocking=True) for part in state.batches.next())
+        with low_precision(device):
+            loss = state.model(tokens, targets) / settings.accumulate
+        loss.backward()
+        total += loss.detach()
+    nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip)
+    state.optimizer.step()
+    return total
+
+
+def schedule(step: int, settings: Settings) -> float:
+    """The share of the learning rate: linear warm-up, then half a cosine down to `final_lr`."""
+    warmup = max(1, round(settings.warmup * settings.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, settings.steps - warmup)
+    return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, windows: Tensor, device: torch.device) -> float:
+    """Nats per byte over windows (W, context + 1)."""
+    model.eval()
+    total = 0.0
+    for part in windows.split(EVAL_BATCH):
+        part = part.to(device)
+        with low_precision(device):
+            total += model(part[:, :-1], part[:, 1:]).item() * len(part)
+    return total / len(windows)
+
+
+@torch.no_grad()
+def sample(model: nn.Module, prompt: Tensor, settings: Settings) -> str:
+    """The prompt and SAMPLE_BYTES that the model makes of it."""
+    model.eval()
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    tokens = prompt.long().to(device)[None, -settings.context :]
+    for _ in range(SAMPLE_BYTES):
+        with low_precision(device):
+            logits = model(tokens[:, -settings.context :])[:, -1, : data.VOCAB_SIZE]
+        chances = (logits.float() / TEMPERATURE).softmax(dim=-1)
+        tokens = torch.cat([tokens, chances.multinomial(1, generator=generator)], dim=1)
+    return bytes(tokens[0].tolist()).decode("utf-8", errors="replace")
+
+
+def low_precision(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Signals that ask to stop, in a list that fills; the second interrupt stops at once."""
+    stops: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        stops.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stops
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"trilith": trilith.__version__, **found}
+
+
+def report(text: str, metrics: dict[str, object], out: Path) -> None:
+    print(f"\n--- a sample, from {PROMPT_BYTES} bytes of held-out text ---\n{text}\n---")
+    print(
+        f"val_loss {metrics['val_loss']:.3f} nats per byte (bigram {metrics['bigram_loss']:.3f}, "
+        f"unigram {metrics['unigram_loss']:.3f}) after {metrics['seconds']:.0f} s; see {out}/"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
