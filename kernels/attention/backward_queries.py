@@ -96,7 +96,7 @@ def _queries_loop(
     """Add to dq of a tile of queries what the keys [begin, end) give."""
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    _, S, D, DV = sizes
+    T, S, D, DV = sizes
     for start_n in range(begin, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, k_strides, offs_n, offs_d, S, D, MASKED, PAD_D)
@@ -313,7 +313,7 @@ def attention_bwd_dbias_kernel(
         head_k_ptr = k_ptr + b * k_strides[0] + hkv * k_strides[1]
         head_v_ptr = v_ptr + b * v_strides[0] + hkv * v_strides[1]
         head_dout_ptr = dout_ptr + b * dout_strides[0] + h * dout_strides[1]
-        ds, _ = score_gradient(
+        ds, slope_of_cap = score_gradient(
             load_rows(head_q_ptr, q_strides, offs_m, offs_d, T, D, True, PAD_D),
             load_rows(head_k_ptr, k_strides, offs_n, offs_d, S, D, True, PAD_D),
             load_rows(head_v_ptr, v_strides, offs_n, offs_dv, S, DV, True, PAD_DV),

@@ -72,7 +72,7 @@ def _forward_loop(
     )
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    _, S, D, DV = sizes
+    T, S, D, DV = sizes
     for start_n in range(begin, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, k_strides, offs_n, offs_d, S, D, MASKED, PAD_D)
@@ -82,7 +82,7 @@ def _forward_loop(
             m_safe = m_new
             p = tl.exp2(dots * (scalars[0] * LOG2E) - m_safe[:, None])
         else:
-            x, _ = scores(
+            x, slope_of_cap = scores(
                 dots,
                 offs_m[:, None],
                 offs_n[None, :],
