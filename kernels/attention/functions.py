@@ -148,7 +148,7 @@ def scaled_dot_product_attention(
     batch = _common_batch(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if batch is None:
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     heads = key.shape[-3:-2] if enable_gqa else batch[-1:]
     q = _as_4d(query, batch)
@@ -189,7 +189,8 @@ def _attend(
     from_top = right < 0 or alignment == "top_left" or q.shape[2] == k.shape[2]
     if plain and from_top and not return_lse and not (right == 0 and bias is not None):
         gqa = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, bias, p, right == 0, scale, gqa)
+        causal = right == 0
+        out = F.scaled_dot_product_attention(q, k, v, bias, p, causal, scale=scale, enable_gqa=gqa)
         return out, None
     return OP(q, k, v, bias, *terms, None, *rest)
 
