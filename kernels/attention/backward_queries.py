@@ -1,4 +1,6 @@
-"""Attention backward for the queries: dq = scale ds k; and for an additive bias: dbias = ds.
+"""Attention backward for the queries, dq = scale ds k, and for what is added to the scores.
+
+    dbias = sum of ds over the dims it broadcasts in,  dslope = - sum of ds |distance|
 
 Letters, formulas and source as in backward.py.
 """
@@ -67,6 +69,7 @@ def score_gradient(
 @triton.jit
 def _queries_loop(
     dq,
+    dslope,
     q,
     dout,
     lse,
@@ -91,9 +94,10 @@ def _queries_loop(
     PAD_D: tl.constexpr,
     PAD_DV: tl.constexpr,
     FLAGS: tl.constexpr,
+    WANTS_DSLOPE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add to dq of a tile of queries what the keys [begin, end) give."""
+    """Add to dq and dslope of a tile of queries what the keys [begin, end) give."""
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     T, S, D, DV = sizes
@@ -123,7 +127,10 @@ def _queries_loop(
             MASKED,
         )
         dq = tl.dot((ds * slope_of_cap).to(k.dtype), k, dq, input_precision="ieee")
-    return dq
+        if WANTS_DSLOPE:
+            distance = tl.abs(offs_m[:, None] + band[2] - offs_n[None, :])
+            dslope -= tl.sum(ds * distance.to(tl.float32), 1)
+    return dq, dslope
 
 
 @triton.jit
@@ -139,6 +146,7 @@ def attention_bwd_dq_kernel(
     lse_ptr,
     delta_ptr,
     dq_ptr,
+    dslope_ptr,
     q_strides,
     k_strides,
     v_strides,
@@ -170,7 +178,7 @@ def attention_bwd_dq_kernel(
     PAD_DV: tl.constexpr,
     FLAGS: tl.constexpr,
 ):
-    """One program owns dq [BLOCK_M, D] of one query head."""
+    """One program owns dq [BLOCK_M, D] of one query head, and its rows' parts of dslope."""
     sizes = (T, S, D, DV)
     band = (low, high, diagonal)
     scalars = (
@@ -199,13 +207,15 @@ def attention_bwd_dq_kernel(
     lse = base2_lse(lse_ptr + bh * T, offs_m, T)
     delta = tl.load(delta_ptr + bh * T + offs_m, mask=offs_m < T, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dslope = tl.zeros([BLOCK_M], tl.float32)
     begin, full_begin, full_end, end = band_range(
         start_m, tl.minimum(start_m + BLOCK_M, T), S, low, high, FLAGS[0], FLAGS[1], BLOCK_N
     )
     for phase in tl.static_range(3):
         if phase != 0 or FLAGS[0]:
-            dq = _queries_loop(
+            dq, dslope = _queries_loop(
                 dq,
+                dslope,
                 q,
                 dout,
                 lse,
@@ -230,9 +240,12 @@ def attention_bwd_dq_kernel(
                 PAD_D,
                 PAD_DV,
                 FLAGS,
+                dslope_ptr is not None,
                 phase != 1,
             )
     store_rows(dq_ptr, dq_strides, offs_m, offs_d, T, D, dq * scalars[0])
+    if dslope_ptr is not None:
+        tl.store(dslope_ptr + bh * T + offs_m, dslope, mask=offs_m < T)
 
 
 @triton.jit

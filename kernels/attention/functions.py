@@ -17,7 +17,6 @@ from trilith.kernels._runtime.checks import (
 )
 from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels.attention.op import OP
-from trilith.kernels.attention.reference import diagonal_of
 
 _NAME = "attention"
 _NO_TERMS = (None, None, None, None, None, 1.0, 0.0, 0.0, "top_left", -1, -1)
@@ -88,7 +87,7 @@ def attention(
     left, right = _window(window, right)
     if softcap is not None:
         require(softcap > 0, _NAME, "softcap", "be positive", softcap)
-    bias, slopes = _score_terms(q, k, bias, alibi_slopes, alignment)
+    bias, slopes = _score_terms(q, k, bias, alibi_slopes)
     require_same_device(
         _NAME, q, bias=bias, alibi_slopes=slopes, sinks=sinks, key_padding_mask=key_padding_mask
     )
@@ -237,9 +236,9 @@ def _window(window: tuple[int | None, int | None] | None, right: int) -> tuple[i
 
 
 def _score_terms(
-    q: Tensor, k: Tensor, bias: Tensor | None, slopes: Tensor | None, alignment: str
+    q: Tensor, k: Tensor, bias: Tensor | None, slopes: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Bias as 4-D and slopes as 2-D; slopes that want a gradient become a bias."""
+    """Bias as 4-D, slopes as 2-D."""
     (B, H, T, _), S = q.shape, k.shape[2]
     if bias is not None:
         if bias.dtype != torch.bool:
@@ -255,18 +254,7 @@ def _score_terms(
         fits = tuple(slopes.shape) in ((H,), (B, H))
         require(fits, _NAME, "alibi_slopes", f"be {(H,)} or {(B, H)}", tuple(slopes.shape))
         slopes = slopes if slopes.ndim == 2 else slopes[None]
-        if slopes.requires_grad:
-            bias, slopes = _slopes_as_bias(bias, slopes, T, S, alignment), None
     return bias, slopes
-
-
-def _slopes_as_bias(bias: Tensor | None, slopes: Tensor, T: int, S: int, alignment: str) -> Tensor:
-    rows = torch.arange(T, device=slopes.device)[:, None] + diagonal_of(alignment, T, S)
-    distance = (torch.arange(S, device=slopes.device) - rows).abs()
-    added = -slopes[..., None, None] * distance
-    if bias is None:
-        return added
-    return added.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else bias + added
 
 
 def _common_batch(

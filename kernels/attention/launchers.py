@@ -64,14 +64,14 @@ def attention_bwd(
 ) -> tuple[Tensor | None, ...]:
     q, k, v, bias, key_mask, slopes, sinks, seed, *rest = ctx.inputs
     out, lse = ctx.outputs
-    needs_q, needs_k, needs_v, needs_bias, _, _, needs_sinks = ctx.needs_input_grad[:7]
+    needs_q, needs_k, needs_v, needs_bias, _, needs_slopes, needs_sinks = ctx.needs_input_grad[:7]
     if dout is None:
         dout = out.new_zeros(()).expand(out.shape)
     call = _Call(q, k, v, bias, key_mask, slopes, seed, *rest)
     delta = call.delta(out, dout, dlse)
-    dq = dk = dv = dbias = dsinks = None
-    if needs_q:
-        dq = call.query_gradient(dout, lse, delta)
+    dq = dk = dv = dbias = dslopes = dsinks = None
+    if needs_q or needs_slopes:
+        dq, dslopes = call.query_gradients(dout, lse, delta, slopes if needs_slopes else None)
     if needs_k or needs_v:
         dk, dv = call.key_gradients(dout, lse, delta)
     if needs_bias:
@@ -79,7 +79,7 @@ def attention_bwd(
     if needs_sinks:
         share = torch.exp(sinks.float()[:, None] - lse)
         dsinks = -torch.where(lse == -torch.inf, 0.0, share * delta).sum((0, 2)).to(sinks.dtype)
-    return dq, dk, dv, dbias, None, None, dsinks
+    return dq, dk, dv, dbias, None, dslopes, dsinks
 
 
 class _Call:
@@ -156,20 +156,26 @@ class _Call:
         )
         return delta
 
-    def query_gradient(self, dout: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    def query_gradients(
+        self, dout: Tensor, lse: Tensor, delta: Tensor, slopes: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """dq, and where `slopes` are given their gradient, summed over the rows here."""
         dq = self.q.new_empty(self.q.shape)
+        dslopes = None if slopes is None else torch.empty_like(delta)
         options = self.options("dq")
         launch(
             attention_bwd_dq_kernel,
             (self.BH * triton.cdiv(self.T, options["BLOCK_M"]),),
             *self._tensors(dout, lse, delta),
-            dq,
+            *(dq, dslopes),
             *(*self.strides, dout.stride(), dq.stride()),
             *(self.BH, *self.sizes, heads_together(self.k, self.v)),
             *self.scalars,
             **options,
         )
-        return dq
+        if slopes is not None and dslopes is not None:
+            dslopes = dslopes.sum(2).sum_to_size(slopes.shape).to(slopes.dtype)
+        return dq, dslopes
 
     def key_gradients(self, dout: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         dk, dv = self.k.new_empty(self.k.shape), self.v.new_empty(self.v.shape)
