@@ -270,10 +270,10 @@ def upstream_layouts(op: Op, sample: Sample, device: torch.device, dtype: torch.
 def nothing_is_written_to(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
     """Inputs, gradients of outputs, outputs and saved tensors keep their values."""
     args = _bound(op, sample)
+    inputs = [(f"input {_name(op, i)}", a) for i, a in enumerate(args) if isinstance(a, Tensor)]
+    before = [(what, t, t.clone()) for what, t in inputs]
     upstream = _fixed_upstream(op, args)
-    watched = [(f"input {_name(op, i)}", a) for i, a in enumerate(args) if isinstance(a, Tensor)]
-    watched += [(f"gradient of output {i}", g) for i, g in enumerate(upstream)]
-    before = [(what, t, t.clone()) for what, t in watched]
+    before += [(f"gradient of output {i}", g, g.clone()) for i, g in enumerate(upstream)]
 
     def pack(tensor: Tensor) -> Tensor:
         before.append(("a saved tensor", tensor, tensor.detach().clone()))

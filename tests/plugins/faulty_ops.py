@@ -1,0 +1,244 @@
+"""A sound op, and the same op with one fault each: what the conformance checks must catch."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from trilith.plugins import OpSpec, Sample
+
+EVERYWHERE = ("cpu", "cuda")
+
+
+def _wide(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """relu(x) * weight and its mean over rows; weight belongs to the columns."""
+    x32, w32 = x.contiguous().float(), weight.contiguous().float()
+    y = torch.relu(x32) * w32 * w32
+    return y.to(x.dtype), y.mean(0).to(x.dtype)
+
+
+def backward(ctx, dy, dmean):
+    x, weight = (t.contiguous().float() for t in ctx.inputs)
+    upstream = 0 if dy is None else dy.contiguous().float()
+    upstream = upstream + (0 if dmean is None else dmean.contiguous().float() / x.shape[0])
+    dx = dweight = None
+    if ctx.needs_input_grad[0]:
+        dx = (upstream * (x > 0) * weight * weight).to(ctx.inputs[0].dtype)
+    if ctx.needs_input_grad[1]:
+        dweight = (upstream * torch.relu(x) * 2 * weight).sum(0).to(ctx.inputs[1].dtype)
+    return dx, dweight
+
+
+def reference(x, weight):
+    y = torch.relu(_wide(x)) * _wide(weight) * _wide(weight)
+    return y.to(x.dtype), y.mean(0).to(x.dtype)
+
+
+def samples(device, dtype):
+    x = torch.randn(6, 5, device=device, dtype=dtype)
+    yield Sample(x, torch.randn(5, device=device, dtype=dtype))
+    yield Sample(x.t(), torch.randn(6, device=device))
+
+
+def fake(x, weight):
+    return x.new_empty(x.shape), x.new_empty(x.shape[-1:])
+
+
+SOUND = OpSpec(
+    name="faulty::op",
+    forward=forward,
+    backward=backward,
+    reference=reference,
+    samples=samples,
+    outputs=2,
+    materialize_grads=False,
+    fake=fake,
+    devices=EVERYWHERE,
+)
+
+
+def dense(tensor):
+    """Reads a tensor as if it were contiguous, as a kernel without strides does."""
+    available = tensor.untyped_storage().nbytes() // tensor.element_size()
+    count = min(tensor.numel(), available - tensor.storage_offset())
+    flat = torch.as_strided(tensor, (count,), (1,))
+    missing = flat.new_zeros(tensor.numel() - count)
+    return torch.cat([flat, missing]).view(tensor.shape)
+
+
+def wrong_value(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    y, mean = forward(x, weight)
+    return y * 1.01, mean
+
+
+def wrong_dtype(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    y, mean = forward(x, weight)
+    return y, mean.double()
+
+
+def last_column_dropped(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    y, mean = forward(x, weight)
+    left = torch.empty_like(y)
+    left[:, :-1] = y[:, :-1]
+    return left, mean
+
+
+def writes_input(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    results = forward(x, weight)
+    x.data.relu_()
+    return results
+
+
+def noisy(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    y, mean = forward(x, weight)
+    return y * (1 + 1e-6 * torch.rand_like(y)), mean
+
+
+def input_read_as_dense(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return forward(x if x.shape[0] == 5 else dense(x), weight)
+
+
+def weight_read_as_dense(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return forward(x, dense(weight))
+
+
+_count = [0]
+
+
+def counts_calls(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    _count[0] += 1
+    y, mean = forward(x, weight)
+    return y * (1 + 0.01 * _count[0]), mean
+
+
+def wrong_factor(ctx, dy, dmean):
+    dx, dweight = backward(ctx, dy, dmean)
+    return dx, None if dweight is None else dweight / 2
+
+
+def ignores_upstream(ctx, dy, dmean):
+    return backward(ctx, torch.ones_like(ctx.outputs[0]), None)
+
+
+def offset(ctx, dy, dmean):
+    dx, dweight = backward(ctx, dy, dmean)
+    return None if dx is None else dx + 1, dweight
+
+
+def weight_gradient_in_dtype_of_x(ctx, dy, dmean):
+    dx, dweight = backward(ctx, dy, dmean)
+    other = torch.float16 if ctx.inputs[1].dtype == torch.float32 else torch.float32
+    return dx, None if dweight is None else dweight.to(other)
+
+
+def writes_upstream(ctx, dy, dmean):
+    results = backward(ctx, dy, dmean)
+    if dy is not None:
+        dy.data.mul_(2)
+    return results
+
+
+def writes_saved(ctx, dy, dmean):
+    results = backward(ctx, dy, dmean)
+    ctx.outputs[0].data.mul_(2)
+    return results
+
+
+def upstream_read_as_dense(ctx, dy, dmean):
+    return backward(ctx, None if dy is None else dense(dy), dmean)
+
+
+def gradient_row_unwritten(ctx, dy, dmean):
+    dx, dweight = backward(ctx, dy, dmean)
+    if dx is not None:
+        written, dx = dx, torch.empty_like(dx)
+        dx[1:] = written[1:]
+    return dx, dweight
+
+
+def noisy_gradient(ctx, dy, dmean):
+    dx, dweight = backward(ctx, dy, dmean)
+    return None if dx is None else dx * (1 + 1e-6 * torch.rand_like(dx)), dweight
+
+
+def wrong_alone(ctx, dy, dmean):
+    dx, dweight = backward(ctx, dy, dmean)
+    return dx, dweight if dx is not None or dweight is None else dweight * 2
+
+
+def needs_both_outputs(ctx, dy, dmean):
+    if dy is None or dmean is None:
+        return None, None
+    return backward(ctx, dy, dmean)
+
+
+def reference_with_nan_when_empty(x, weight):
+    y, mean = reference(x, weight)
+    return y + 0 * weight.sum() * (x.shape[-1] / max(x.shape[0], 1e-300)), mean
+
+
+def reference_detached(x, weight):
+    y, mean = reference(x, weight)
+    return y, mean.detach() + 0 * x.sum()
+
+
+def reference_that_branches(x, weight):
+    return reference(x, weight) if x.sum() < 1e30 else (x, weight)
+
+
+def fake_transposed(x, weight):
+    return x.new_empty(x.shape[::-1]).mT, x.new_empty(x.shape[-1:])
+
+
+def fake_of_another_shape(x, weight):
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1])
+
+
+def fake_with_sizes_fixed(x, weight):
+    rows, columns = (int(n) for n in x.shape)
+    if not isinstance(x.shape[0], int):
+        raise TypeError("sizes must be numbers")
+    return x.new_empty(rows, columns), x.new_empty(columns)
+
+
+def fake_that_reads(x, weight):
+    return x.new_empty(x.shape), x.new_empty(int(weight.numel() + 0 * weight.sum().item()))
+
+
+# Faults by name: the spec with the fault, and the checks that must each catch it.
+FAULTS = {
+    f.__name__: (replace(SOUND, **{part: f}), checks)
+    for part, f, checks in [
+        ("forward", wrong_value, ["forward_matches_reference"]),
+        ("forward", wrong_dtype, ["forward_matches_reference"]),
+        ("forward", last_column_dropped, ["every_element_is_written"]),
+        ("forward", writes_input, ["nothing_is_written_to"]),
+        ("forward", noisy, ["runs_are_bit_equal"]),
+        ("forward", input_read_as_dense, ["input_layouts"]),
+        ("forward", weight_read_as_dense, ["input_layouts"]),
+        ("forward", counts_calls, ["runs_are_bit_equal", "inference_mode", "autocast"]),
+        ("backward", wrong_factor, ["gradients_match_reference", "functorch_transforms"]),
+        ("backward", ignores_upstream, ["gradients_match_reference", "backward_twice"]),
+        ("backward", offset, ["gradients_match_reference", "backward_twice"]),
+        ("backward", weight_gradient_in_dtype_of_x, ["fakes_are_exact"]),
+        ("backward", writes_upstream, ["nothing_is_written_to"]),
+        ("backward", writes_saved, ["nothing_is_written_to"]),
+        ("backward", upstream_read_as_dense, ["upstream_layouts"]),
+        ("backward", gradient_row_unwritten, ["every_element_is_written"]),
+        ("backward", noisy_gradient, ["runs_are_bit_equal", "backward_twice", "checkpointing"]),
+        ("backward", wrong_alone, ["gradient_subsets"]),
+        ("backward", needs_both_outputs, ["unused_outputs"]),
+        ("reference", reference_with_nan_when_empty, ["empty_tensors"]),
+        ("reference", reference_detached, ["gradients_match_reference"]),
+        ("reference", reference_that_branches, ["functorch_transforms"]),
+        ("fake", fake_transposed, ["fakes_are_exact", "opcheck"]),
+        ("fake", fake_of_another_shape, ["fakes_are_exact", "opcheck"]),
+        ("fake", fake_with_sizes_fixed, ["compiles_dynamic"]),
+        ("fake", fake_that_reads, ["compiles", "compiles_with_inductor"]),
+    ]
+}
+FAULTS["saves_too_little"] = (replace(SOUND, save_inputs=("weight",)), ["double_backward"])

@@ -1,0 +1,97 @@
+"""Every registered op passes the conformance checks, and the checks catch ops that are wrong."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.plugins.faulty_ops import FAULTS, SOUND
+from tests.support.aot import import_kernels
+from tests.support.devices import DEVICE, DTYPES, dtype_name
+from trilith.plugins import Op, registry
+from trilith.plugins.conformance import CHECKS, NUMERIC_CHECKS, samples_of
+
+import_kernels()
+
+DEVICE = torch.device(DEVICE)
+BY_NAME = {check.__name__: check for check in CHECKS}
+# How many of an op's samples a check takes where the interpreter runs the kernels.
+AT_MOST = {
+    "gradient_subsets": 2,
+    "input_layouts": 2,
+    "upstream_layouts": 2,
+    "opcheck": 1,
+    "compiles": 2,
+    "compiles_dynamic": 2,
+    "compiles_with_inductor": 1,
+}
+
+
+@functools.cache
+def samples(name, dtype):
+    return samples_of(registry.op(name), DEVICE, dtype)
+
+
+def cases():
+    for name in registry.op_names():
+        if name.startswith("trilith::"):
+            for dtype in DTYPES:
+                for check in CHECKS if dtype == torch.float32 else NUMERIC_CHECKS:
+                    yield pytest.param(
+                        name,
+                        dtype,
+                        check,
+                        id=f"{name.removeprefix('trilith::')}-{dtype_name(dtype)}-{check.__name__}",
+                    )
+
+
+@pytest.mark.parametrize(("name", "dtype", "check"), list(cases()))
+def test_op(name, dtype, check):
+    op = registry.op(name)
+    chosen = samples(name, dtype)[: AT_MOST.get(check.__name__)]
+    assert chosen
+    for sample in chosen:
+        check(op, sample, DEVICE, dtype)
+
+
+@pytest.fixture
+def make():
+    ops = []
+
+    def make(spec):
+        ops.append(Op(replace(spec, name=f"faulty::op{id(ops)}_{len(ops)}")))
+        return ops[-1]
+
+    yield make
+    for op in ops:
+        op.destroy()
+
+
+def run(op, check, dtype):
+    for sample in samples_of(op, DEVICE, dtype):
+        check(op, sample, DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_sound_op_passes(make, check, dtype):
+    if dtype == torch.float32 or check in NUMERIC_CHECKS:
+        run(make(SOUND), check, dtype)
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [(fault, check) for fault, (_, checks) in FAULTS.items() for check in checks],
+)
+def test_fault_is_caught(make, fault, check):
+    op = make(FAULTS[fault][0])
+    with pytest.raises(AssertionError) as error:
+        run(op, BY_NAME[check], torch.float32)
+    assert str(error.value).startswith(f"{op.spec.name}(float32[6x5], float32[")
+    assert f": {check}: " in str(error.value)
+
+
+def test_every_check_catches_something():
+    caught = {check for _, checks in FAULTS.values() for check in checks}
+    assert caught == set(BY_NAME)
