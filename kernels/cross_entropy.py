@@ -34,11 +34,19 @@ from trilith.kernels._runtime.checks import (
 )
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
-from trilith.kernels._runtime.logits import capped, class_weights, expm1, load_labels, log1p
+from trilith.kernels._runtime.logits import (
+    cap_slope,
+    capped,
+    class_weights,
+    expm1,
+    load_labels,
+    log1p,
+)
 from trilith.kernels._runtime.rows import RowTile, row_tile
 from trilith.plugins import BackwardContext, Cost, OpSpec, Sample, registry
 
-_MAX_BLOCK = 4096
+_WIDEST_BLOCK = 4096
+_WIDEST_CAPPED_BLOCK = 2048  # tanh's temporaries spill at 4096 when rows are unaligned
 _REDUCTIONS = ("none", "mean", "sum")
 _LABEL_DTYPES = (torch.int64, torch.uint8)
 
@@ -69,7 +77,7 @@ def _cross_entropy_fwd_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     label, live, wrong = load_labels(target_ptr, target_stride, rows, M, N, ignore_index)
     x_rows = x_ptr + rows * x_strides[0]
-    chosen, _ = capped(
+    chosen = capped(
         tl.load(x_rows + label.to(tl.int64) * x_strides[1], mask=live, other=0.0), softcap
     )
     origin = tl.where(tl.abs(chosen) < float("inf"), chosen, 0.0)
@@ -80,7 +88,7 @@ def _cross_entropy_fwd_kernel(
         cols = start + tl.arange(0, BLOCK_N)
         mask = live[:, None] & (cols < N)[None, :]
         offsets = (cols.to(tl.int64) * x_strides[1])[None, :]
-        y, _ = capped(tl.load(x_rows[:, None] + offsets, mask=mask, other=0.0), softcap)
+        y = capped(tl.load(x_rows[:, None] + offsets, mask=mask, other=0.0), softcap)
         if SMOOTH:
             weight = class_weights(weight_ptr, weight_stride, cols, cols < N)[None, :]
             lane_smooth += tl.where(mask, weight * (y - origin[:, None]), 0.0)
@@ -143,8 +151,8 @@ def _cross_entropy_bwd_kernel(
     mask = live[:, None] & (cols < N)[None, :]
     x_rows = x_ptr + rows * x_strides[0]
     offsets = (cols.to(tl.int64) * x_strides[1])[None, :]
-    y, slope = capped(tl.load(x_rows[:, None] + offsets, mask=mask, other=0.0), softcap)
-    chosen, _ = capped(
+    x = tl.load(x_rows[:, None] + offsets, mask=mask, other=0.0)
+    chosen = capped(
         tl.load(x_rows + label.to(tl.int64) * x_strides[1], mask=live, other=0.0), softcap
     )
     peak = tl.load(peak_ptr + rows, mask=live, other=0.0)
@@ -157,15 +165,15 @@ def _cross_entropy_bwd_kernel(
         weight_sum = N * 1.0 if weight_sum_ptr is None else tl.load(weight_sum_ptr)
         spread += share * weight_sum
         weight *= 1.0 - tl.cast(label_smoothing, tl.float32)
-    p = tl.exp(y - peak[:, None] - log_sum[:, None])
+    p = tl.exp(capped(x, softcap) - peak[:, None] - log_sum[:, None])
     missing = weight * expm1(chosen - peak - log_sum)
     dx = p * (weight + spread)[:, None]
     is_label = cols[None, :] == label[:, None]
     dx = tl.where(is_label, missing[:, None] + p * spread[:, None], dx)
     if SMOOTH:
         dx -= share * class_weights(weight_ptr, weight_stride, cols, cols < N)[None, :]
-    if slope is not None:
-        dx *= slope
+    if softcap is not None:
+        dx *= cap_slope(x, softcap)
     dx = tl.where(mask, dx * dloss[:, None], tl.where(wrong, float("nan"), 0.0)[:, None])
     inside = (rows < M)[:, None] & (cols < N)[None, :]
     tl.store(
@@ -235,7 +243,8 @@ def _launch_arguments(
     weight_stride = None if weight is None else weight.stride(0)
     strides = (x.stride(), target.stride(0), weight_stride)
     scalars = (ignore_index, label_smoothing, z_loss, softcap)
-    tile = row_tile(min(x.shape[1], _MAX_BLOCK), per_thread=16, max_warps=8)
+    widest = _WIDEST_BLOCK if softcap is None else _WIDEST_CAPPED_BLOCK
+    tile = row_tile(min(x.shape[1], widest), per_thread=8, max_warps=8)
     options = {
         "SMOOTH": smooth,
         "BLOCK_M": tile.block_m,

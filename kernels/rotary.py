@@ -218,8 +218,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     """Rotates channel pairs of queries or keys by position-dependent angles (RoPE).
 
     Args:
-        x: (B, H, T, D) floating-point, any strides: a transposed (B, T, H, D) or a slice of a packed
-            projection is read in place.
+        x: (B, H, T, D) floating-point, any strides: a transposed (B, T, H, D) or a slice of a
+            packed projection is read in place.
         cos, sin: (T, R/2), or (B, T, R/2) where positions differ within the batch; floating-point,
             any dtype; 2 <= R <= D. Channels from R on are copied. Tables are constants.
         interleaved: whether pair i is the channels (2i, 2i + 1), or (i, i + R/2).

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from trilith.kernels._runtime.functors import ACTIVATIONS
 from trilith.kernels._runtime.language import tl, triton
+
+_tanh, _tanh_grad = ACTIVATIONS["tanh"].f, ACTIVATIONS["tanh"].df
 
 
 @triton.jit
@@ -23,26 +26,19 @@ def expm1(x):
 
 
 @triton.jit
-def tanh(x):
-    """tanh(x) and its derivative, to full relative precision everywhere."""
-    e = tl.exp(-2.0 * tl.abs(x))
-    xx = x * x
-    series = xx * (62 / 2835 - xx * (1382 / 155925))
-    series = x * (1.0 - xx * (1 / 3 - xx * (2 / 15 - xx * (17 / 315) + series * xx)))
-    far = (1.0 - e) / (1.0 + e)
-    far = tl.where(x < 0, -far, far)
-    return tl.where(tl.abs(x) < 0.3, series, far), 4.0 * e / ((1.0 + e) * (1.0 + e))
+def capped(x, softcap):
+    """The logits in fp32, after the soft cap if there is one."""
+    y = x.to(tl.float32)
+    if softcap is not None:
+        cap = tl.cast(softcap, tl.float32)
+        y = _tanh(y / cap) * cap
+    return y
 
 
 @triton.jit
-def capped(x, softcap):
-    """The logits after the soft cap, and the cap's derivative (None without one)."""
-    x = x.to(tl.float32)
-    if softcap is None:
-        return x, None
-    cap = tl.cast(softcap, tl.float32)
-    y, slope = tanh(x / cap)
-    return y * cap, slope
+def cap_slope(x, softcap):
+    """The derivative of `capped` where there is a soft cap."""
+    return _tanh_grad(x.to(tl.float32) / tl.cast(softcap, tl.float32), 1.0)
 
 
 @triton.jit
@@ -59,7 +55,8 @@ def load_labels(target_ptr, target_stride, rows, M, N, ignore_index):
 @triton.jit
 def class_weights(weight_ptr, weight_stride, classes, mask):
     """Weights of the classes, 1 where there are none."""
-    if weight_ptr is None:
-        return tl.full(classes.shape, 1.0, tl.float32)
-    offsets = classes.to(tl.int64) * weight_stride
-    return tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.full(classes.shape, 1.0, tl.float32)
+    if weight_ptr is not None:
+        offsets = classes.to(tl.int64) * weight_stride
+        weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return weight
