@@ -8,13 +8,17 @@ the forward and backward ops. A backward under create_graph=True differentiates 
 from __future__ import annotations
 
 import inspect
+import threading
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trilith.plugins import selection
+from trilith.plugins.selection import Selection, SelectionKey, Vote
 from trilith.plugins.spec import BackwardContext, Implementation, OpSpec
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -25,7 +29,14 @@ class Op:
     """A callable op. Takes and returns what the OpSpec's forward does, without the aux tensors."""
 
     def __init__(self, spec: OpSpec) -> None:
+        previous = _defined.get(spec.name)
+        if previous is not None:
+            if not previous.abandoned:
+                owner = previous.owner_of(previous.spec.provider)
+                raise ValueError(f"op {spec.name} is already defined, by {owner}")
+            previous.destroy()
         self.spec = spec
+        self.abandoned = False  # brought by a plugin that was left out: the name is free
         self.signature = _resolved_signature(spec)
         self.implementations: list[Implementation] = []
         parameters = list(self.signature.parameters.values())
@@ -39,8 +50,15 @@ class Op:
             problem = f"save_inputs names {sorted(unknown)}" if unknown else "no tensor parameter"
             raise ValueError(f"{spec.name}: forward's tensor parameters don't fit: {problem}")
         self._saved = tuple(i for i in self._tensors if names[i] in keep)
-        self._candidates: dict[tuple[torch.device, torch.dtype], tuple[Implementation, ...]] = {}
+        self.vote: Vote | None = None
+        self.scope: ContextVar[str | None] = ContextVar(spec.name, default=None)
+        self._open_scopes: list[str] = []
+        self._version = 0
+        self._selections: dict[tuple[torch.device, torch.dtype, str | None], Selection] = {}
+        self._owners: dict[str, str] = {}
         self._by_provider: dict[str, Implementation] = {}
+        self._running = self._by_provider
+        self._reference = spec.reference
         self.add_implementation(
             Implementation(
                 op=spec.name,
@@ -68,7 +86,7 @@ class Op:
             return self._call_in_autocast(lead.device.type, args)
         provider = self._provider(lead, args)
         if provider is None:
-            return self.spec.reference(*args)
+            return self._reference(*args)
         if torch.is_grad_enabled() and self._wants_gradient(args):
             return self._function.apply(provider, *args)
         results = self.forward_op(*args, provider)
@@ -78,42 +96,85 @@ class Op:
         """Whether a call with these arguments would take an implementation, not the reference."""
         return self._provider(self._lead(args), args) is not None
 
-    def add_implementation(self, implementation: Implementation) -> None:
-        if implementation.provider in self._by_provider:
+    def add_implementation(self, implementation: Implementation, owner: str = "") -> None:
+        name, provider = self.spec.name, implementation.provider
+        if provider in self._by_provider:
             raise ValueError(
-                f"{self.spec.name}: provider {implementation.provider!r} exists already"
+                f"{name}: provider {provider!r} of {owner or 'this plugin'} exists already, "
+                f"brought by {self.owner_of(provider)}; choose another provider name"
             )
+        if provider == selection.REFERENCE or not provider:
+            raise ValueError(f"{name}: provider must not be called {provider!r}")
         if implementation.forward is None or (
             implementation.backward is None and self.spec.backward is not None
         ):
             raise ValueError(
-                f"{self.spec.name}: provider {implementation.provider!r} must bring forward and "
-                "backward as a pair"
+                f"{name}: provider {provider!r} must bring forward and backward as a pair"
             )
-        self._by_provider[implementation.provider] = implementation
+        self._by_provider[provider] = implementation
+        self._owners[provider] = owner
         self.implementations.append(implementation)
         self.implementations.sort(key=lambda i: -i.priority)
-        self._candidates.clear()
+        self.forget_selections()
 
     def remove_implementation(self, provider: str) -> None:
         self.implementations.remove(self._by_provider.pop(provider))
-        self._candidates.clear()
+        del self._owners[provider]
+        self.forget_selections()
 
-    def candidates(self, device: torch.device, dtype: torch.dtype) -> tuple[Implementation, ...]:
-        """The implementations that can run there, best first."""
-        key = (device, dtype)
-        found = self._candidates.get(key)
+    def adopt(self, owner: str, vote: Vote | None) -> None:
+        """A registry takes the op in, for the plugin that brought it."""
+        if _defined.get(self.spec.name) is not self:
+            raise ValueError(f"op {self.spec.name} of {owner} was destroyed; make it again")
+        self._owners[self.spec.provider] = owner
+        self.vote = vote
+        self.abandoned = False
+        self.forget_selections()
+
+    def owner_of(self, provider: str) -> str:
+        """The plugin that brought an implementation, as "distribution:entry point"."""
+        return self._owners.get(provider) or "no plugin"
+
+    def selection(self, device: torch.device, dtype: torch.dtype) -> Selection:
+        """Who runs calls there, in this thread or task.
+
+        Raises:
+            NotImplementedError: an implementation was asked for by name and cannot run there.
+            ValueError: the environment names an implementation that does not exist.
+        """
+        key = (device, dtype, self.scope.get())
+        found = self._selections.get(key)
         if found is None:
             before_first_choice()
-            found = self._candidates[key] = self._runnable(device, dtype)
+            cache = self._selections
+            found = cache[key] = selection.choose(self, SelectionKey(device, dtype), key[2])
         return found
 
-    def _runnable(self, device: torch.device, dtype: torch.dtype) -> tuple[Implementation, ...]:
-        return tuple(i for i in self.implementations if i.refusal(device, dtype) is None)
+    def forget_selections(self) -> None:
+        """Choose anew from now on, in compiled code too."""
+        with _guard_lock:
+            self._version += 1
+            self._selections = {}
+            self._set_guard()
+
+    def enter_scope(self, provider: str) -> None:
+        with _guard_lock:
+            self._open_scopes.append(provider)
+            self._set_guard()
+
+    def leave_scope(self, provider: str) -> None:
+        with _guard_lock:
+            self._open_scopes.remove(provider)
+            self._set_guard()
+
+    def _set_guard(self) -> None:
+        # Dynamo guards on this string: compiled code made under another one is not run.
+        self._guard = f"{self._version}:{self._open_scopes[-1] if self._open_scopes else ''}"
 
     def destroy(self) -> None:
         """Take the op out of torch's dispatcher, so that its name is free again."""
-        del _defined[self.spec.name]
+        if _defined.get(self.spec.name) is self:
+            del _defined[self.spec.name]
         self._library._destroy()
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -141,11 +202,11 @@ class Op:
             if args[i] is not None and args[i].numel() == 0:
                 return None
         if torch.compiler.is_dynamo_compiling():
-            return _traced_provider(self.spec.name, lead.device, lead.dtype)
-        for candidate in self.candidates(lead.device, lead.dtype):
-            if candidate.supports is None or candidate.supports(*args):
-                return candidate.provider
-        return None
+            return _traced_provider(self.spec.name, lead.device, lead.dtype, self._guard)
+        found = self._selections.get((lead.device, lead.dtype, self.scope.get()))
+        if found is None:
+            found = self.selection(lead.device, lead.dtype)
+        return found.always or selection.supporting(self, found, args)
 
     def _call_in_autocast(self, device_type: str, args: tuple[Any, ...]) -> Any:
         if self.spec.autocast == "low":
@@ -181,14 +242,26 @@ class Op:
         self.backward_op = getattr(ops, f"{name}_bwd").default
 
     def _run_forward(self, *args: Any) -> list[Tensor]:
-        return _as_list(self._by_provider[args[-1]].forward(*args[:-1]))
+        if self._open_scopes:
+            self._check_scope(args)
+        return _as_list(self._running[args[-1]].forward(*args[:-1]))
+
+    def _check_scope(self, args: Sequence[Any]) -> None:
+        """Another thread's `use_implementation` must not decide what compiled code runs here."""
+        lead, provider = self._lead(tuple(args)), args[-1]
+        chosen = self.selection(lead.device, lead.dtype)
+        if all(i.provider != provider for i in chosen.implementations):
+            raise RuntimeError(
+                f"{self.spec.name}: this code was compiled for {provider!r} inside another "
+                "thread's use_implementation; compile once for each thread"
+            )
 
     def _fake_forward(self, *args: Any) -> list[Tensor]:
         return _as_list((self.spec.fake or self.spec.forward)(*args[:-1]))
 
     def _run_backward(self, *args: Any) -> list[Tensor]:
         grads, context = self._backward_arguments(args)
-        backward = self._by_provider[args[-2]].backward
+        backward = self._running[args[-2]].backward
         assert backward is not None
         results = self._needed(_as_list(backward(context, *grads)), grads, context)
         if self.spec.fake_backward is None:
@@ -332,11 +405,20 @@ before_first_choice: Callable[[], None] = _nothing
 _defined: dict[str, Op] = {}
 
 
+_guard_lock = threading.Lock()
+
+
+def defined() -> dict[str, Op]:
+    """Every op that torch's dispatcher has from here, registered or not."""
+    return dict(_defined)
+
+
 @torch.compiler.assume_constant_result
-def _traced_provider(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _traced_provider(name: str, device: torch.device, dtype: torch.dtype, guard: str) -> str | None:
     # No plugin is loaded under tracing, and no argument has data that `supports` could look at.
-    candidates = _defined[name]._runnable(device, dtype)
-    return next((c.provider for c in candidates if c.supports is None), None)
+    op = _defined[name]
+    chosen = selection.choose(op, SelectionKey(device, dtype), op.scope.get())
+    return selection.traceable(op, chosen)
 
 
 def _resolved_signature(spec: OpSpec) -> inspect.Signature:

@@ -1,47 +1,60 @@
-"""Which ops, implementations and modules exist, and which implementation a call takes."""
+"""Which ops, implementations and modules exist, who brought them, and who runs a call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from trilith.plugins import op as op_module
+from trilith.plugins import selection
 from trilith.plugins.op import Op
+from trilith.plugins.selection import SelectionKey, Vote
 from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec
+
+
+def _nothing() -> None: ...
 
 
 class Registry:
     """Ops and modules by name, and which plugin brought each."""
 
     def __init__(self) -> None:
+        self.vote: Vote | None = None
+        self.before_building: Callable[[], None] = _nothing
         self._ops: dict[str, Op] = {}
         self._modules: dict[tuple[str, str], ModuleSpec] = {}
         self._owners: dict[Any, str] = {}
+        self._made: set[str] = set()
 
     def add_op(self, spec: OpSpec | Op, owner: str = "trilith") -> Op:
         name = spec.spec.name if isinstance(spec, Op) else spec.name
         if name in self._ops:
             raise ValueError(
-                f"{name} is already defined by {self._owners[name]}; "
+                f"op {name} of {owner} is already defined by {self._owners[name]}; "
                 "register an Implementation to replace how it runs"
             )
-        op = spec if isinstance(spec, Op) else Op(spec)
+        if isinstance(spec, Op):
+            op = spec
+        else:
+            op = Op(spec)
+            self._made.add(name)
+        op.adopt(owner, self.vote)
         self._ops[name] = op
         self._owners[name] = owner
         return op
 
     def add_implementation(self, implementation: Implementation, owner: str = "trilith") -> None:
-        self.op(implementation.op).add_implementation(implementation)
-        self._owners[implementation.op, implementation.provider] = owner
+        self.op(implementation.op).add_implementation(implementation, owner)
 
     def add_module(self, spec: ModuleSpec, owner: str = "trilith") -> None:
         key = (spec.slot, spec.name)
         if key in self._modules:
             raise ValueError(
-                f"{spec.slot} {spec.name!r} is already defined by {self._owners[key]}; "
-                "choose another name"
+                f"{spec.slot} {spec.name!r} of {owner} is already defined by "
+                f"{self._owners[key]}; choose another name"
             )
         self._modules[key] = spec
         self._owners[key] = owner
@@ -51,31 +64,44 @@ class Registry:
             raise KeyError(f"no op {name!r}; there are: {', '.join(self.op_names())}")
         return self._ops[name]
 
-    def op_names(self) -> list[str]:
-        return sorted(self._ops)
+    def op_names(self, owner: str | None = None) -> list[str]:
+        return sorted(n for n in self._ops if owner is None or self._owners[n] == owner)
 
     def ops(self) -> list[Op]:
         return [self._ops[name] for name in self.op_names()]
 
     def build_module(self, slot: str, name: str, config: Any) -> torch.nn.Module:
+        self.before_building()
         spec = self._modules.get((slot, name))
         if spec is None:
             raise KeyError(f"no {slot} {name!r}; there are: {', '.join(self.module_names(slot))}")
         return spec.build(config)
 
-    def module_names(self, slot: str) -> list[str]:
-        return sorted(name for s, name in self._modules if s == slot)
+    def module_names(self, slot: str, owner: str | None = None) -> list[str]:
+        return sorted(
+            n
+            for s, n in self._modules
+            if s == slot and (owner is None or self._owners[s, n] == owner)
+        )
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """What is added inside is taken back if the block raises."""
+        """What is added inside is taken back if the block raises.
+
+        An Op that the block made stays whole, because a module that another plugin shares may hold
+        it, but its name is free again. Ops that the registry made of an OpSpec are destroyed.
+        """
+        before = op_module.defined()
         ops, modules, owners = dict(self._ops), dict(self._modules), dict(self._owners)
         implementations = {name: list(op.implementations) for name, op in ops.items()}
         try:
             yield
         except BaseException:
-            for name in self._ops.keys() - ops.keys():
+            for name in self._made & (self._ops.keys() - ops.keys()):
                 self._ops[name].destroy()
+                self._made.remove(name)
+            for name, op in op_module.defined().items():
+                op.abandoned |= name not in before
             for name, kept in implementations.items():
                 for implementation in [i for i in ops[name].implementations if i not in kept]:
                     ops[name].remove_implementation(implementation.provider)
@@ -87,10 +113,22 @@ class Registry:
         lines = [f"{name} on {device}, {dtype}:"]
         for choice in op.implementations:
             verdict = choice.refusal(device, dtype) or "can run"
-            lines.append(f"  {choice.provider} (priority {choice.priority}): {verdict}")
-        chosen = op.candidates(device, dtype)
-        lines.append(f"  takes: {chosen[0].provider if chosen else 'the reference (PyTorch)'}")
+            if choice.supports is not None and verdict == "can run":
+                verdict = "can run where its supports() agrees"
+            owner = op.owner_of(choice.provider)
+            lines.append(f"  {choice.provider} (priority {choice.priority}, of {owner}): {verdict}")
+        lines.append(f"  reference (PyTorch): {_when_the_reference_runs(op)}")
+        found = op.selection(device, dtype)
+        first = next((i.provider for i in found.implementations), None)
+        if first is None and not selection.runnable(op, SelectionKey(device, dtype)):
+            lines.append("  takes: the reference (PyTorch): no implementation can run")
+        else:
+            lines.append(f"  takes: {first or 'the reference (PyTorch)'}: {found.reason}")
         return "\n".join(lines)
+
+
+def _when_the_reference_runs(op: Op) -> str:
+    return "empty tensors, torch.func transforms, double backward, and where no other can run"
 
 
 registry = Registry()

@@ -1,0 +1,181 @@
+"""Who runs a call: whoever was asked for by name, else whom a plugin chose, else by priority.
+
+The answer is computed once for an op, a device, a dtype and a name, and cached by the op; nothing
+here runs in a call that has run before.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from trilith.plugins.spec import Implementation
+
+if TYPE_CHECKING:
+    from trilith.plugins.op import Op
+
+REFERENCE = "reference"
+
+
+class PluginWarning(UserWarning):
+    """A plugin was left out, or did something that needs a look."""
+
+
+@dataclass(frozen=True)
+class SelectionKey:
+    """Where a call runs: what a choice may depend on."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def architecture(self) -> int | None:
+        """The compute capability, as 90; None off CUDA."""
+        if self.device.type != "cuda":
+            return None
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return 10 * major + minor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Implementations to try in order; none of them is the reference. `reason` says why so.
+
+    With `by_name`, the one implementation runs or the call raises.
+    """
+
+    implementations: tuple[Implementation, ...]
+    reason: str
+    by_name: bool = False
+    always: str | None = field(init=False)  # runs whatever the arguments are
+
+    def __post_init__(self) -> None:
+        first = next(iter(self.implementations), None)
+        always = first.provider if first is not None and first.supports is None else None
+        object.__setattr__(self, "always", always)
+
+
+# (op's name, key, implementations that can run) -> (a provider, the plugin that says so) or None
+Vote = Callable[[str, SelectionKey, tuple[Implementation, ...]], "tuple[str, str] | None"]
+
+
+def environment_variable(op: str) -> str:
+    """`TRILITH_IMPL_TRILITH_RMS_NORM` for trilith::rms_norm."""
+    return "TRILITH_IMPL_" + re.sub(r"[^A-Za-z0-9]+", "_", op).upper()
+
+
+def choose(op: Op, key: SelectionKey, scoped: str | None) -> Selection:
+    """The selection of an op there, where `use_implementation` may have named a provider."""
+    name = op.spec.name
+    variable = environment_variable(name)
+    if scoped is not None:
+        return _by_name(op, key, scoped, "use_implementation")
+    if os.environ.get(variable):
+        return _by_name(op, key, os.environ[variable], variable)
+    able = runnable(op, key)
+    vote = op.vote(name, key, able) if op.vote is not None and able else None
+    if vote is None:
+        _warn_of_tie(op, able)
+        return Selection(able, "the highest priority of those that can run")
+    provider, voter = vote
+    able = tuple(sorted(able, key=lambda i: i.provider != provider))
+    return Selection(() if provider == REFERENCE else able, f"plugin {voter} chose it")
+
+
+def runnable(op: Op, key: SelectionKey) -> tuple[Implementation, ...]:
+    """The implementations that can run there, best first."""
+    return tuple(i for i in op.implementations if i.refusal(key.device, key.dtype) is None)
+
+
+def _by_name(op: Op, key: SelectionKey, provider: str, asker: str) -> Selection:
+    reason = f"{asker} names it"
+    if provider == REFERENCE:
+        return Selection((), reason)
+    found = next((i for i in op.implementations if i.provider == provider), None)
+    if found is None:
+        raise ValueError(
+            f"{op.spec.name}: {asker} must name one of {', '.join(providers(op))}, got {provider!r}"
+        )
+    refusal = found.refusal(key.device, key.dtype)
+    if refusal is not None:
+        raise NotImplementedError(f"{op.spec.name}: {asker} names {provider!r}, which {refusal}")
+    return Selection((found,), reason, by_name=True)
+
+
+def providers(op: Op) -> list[str]:
+    """What an implementation of this op can be asked for by."""
+    return [*(i.provider for i in op.implementations), REFERENCE]
+
+
+def supporting(op: Op, selection: Selection, args: tuple[object, ...]) -> str | None:
+    """The first provider that takes these arguments; None is the reference."""
+    for candidate in selection.implementations:
+        if candidate.supports is None or candidate.supports(*args):
+            return candidate.provider
+    if selection.by_name:
+        provider = selection.implementations[0].provider
+        raise NotImplementedError(
+            f"{op.spec.name}: {selection.reason.removesuffix(' names it')} names {provider!r}, "
+            "whose supports() refuses these arguments"
+        )
+    return None
+
+
+def traceable(op: Op, selection: Selection) -> str | None:
+    """The provider that torch.compile bakes in: the first that takes any arguments."""
+    for candidate in selection.implementations:
+        if candidate.supports is None:
+            return candidate.provider
+    if selection.by_name:
+        provider = selection.implementations[0].provider
+        raise NotImplementedError(
+            f"{op.spec.name}: {selection.reason.removesuffix(' names it')} names {provider!r}, "
+            "whose supports() cannot see the arguments under torch.compile"
+        )
+    return None
+
+
+_tied: set[tuple[str, str, str]] = set()
+
+
+def _warn_of_tie(op: Op, able: tuple[Implementation, ...]) -> None:
+    if len(able) < 2 or able[0].priority != able[1].priority:
+        return
+    first, second = (f"{i.provider} (of {op.owner_of(i.provider)})" for i in able[:2])
+    if (op.spec.name, first, second) in _tied:
+        return
+    _tied.add((op.spec.name, first, second))
+    warnings.warn(
+        f"{op.spec.name}: {first} and {second} have the same priority, {able[0].priority}; "
+        f"{able[0].provider} runs, being registered first. Choose by "
+        f"{environment_variable(op.spec.name)} or trilith.use_implementation",
+        PluginWarning,
+        stacklevel=2,
+    )
+
+
+@contextmanager
+def forced(op: Op, provider: str) -> Iterator[None]:
+    """Inside, calls of the op in this thread or task take this provider, or raise.
+
+    Raises:
+        ValueError: the op has no such provider; the message lists those that it has.
+    """
+    if provider not in providers(op):
+        raise ValueError(
+            f"{op.spec.name}: provider must be one of {', '.join(providers(op))}, got {provider!r}"
+        )
+    token = op.scope.set(provider)
+    op.enter_scope(provider)
+    try:
+        yield
+    finally:
+        op.leave_scope(provider)
+        op.scope.reset(token)
