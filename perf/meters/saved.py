@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def saved_bytes(forward: Callable[[], Any], ignore: Iterable[Tensor] = ()) -> int:
-    """Bytes kept by `forward()`, without those of `ignore` (parameters, the input if it is alive)."""
+    """Bytes kept by `forward()`, without the storages of `ignore`, such as the parameters'."""
     ignored = {tensor.untyped_storage().data_ptr() for tensor in ignore}
     kept: dict[int, torch.UntypedStorage] = {}
 

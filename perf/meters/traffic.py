@@ -1,14 +1,19 @@
-"""Bytes that Triton kernels move, counted in Triton's interpreter.
+"""Bytes that kernels move, counted in Triton's interpreter.
 
 Every access of global memory passes one of four methods of `InterpreterBuilder`. Each is wrapped to
-note which bytes it touches. Per launch and tensor we count distinct bytes read and distinct bytes
-written: what device memory must deliver if nothing is fetched twice.
+note which bytes it touches. Two figures come of it:
 
-- A byte that one program reads again counts again if the programs that run side by side cannot
-  all keep what they touch in the L2 cache.
+`total`, what device memory must deliver
+- Per launch and tensor, the distinct bytes read plus the distinct bytes written.
+- A byte that one program reads again counts again if that program touched more in between than its
+  share of the L2 cache: the programs that run side by side cannot all keep it.
 - What several programs read (weights, keys and values) is taken to be served by the cache.
 - A tensor that one launch writes and a later one reads (partial sums) is scratch: counted apart,
   and left out of the total while it fits in half of the L2 cache.
+- PyTorch's operators count too, each operand once, so that a hidden copy shows.
+
+`requested`, what the programs ask of the cache
+- Every access counts, so that a second pass over a row shows also where the cache holds the row.
 """
 
 from __future__ import annotations
@@ -22,10 +27,14 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from perf.meters.aten import operators
 
 L2_BYTES = 50_000_000
 RESIDENT_PROGRAMS = 2 * 132
+_L2_SHARE = L2_BYTES // RESIDENT_PROGRAMS
 
 
 class _Access(NamedTuple):
@@ -53,6 +62,7 @@ class Launch:
     kernel: str
     read: Counter[int] = field(default_factory=Counter)
     written: Counter[int] = field(default_factory=Counter)
+    requested: int = 0
 
 
 @dataclass
@@ -71,6 +81,10 @@ class Traffic:
         cached = self._cached_scratch()
         return sum(self._bytes(address) for address in self.storages if address not in cached)
 
+    @property
+    def requested(self) -> int:
+        return sum(launch.requested for launch in self.launches)
+
     def _bytes(self, address: int) -> int:
         return sum(launch.read[address] + launch.written[address] for launch in self.launches)
 
@@ -84,14 +98,29 @@ class Traffic:
 
 
 class _Region:
-    """One storage during one launch: which bytes are touched, and which program read each last."""
+    """One storage during one launch.
+
+    Of each byte: whether it was read and written, which program read it last, and how many bytes
+    that program had touched by then.
+    """
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.start, self.size = storage.data_ptr(), storage.nbytes()
         self.read = np.zeros(self.size, dtype=bool)
         self.written = np.zeros(self.size, dtype=bool)
         self.reader = np.full(self.size, -1, dtype=np.int32)
-        self.repeated = 0
+        self.read_at = np.zeros(self.size, dtype=np.int64)
+        self.refetched = 0
+
+    def touch(self, offsets: np.ndarray, access: _Access, program: int, touched: int) -> None:
+        if access.writes:
+            self.written[offsets] = True
+        if access.reads:
+            again = self.reader[offsets] == program
+            self.refetched += int((again & (touched - self.read_at[offsets] > _L2_SHARE)).sum())
+            self.read[offsets] = True
+            self.reader[offsets] = program
+            self.read_at[offsets] = touched
 
 
 class _Recorder:
@@ -101,7 +130,8 @@ class _Recorder:
         self.kernel = kernel
         self.regions = [_Region(storage) for storage in storages]
         self.programs: dict[tuple[int, ...], int] = {}
-        self.footprint: Counter[int] = Counter()
+        self.touched: Counter[int] = Counter()
+        self.requested = 0
 
     def touch(self, access: _Access, args: tuple[Any, ...], grid_index: tuple[int, ...]) -> None:
         pointers = args[access.pointer]
@@ -115,23 +145,16 @@ class _Recorder:
         for region in self.regions:
             inside = addresses - region.start
             inside = inside[(inside >= 0) & (inside < region.size)]
-            offsets = (inside[:, None] + np.arange(width)).ravel()
-            if access.writes:
-                region.written[offsets] = True
-            if access.reads:
-                again = int((region.reader[offsets] == program).sum())
-                region.repeated += again
-                region.reader[offsets] = program
-                region.read[offsets] = True
-                self.footprint[program] += offsets.size - again
+            if inside.size:
+                offsets = (inside[:, None] + np.arange(width)).ravel()
+                region.touch(offsets, access, program, self.touched[program])
+        self.touched[program] += addresses.size * width
+        self.requested += addresses.size * width * (access.reads + access.writes)
 
     def finish(self) -> Launch:
-        widest = max(self.footprint.values(), default=0)
-        cached = widest * RESIDENT_PROGRAMS <= L2_BYTES
-        launch = Launch(self.kernel)
+        launch = Launch(self.kernel, requested=self.requested)
         for region in self.regions:
-            read = int(region.read.sum()) + (0 if cached else region.repeated)
-            written = int(region.written.sum())
+            read, written = int(region.read.sum()) + region.refetched, int(region.written.sum())
             if read:
                 launch.read[region.start] = read
             if written:
@@ -142,6 +165,8 @@ class _Recorder:
 @contextmanager
 def traffic() -> Iterator[Traffic]:
     """Count the bytes of every kernel launched inside. Needs TRITON_INTERPRET=1."""
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
     measured = Traffic()
     running: list[_Recorder] = []
     start_launch = GridExecutor.__call__
@@ -156,7 +181,7 @@ def traffic() -> Iterator[Traffic]:
         return method
 
     def call(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
         measured.storages.update(storages)
         running.append(_Recorder(executor.fn.__name__, list(storages.values())))
@@ -165,8 +190,30 @@ def traffic() -> Iterator[Traffic]:
         finally:
             measured.launches.append(running.pop().finish())
 
+    def operator(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        launch = Launch(name)
+        for tensors, moved in (((args, kwargs), launch.read), (result, launch.written)):
+            for address, (storage, size) in _operands(tensors).items():
+                measured.storages[address] = storage
+                moved[address] = size
+                launch.requested += size
+        measured.launches.append(launch)
+
     with ExitStack() as patches:
         for access in _ACCESSES:
             patches.enter_context(patch.object(InterpreterBuilder, access.method, wrapped(access)))
         patches.enter_context(patch.object(GridExecutor, "__call__", call))
+        patches.enter_context(operators(operator))
         yield measured
+
+
+def _operands(values: Any) -> dict[int, tuple[torch.UntypedStorage, int]]:
+    """Address -> (storage, bytes that the operator touches of it)."""
+    found: dict[int, tuple[torch.UntypedStorage, int]] = {}
+    for tensor in tree_leaves(values):
+        if isinstance(tensor, Tensor) and tensor.numel():
+            storage = tensor.untyped_storage()
+            size = min(tensor.numel() * tensor.element_size(), storage.nbytes())
+            _, before = found.get(storage.data_ptr(), (storage, 0))
+            found[storage.data_ptr()] = (storage, max(before, size))
+    return found

@@ -1,0 +1,80 @@
+"""PyTorch's own operators, one by one, also those that an op of ours calls inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Observe = Callable[[str, tuple[Any, ...], dict[str, Any], Any], None]
+
+_BODY = torch._C.DispatchKey.CompositeExplicitAutograd
+_NO_LAUNCH = {
+    "aten::detach",
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+    "aten::lift_fresh",
+    "aten::_unsafe_view",
+    "aten::_local_scalar_dense",
+}
+
+
+@contextmanager
+def operators(observe: Observe) -> Iterator[None]:
+    """Calls `observe(name, args, kwargs, result)` after each operator that starts a kernel.
+
+    Views and allocations start none. An op written in Python is looked into instead: a copy or a
+    fill inside it is seen. What Triton's interpreter does to run a kernel is not.
+    """
+    mode = _Operators(observe)
+    with ExitStack() as stack:
+        _hide_the_interpreter(mode, stack)
+        stack.enter_context(mode)
+        yield
+
+
+def _hide_the_interpreter(mode: _Operators, stack: ExitStack) -> None:
+    try:
+        from triton.runtime.interpreter import GridExecutor
+    except ImportError:
+        return
+    run = GridExecutor.__call__
+
+    def call(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        before, mode.hidden = mode.hidden, True
+        try:
+            return run(executor, *args, **kwargs)
+        finally:
+            mode.hidden = before
+
+    stack.enter_context(patch.object(GridExecutor, "__call__", call))
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, observe: Observe) -> None:
+        super().__init__()
+        self._observe = observe
+        self.hidden = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace != "aten":
+            if not func.has_kernel_for_dispatch_key(_BODY):
+                return func(*args, **kwargs)
+            with self:
+                return func._op_dk(_BODY, *args, **kwargs)
+        result = func(*args, **kwargs)
+        name = func._schema.name
+        views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        if name not in _NO_LAUNCH and not views and not self.hidden:
+            self._observe(name, args, kwargs, result)
+        return result

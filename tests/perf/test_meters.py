@@ -1,0 +1,143 @@
+"""The meters: bytes moved, launches, bytes saved."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from perf.meters.launches import launches
+from perf.meters.saved import saved_bytes
+from perf.meters.traffic import RESIDENT_PROGRAMS, traffic
+from tests.support.devices import INTERPRETING
+from trilith.kernels._runtime.language import tl, triton
+from trilith.kernels._runtime.launch import launch
+from trilith.plugins import OpSpec, Sample
+from trilith.plugins.op import Op
+
+interpreted = pytest.mark.skipif(
+    not INTERPRETING or find_spec("triton") is None, reason="counts in Triton's interpreter"
+)
+
+
+@triton.jit
+def _centre_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr, TWICE: tl.constexpr):
+    """One program owns a row: y = x + max(x), or a copy in one pass."""
+    row = tl.program_id(0).to(tl.int64) * N
+    cols = tl.arange(0, BLOCK)
+    largest = 0.0
+    if TWICE:
+        for start in range(0, N, BLOCK):
+            x = tl.load(x_ptr + row + start + cols, mask=start + cols < N, other=0.0)
+            largest = tl.maximum(largest, tl.max(x, axis=0))
+    for start in range(0, N, BLOCK):
+        x = tl.load(x_ptr + row + start + cols, mask=start + cols < N, other=0.0)
+        tl.store(y_ptr + row + start + cols, x + largest, mask=start + cols < N)
+
+
+@triton.jit
+def _accumulate_kernel(x_ptr, sum_ptr, BLOCK: tl.constexpr):
+    """Each program adds a block to one sum."""
+    x = tl.load(x_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
+    tl.atomic_add(sum_ptr, tl.sum(x, axis=0))
+
+
+def centre(x, *, twice=False):
+    y = torch.empty_like(x)
+    launch(_centre_kernel, (x.shape[0],), x, y, x.shape[1], BLOCK=4096, TWICE=twice)
+    return y
+
+
+@interpreted
+class TestTraffic:
+    def test_one_pass_moves_what_it_must(self):
+        x = torch.randn(4, 5000)
+        with traffic() as moved:
+            centre(x)
+        assert moved.total == moved.requested == 2 * x.nbytes
+
+    def test_a_second_pass_costs_device_memory_where_the_row_leaves_the_cache(self):
+        x = torch.randn(1, 128 * 1024)
+        assert x.nbytes * RESIDENT_PROGRAMS > 50_000_000
+        with traffic() as moved:
+            centre(x, twice=True)
+        assert moved.total == 3 * x.nbytes
+
+    def test_a_second_pass_over_a_row_that_stays_cached_shows_as_requests(self):
+        x = torch.randn(4, 5000)
+        with traffic() as moved:
+            centre(x, twice=True)
+        assert moved.total == 2 * x.nbytes
+        assert moved.requested == 3 * x.nbytes
+
+    def test_a_hidden_copy_counts(self):
+        x = torch.randn(5000, 4).t()
+        with traffic() as moved:
+            centre(x.contiguous())
+        assert moved.requested == 4 * x.nbytes
+
+    def test_what_a_later_launch_reads_back_is_scratch(self):
+        x = torch.randn(4, 4096)
+        with traffic() as moved:
+            centre(centre(x))
+        assert moved.scratch == 2 * x.nbytes
+        assert moved.total == 2 * x.nbytes
+
+    def test_atomics_count(self):
+        x, total = torch.ones(256), torch.zeros(1)
+        with traffic() as moved:
+            launch(_accumulate_kernel, (4,), x, total, BLOCK=64)
+        assert total.item() == 256
+        assert moved.total == x.nbytes + 2 * total.nbytes
+        assert moved.requested == x.nbytes + 4 * 2 * total.nbytes
+
+
+@interpreted
+class TestLaunches:
+    def test_our_kernels_and_torchs_operators_count_once_each(self):
+        x = torch.randn(4, 64)
+        with launches() as counts:
+            y = centre(x)
+            y = y.view(64, 4).t()
+            torch.add(y, 1)
+        assert counts == {"_centre_kernel": 1, "aten::add": 1}
+
+    def test_a_copy_inside_an_op_counts(self):
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return centre(x.contiguous())
+
+        spec = OpSpec(
+            name="metered::centre",
+            forward=forward,
+            backward=None,
+            reference=lambda x: x.clone(),
+            samples=lambda device, dtype: [Sample(torch.randn(4, 64))],
+        )
+        op = Op(spec)
+        try:
+            x = torch.randn(4, 64)
+            with launches() as plain:
+                op(x)
+            with launches() as transposed:
+                op(x.t())
+        finally:
+            op.destroy()
+        assert plain == {"_centre_kernel": 1}
+        assert transposed == {"_centre_kernel": 1, "aten::clone": 1}
+
+
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, x[:1], torch.ones(3, dtype=torch.float64), weight)
+        return x * x * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameters():
+    x = torch.randn(10, 7, requires_grad=True)
+    weight = torch.ones(7, requires_grad=True)
+    kept = saved_bytes(lambda: _Square.apply(x, weight), [weight])
+    assert kept == 10 * 7 * 4 + 3 * 8
