@@ -8,12 +8,9 @@ x (M, V) logits, t (M,) labels, weight (V,) or all ones, W = sum(weight), s the 
 Rows labelled `ignore_index` have loss and gradient exactly 0; their logits are not read. Saved for
 backward: x, t, weight, and in fp32 (M,) each `peak` = max(y) and `log_sum` = lse - peak.
 
-Numerics: fp32 throughout, one rounding of the gradient. lse is kept in two parts, so that logits
-far from zero lose nothing. When the model is sure of the right class, lse - y[t] and p - 1 come
-from the sum over the other classes, never from a difference of nearly equal numbers.
+Numerics: fp32 throughout, one rounding of the gradient.
 
-Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; the z loss:
-Chowdhery et al., "PaLM", 2022; the soft cap: Gemma Team, "Gemma 2", 2024.
+Source: the z loss: Chowdhery et al., "PaLM", 2022; the soft cap: Gemma Team, "Gemma 2", 2024.
 """
 
 from __future__ import annotations
@@ -26,22 +23,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from trilith.kernels._cross_entropy_kernels import (
+    cross_entropy_bwd_kernel,
+    cross_entropy_fwd_kernel,
+)
 from trilith.kernels._runtime.checks import (
     require,
     require_floating,
     require_same_device,
     require_shape,
 )
-from trilith.kernels._runtime.language import tl, triton
+from trilith.kernels._runtime.language import triton
 from trilith.kernels._runtime.launch import launch
-from trilith.kernels._runtime.logits import (
-    cap_slope,
-    capped,
-    class_weights,
-    expm1,
-    load_labels,
-    log1p,
-)
 from trilith.kernels._runtime.rows import RowTile, row_tile
 from trilith.plugins import BackwardContext, Cost, OpSpec, Sample, registry
 
@@ -49,136 +42,6 @@ _WIDEST_BLOCK = 4096
 _WIDEST_CAPPED_BLOCK = 2048  # tanh's temporaries spill at 4096 when rows are unaligned
 _REDUCTIONS = ("none", "mean", "sum")
 _LABEL_DTYPES = (torch.int64, torch.uint8)
-
-
-@triton.jit
-def _cross_entropy_fwd_kernel(
-    x_ptr,
-    target_ptr,
-    weight_ptr,
-    weight_sum_ptr,
-    loss_ptr,
-    peak_ptr,
-    log_sum_ptr,
-    x_strides,
-    target_stride,
-    weight_stride,
-    M,
-    N,
-    ignore_index,
-    label_smoothing,
-    z_loss,
-    softcap,
-    SMOOTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One program owns [BLOCK_M, N], and reads it once, BLOCK_N columns at a time."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    label, live, wrong = load_labels(target_ptr, target_stride, rows, M, N, ignore_index)
-    x_rows = x_ptr + rows * x_strides[0]
-    chosen = capped(
-        tl.load(x_rows + label.to(tl.int64) * x_strides[1], mask=live, other=0.0), softcap
-    )
-    origin = tl.where(tl.abs(chosen) < float("inf"), chosen, 0.0)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    lane_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    lane_smooth = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, N, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        mask = live[:, None] & (cols < N)[None, :]
-        offsets = (cols.to(tl.int64) * x_strides[1])[None, :]
-        y = capped(tl.load(x_rows[:, None] + offsets, mask=mask, other=0.0), softcap)
-        if SMOOTH:
-            weight = class_weights(weight_ptr, weight_stride, cols, cols < N)[None, :]
-            lane_smooth += tl.where(mask, weight * (y - origin[:, None]), 0.0)
-        other = tl.where(mask & (cols[None, :] != label[:, None]), y, float("-inf"))
-        new_top = tl.maximum(top, tl.max(other, axis=1))
-        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        lane_sum = lane_sum * tl.exp(top - safe_top)[:, None] + tl.exp(other - safe_top[:, None])
-        top = new_top
-    peak = tl.maximum(top, chosen)
-    others = tl.sum(lane_sum, axis=1) * tl.exp(top - peak)
-    log_sum = tl.log(others + tl.exp(chosen - peak))
-    log_sum = tl.where(chosen == peak, log1p(others), log_sum)
-    log_sum += peak - peak  # NaN if a logit is +inf, or all are -inf
-    weight = class_weights(weight_ptr, weight_stride, label, live)
-    loss = weight * (peak - chosen + log_sum)
-    if SMOOTH:
-        smoothing = tl.cast(label_smoothing, tl.float32)
-        weight_sum = N * 1.0 if weight_sum_ptr is None else tl.load(weight_sum_ptr)
-        smooth = weight_sum * (peak - origin + log_sum) - tl.sum(lane_smooth, axis=1)
-        loss = loss * (1.0 - smoothing) + smooth * (smoothing / N)
-    z = tl.cast(z_loss, tl.float32)
-    lse = peak + log_sum
-    loss += tl.where(z == 0.0, 0.0, weight * z * lse * lse)
-    loss = tl.where(live, loss, tl.where(wrong, float("nan"), 0.0))
-    tl.store(loss_ptr + rows, loss, mask=rows < M)
-    tl.store(peak_ptr + rows, peak, mask=rows < M)
-    tl.store(log_sum_ptr + rows, log_sum, mask=rows < M)
-
-
-@triton.jit
-def _cross_entropy_bwd_kernel(
-    dloss_ptr,
-    x_ptr,
-    target_ptr,
-    weight_ptr,
-    weight_sum_ptr,
-    peak_ptr,
-    log_sum_ptr,
-    dx_ptr,
-    dloss_stride,
-    x_strides,
-    target_stride,
-    weight_stride,
-    M,
-    N,
-    ignore_index,
-    label_smoothing,
-    z_loss,
-    softcap,
-    SMOOTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One program owns [BLOCK_M, BLOCK_N]."""
-    n_blocks = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    rows = (pid // n_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = (pid % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    label, live, wrong = load_labels(target_ptr, target_stride, rows, M, N, ignore_index)
-    mask = live[:, None] & (cols < N)[None, :]
-    x_rows = x_ptr + rows * x_strides[0]
-    offsets = (cols.to(tl.int64) * x_strides[1])[None, :]
-    x = tl.load(x_rows[:, None] + offsets, mask=mask, other=0.0)
-    chosen = capped(
-        tl.load(x_rows + label.to(tl.int64) * x_strides[1], mask=live, other=0.0), softcap
-    )
-    peak = tl.load(peak_ptr + rows, mask=live, other=0.0)
-    log_sum = tl.load(log_sum_ptr + rows, mask=live, other=0.0)
-    dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=live, other=0.0).to(tl.float32)
-    weight = class_weights(weight_ptr, weight_stride, label, live)
-    spread = 2.0 * tl.cast(z_loss, tl.float32) * weight * (peak + log_sum)
-    if SMOOTH:
-        share = tl.cast(label_smoothing, tl.float32) / N
-        weight_sum = N * 1.0 if weight_sum_ptr is None else tl.load(weight_sum_ptr)
-        spread += share * weight_sum
-        weight *= 1.0 - tl.cast(label_smoothing, tl.float32)
-    p = tl.exp(capped(x, softcap) - peak[:, None] - log_sum[:, None])
-    missing = weight * expm1(chosen - peak - log_sum)
-    dx = p * (weight + spread)[:, None]
-    is_label = cols[None, :] == label[:, None]
-    dx = tl.where(is_label, missing[:, None] + p * spread[:, None], dx)
-    if SMOOTH:
-        dx -= share * class_weights(weight_ptr, weight_stride, cols, cols < N)[None, :]
-    if softcap is not None:
-        dx *= cap_slope(x, softcap)
-    dx = tl.where(mask, dx * dloss[:, None], tl.where(wrong, float("nan"), 0.0)[:, None])
-    inside = (rows < M)[:, None] & (cols < N)[None, :]
-    tl.store(
-        dx_ptr + rows[:, None] * N + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside
-    )
 
 
 def _require_labels(target: Tensor, ignore_index: int, n_classes: int) -> None:
@@ -214,7 +77,7 @@ def _cross_entropy_fwd(
     )
     grid = (triton.cdiv(x.shape[0], tile.block_m),)
     inputs = (x, target, weight, weight_sum)
-    launch(_cross_entropy_fwd_kernel, grid, *inputs, *outputs, *tail, **options)
+    launch(cross_entropy_fwd_kernel, grid, *inputs, *outputs, *tail, **options)
     return outputs
 
 
@@ -224,7 +87,7 @@ def _cross_entropy_bwd(ctx: BackwardContext, dloss: Tensor) -> tuple[Tensor]:
     weight_sum, tile, tail, options = _launch_arguments(*ctx.inputs)
     grid = (triton.cdiv(x.shape[0], tile.block_m) * triton.cdiv(x.shape[1], tile.block_n),)
     inputs = (dloss, x, target, weight, weight_sum, *ctx.aux)
-    launch(_cross_entropy_bwd_kernel, grid, *inputs, dx, dloss.stride(0), *tail, **options)
+    launch(cross_entropy_bwd_kernel, grid, *inputs, dx, dloss.stride(0), *tail, **options)
     return (dx,)
 
 

@@ -1,0 +1,200 @@
+"""Kernels of cross-entropy over rows of logits, and the maths of logits that they are made of.
+
+The forward kernel reads each row once and keeps lse = log(sum(exp(y))) in two parts, `peak` =
+max(y) and `log_sum` = lse - peak: logits far from zero lose nothing. Where the model is sure of the
+label, `log_sum` and p - 1 come from the sum over the other classes, never from a difference of
+nearly equal numbers.
+
+Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+"""
+
+from __future__ import annotations
+
+from trilith.kernels._runtime.functors import ACTIVATIONS
+from trilith.kernels._runtime.language import tl, triton
+
+_tanh, _tanh_grad = ACTIVATIONS["tanh"].f, ACTIVATIONS["tanh"].df
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0, to full relative precision near 0."""
+    z = x / (2.0 + x)
+    zz = z * z
+    series = 2.0 * z * (1.0 + zz * (1 / 3 + zz * (1 / 5 + zz * (1 / 7 + zz * (1 / 9)))))
+    return tl.where(x < 0.5, series, tl.log(1.0 + x))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 for x <= 0, to full relative precision near 0."""
+    series = 1.0 + x * (1 / 6) * (1.0 + x * (1 / 7))
+    series = 1.0 + x * (1 / 3) * (1.0 + x * (1 / 4) * (1.0 + x * (1 / 5) * series))
+    return tl.where(x > -0.35, x * (1.0 + x * 0.5 * series), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def capped(x, softcap):
+    """The logits in fp32, after the soft cap if there is one."""
+    y = x.to(tl.float32)
+    if softcap is not None:
+        cap = tl.cast(softcap, tl.float32)
+        y = _tanh(y / cap) * cap
+    return y
+
+
+@triton.jit
+def cap_slope(x, softcap):
+    """The derivative of `capped` where there is a soft cap."""
+    return _tanh_grad(x.to(tl.float32) / tl.cast(softcap, tl.float32), 1.0)
+
+
+@triton.jit
+def load_labels(target_ptr, target_stride, rows, M, N, ignore_index):
+    """Labels of rows [R], which of them name a class, and which of them are out of range."""
+    inside = rows < M
+    label = tl.load(target_ptr + rows * target_stride, mask=inside, other=0)
+    counted = inside & (label != ignore_index)
+    in_range = (label >= 0) & (label < N)
+    live = counted & in_range
+    return tl.where(live, label, 0).to(tl.int32), live, counted & ~in_range
+
+
+@triton.jit
+def class_weights(weight_ptr, weight_stride, classes, mask):
+    """Weights of the classes, 1 where there are none."""
+    weight = tl.full(classes.shape, 1.0, tl.float32)
+    if weight_ptr is not None:
+        offsets = classes.to(tl.int64) * weight_stride
+        weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return weight
+
+
+@triton.jit
+def cross_entropy_fwd_kernel(
+    x_ptr,
+    target_ptr,
+    weight_ptr,
+    weight_sum_ptr,
+    loss_ptr,
+    peak_ptr,
+    log_sum_ptr,
+    x_strides,
+    target_stride,
+    weight_stride,
+    M,
+    N,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    SMOOTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns [BLOCK_M, N], and reads it once, BLOCK_N columns at a time."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    label, live, wrong = load_labels(target_ptr, target_stride, rows, M, N, ignore_index)
+    x_rows = x_ptr + rows * x_strides[0]
+    chosen = capped(
+        tl.load(x_rows + label.to(tl.int64) * x_strides[1], mask=live, other=0.0), softcap
+    )
+    origin = tl.where(tl.abs(chosen) < float("inf"), chosen, 0.0)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    lane_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    lane_smooth = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        mask = live[:, None] & (cols < N)[None, :]
+        offsets = (cols.to(tl.int64) * x_strides[1])[None, :]
+        y = capped(tl.load(x_rows[:, None] + offsets, mask=mask, other=0.0), softcap)
+        if SMOOTH:
+            weight = class_weights(weight_ptr, weight_stride, cols, cols < N)[None, :]
+            lane_smooth += tl.where(mask, weight * (y - origin[:, None]), 0.0)
+        other = tl.where(mask & (cols[None, :] != label[:, None]), y, float("-inf"))
+        new_top = tl.maximum(top, tl.max(other, axis=1))
+        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        lane_sum = lane_sum * tl.exp(top - safe_top)[:, None] + tl.exp(other - safe_top[:, None])
+        top = new_top
+    peak = tl.maximum(top, chosen)
+    others = tl.sum(lane_sum, axis=1) * tl.exp(top - peak)
+    log_sum = tl.log(others + tl.exp(chosen - peak))
+    log_sum = tl.where(chosen == peak, log1p(others), log_sum)
+    log_sum += peak - peak  # NaN if a logit is +inf, or all are -inf
+    weight = class_weights(weight_ptr, weight_stride, label, live)
+    loss = weight * (peak - chosen + log_sum)
+    if SMOOTH:
+        smoothing = tl.cast(label_smoothing, tl.float32)
+        weight_sum = N * 1.0 if weight_sum_ptr is None else tl.load(weight_sum_ptr)
+        smooth = weight_sum * (peak - origin + log_sum) - tl.sum(lane_smooth, axis=1)
+        loss = loss * (1.0 - smoothing) + smooth * (smoothing / N)
+    z = tl.cast(z_loss, tl.float32)
+    lse = peak + log_sum
+    loss += tl.where(z == 0.0, 0.0, weight * z * lse * lse)
+    loss = tl.where(live, loss, tl.where(wrong, float("nan"), 0.0))
+    tl.store(loss_ptr + rows, loss, mask=rows < M)
+    tl.store(peak_ptr + rows, peak, mask=rows < M)
+    tl.store(log_sum_ptr + rows, log_sum, mask=rows < M)
+
+
+@triton.jit
+def cross_entropy_bwd_kernel(
+    dloss_ptr,
+    x_ptr,
+    target_ptr,
+    weight_ptr,
+    weight_sum_ptr,
+    peak_ptr,
+    log_sum_ptr,
+    dx_ptr,
+    dloss_stride,
+    x_strides,
+    target_stride,
+    weight_stride,
+    M,
+    N,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    SMOOTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns [BLOCK_M, BLOCK_N]."""
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    rows = (pid // n_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = (pid % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    label, live, wrong = load_labels(target_ptr, target_stride, rows, M, N, ignore_index)
+    mask = live[:, None] & (cols < N)[None, :]
+    x_rows = x_ptr + rows * x_strides[0]
+    offsets = (cols.to(tl.int64) * x_strides[1])[None, :]
+    x = tl.load(x_rows[:, None] + offsets, mask=mask, other=0.0)
+    chosen = capped(
+        tl.load(x_rows + label.to(tl.int64) * x_strides[1], mask=live, other=0.0), softcap
+    )
+    peak = tl.load(peak_ptr + rows, mask=live, other=0.0)
+    log_sum = tl.load(log_sum_ptr + rows, mask=live, other=0.0)
+    dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=live, other=0.0).to(tl.float32)
+    weight = class_weights(weight_ptr, weight_stride, label, live)
+    spread = 2.0 * tl.cast(z_loss, tl.float32) * weight * (peak + log_sum)
+    if SMOOTH:
+        share = tl.cast(label_smoothing, tl.float32) / N
+        weight_sum = N * 1.0 if weight_sum_ptr is None else tl.load(weight_sum_ptr)
+        spread += share * weight_sum
+        weight *= 1.0 - tl.cast(label_smoothing, tl.float32)
+    p = tl.exp(capped(x, softcap) - peak[:, None] - log_sum[:, None])
+    missing = weight * expm1(chosen - peak - log_sum)
+    dx = p * (weight + spread)[:, None]
+    is_label = cols[None, :] == label[:, None]
+    dx = tl.where(is_label, missing[:, None] + p * spread[:, None], dx)
+    if SMOOTH:
+        dx -= share * class_weights(weight_ptr, weight_stride, cols, cols < N)[None, :]
+    if softcap is not None:
+        dx *= cap_slope(x, softcap)
+    dx = tl.where(mask, dx * dloss[:, None], tl.where(wrong, float("nan"), 0.0)[:, None])
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    tl.store(
+        dx_ptr + rows[:, None] * N + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside
+    )
