@@ -8,10 +8,11 @@ M rows of N elements. With g = dy * weight and x_hat = (x - mean) * rstd, backwa
 
 where rms_norm has neither mean nor mean(g).
 
-The variance is the mean of squared differences from the mean. A row that fits on chip is read once.
-A longer one is read twice in forward: each lane keeps a running mean and sum of squared differences
-(Welford), which are merged at the end. It is read twice in backward too: for mean(g) and
-mean(g * x_hat), then a block of columns at a time. Weight gradients are summed per program, then
+The variance is the mean of squared differences from the mean, and the mean is corrected by what the
+differences sum to: its rounding would show in rows of one large value. A row that fits on chip is
+read once. A longer one is read twice in forward: each lane keeps a running mean and sum of squared
+differences (Welford), which are merged at the end. It is read twice in backward too: for mean(g)
+and mean(g * x_hat), then a block of columns at a time. Weight gradients are summed per program, then
 over programs, without atomics.
 
 Source: Welford, "Note on a method for calculating corrected sums of squares and products", 1962.
@@ -67,8 +68,10 @@ def _norm_fwd_kernel(
     x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32)
     if mean_ptr is not None:
         mean = tl.sum(x, axis=1) / N
-        tl.store(mean_ptr + rows, mean, mask=rows < M)
         x = tl.where(mask, x - mean[:, None], 0.0)
+        rounding = tl.sum(x, axis=1) / N
+        x = tl.where(mask, x - rounding[:, None], 0.0)
+        tl.store(mean_ptr + rows, mean + rounding, mask=rows < M)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / N + tl.cast(eps, tl.float32))
     tl.store(rstd_ptr + rows, rstd, mask=rows < M)
     y = x * rstd[:, None]
@@ -121,6 +124,7 @@ def _norm_fwd_looped_kernel(
     if mean_ptr is not None:
         lane_count = tl.maximum((N - lanes + BLOCK_N - 1) // BLOCK_N, 0).to(tl.float32)
         mean = tl.sum(lane_mean * lane_count) / N
+        mean += tl.sum((lane_mean - mean) * lane_count) / N
         lane_squares += lane_count * (lane_mean - mean) * (lane_mean - mean)
         tl.store(mean_ptr + row, mean)
     rstd = 1.0 / tl.sqrt(tl.sum(lane_squares) / N + tl.cast(eps, tl.float32))

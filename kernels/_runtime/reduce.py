@@ -15,8 +15,9 @@ from trilith.kernels._runtime.device import multiprocessors
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 
-_BLOCK_P = 64
-_MIN_BLOCK_N, _MAX_BLOCK_N = 8, 64  # 8 floats are one 32-byte sector; 64 keep 32 sums a thread
+_MAX_BLOCK_P = 64
+_MIN_BLOCK_N = 8  # 8 floats are one 32-byte sector
+_TILE, _WARPS = 4096, 4  # 32 sums a thread
 
 
 @triton.jit
@@ -59,8 +60,9 @@ def column_sum_pair(
 
 def _reduce(partials: Tensor, first: Tensor, second: Tensor | None) -> None:
     p, n = partials.shape[-2:]
-    per_program = triton.next_power_of_2(max(1, n // multiprocessors(partials.device)))
-    block_n = min(max(per_program, _MIN_BLOCK_N), _MAX_BLOCK_N)
+    block_p = min(triton.next_power_of_2(p), _MAX_BLOCK_P)
+    share = triton.next_power_of_2(max(1, n // multiprocessors(partials.device)))
+    block_n = min(max(share, _MIN_BLOCK_N), _TILE // block_p)
     grid = (triton.cdiv(n, block_n), 1 if second is None else 2)
     launch(
         _column_sum_kernel,
@@ -70,7 +72,7 @@ def _reduce(partials: Tensor, first: Tensor, second: Tensor | None) -> None:
         second,
         p,
         n,
-        BLOCK_P=_BLOCK_P,
+        BLOCK_P=block_p,
         BLOCK_N=block_n,
-        num_warps=4,
+        num_warps=_WARPS,
     )
