@@ -12,8 +12,8 @@ The variance is the mean of squared differences from the mean, and the mean is c
 differences sum to: its rounding would show in rows of one large value. A row that fits on chip is
 read once. A longer one is read twice in forward: each lane keeps a running mean and sum of squared
 differences (Welford), which are merged at the end. It is read twice in backward too: for mean(g)
-and mean(g * x_hat), then a block of columns at a time. Weight gradients are summed per program, then
-over programs, without atomics.
+and mean(g * x_hat), then a block of columns at a time. Weight gradients are summed per program,
+then over programs, without atomics.
 
 Source: Welford, "Note on a method for calculating corrected sums of squares and products", 1962.
 """

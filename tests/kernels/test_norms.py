@@ -1,9 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from tests.support.compare import assert_one_rounding
 from tests.support.devices import DEVICE, DTYPES, dtype_name
-
 from trilith.kernels._runtime.launch import observers
 from trilith.kernels.norms import layer_norm, rms_norm
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
+
 from tests.support.compare import assert_one_rounding
 from tests.support.devices import DEVICE, DTYPES, dtype_name
-
 from trilith.kernels._runtime.reduce import column_sum, column_sum_pair
 
 
