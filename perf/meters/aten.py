@@ -67,11 +67,13 @@ class _Operators(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace != "aten":
-            if not func.has_kernel_for_dispatch_key(_BODY):
-                return func(*args, **kwargs)
-            with self:
+        with self:
+            result = func.decompose(*args, **kwargs)
+            ours = func.namespace != "aten" and func.has_kernel_for_dispatch_key(_BODY)
+            if ours and result is NotImplemented:
                 return func._op_dk(_BODY, *args, **kwargs)
+        if result is not NotImplemented:
+            return result
         result = func(*args, **kwargs)
         name = func._schema.name
         views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
