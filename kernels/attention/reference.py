@@ -41,7 +41,7 @@ def attention_reference(
     scores = (grouped @ wide_k.transpose(-1, -2)).reshape(B, H, T, S) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = _with_terms(scores, bias, key_mask, slopes, alignment, left, right)
+    scores = add_terms(scores, bias, key_mask, slopes, alignment, left, right)
     top = scores.detach().amax(-1, keepdim=True) if S else scores.new_full((B, H, T, 1), -torch.inf)
     if sinks is not None:
         sink = sinks.to(wide)[:, None, None]
@@ -61,7 +61,7 @@ def attention_reference(
     return out.to(q.dtype), lse
 
 
-def _with_terms(
+def add_terms(
     scores: Tensor,
     bias: Tensor | None,
     key_mask: Tensor | None,
@@ -70,6 +70,7 @@ def _with_terms(
     left: int,
     right: int,
 ) -> Tensor:
+    """Scores (B, H, T, S) with what is added to them, and -inf where a key takes no part."""
     T, S = scores.shape[-2:]
     banded = left >= 0 or right >= 0
     if slopes is not None or banded:

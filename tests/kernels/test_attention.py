@@ -1,0 +1,584 @@
+"""Attention against its reference in float64, beside eager PyTorch with the same roundings."""
+
+import itertools
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.support.compare import assert_like_eager
+from tests.support.devices import DEVICE, DTYPES, dtype_name
+from trilith.kernels._runtime.language import tl, triton
+from trilith.kernels._runtime.random import reference_keep_mask
+from trilith.kernels.attention import attention, scaled_dot_product_attention
+from trilith.kernels.attention.op import OP
+from trilith.kernels.attention.reference import add_terms
+from trilith.kernels.attention.tiles import band_range
+
+LENGTHS = (1, 2, 31, 33, 64, 65, 127)
+TERMS = ("bias", "key_mask", "slopes", "sinks", "seed")
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def call(q, k, v, **given):
+    """The op's arguments, in order."""
+    scalars = {"scale": q.shape[-1] ** -0.5, "softcap": 0.0, "p": 0.0}
+    band = {"alignment": "top_left", "left": -1, "right": -1}
+    return [q, k, v, *(dict.fromkeys(TERMS) | scalars | band | given).values()]
+
+
+def qkv(T, S, D=16, Dv=None, B=2, H=2, Hkv=None, dtype=torch.float32):
+    Hkv, Dv = Hkv or H, Dv or D
+    shapes = ((B, H, T, D), (B, Hkv, S, D), (B, Hkv, S, Dv))
+    return [randn(*shape, dtype=dtype) for shape in shapes]
+
+
+def differentiable(args):
+    return [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+
+
+def run(function, args, dout, dlse):
+    """[out, lse, gradients...] of a function of the op's arguments."""
+    chosen = differentiable(args)
+    leaves = [a.detach().requires_grad_() if i in chosen else a for i, a in enumerate(args)]
+    out, lse = function(*leaves)
+    wanted = [leaves[i] for i in chosen]
+    upstream = [dout.to(out.dtype), dlse.to(lse.dtype)]
+    found = torch.autograd.grad([out, lse], wanted, upstream, allow_unused=True)
+    return [out.detach(), lse.detach(), *found]
+
+
+class RoundedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dtype):
+        ctx.dtype = dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype).to(grad.dtype), None
+
+
+def eager(args, dout, dlse):
+    """[out, lse, gradients...] with a rounding where the kernels have one, in plain PyTorch."""
+    q, k, v, bias, key_mask, slopes, sinks, seed, scale, softcap, p, *band = args
+    dtype, groups = q.dtype, q.shape[1] // k.shape[1]
+    named = {"q": q, "k": k, "v": v, "bias": bias, "slopes": slopes, "sinks": sinks}
+    wide = {n: t for n, t in named.items() if t is not None and t.is_floating_point()}
+    wide = {n: t.detach().float().requires_grad_() for n, t in wide.items()}
+    keys, values = (wide[n].repeat_interleave(groups, 1) for n in ("k", "v"))
+    scores = RoundedGradient.apply(wide["q"] @ keys.mT * scale, dtype)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = add_terms(scores, wide.get("bias", bias), key_mask, wide.get("slopes"), *band)
+    logits = scores
+    if sinks is not None:
+        sink = wide["sinks"][None, :, None, None].expand(*scores.shape[:3], 1)
+        logits = torch.cat([scores, sink], -1)
+    lse = torch.logsumexp(logits, -1, keepdim=True).detach()
+    weights = torch.where(lse == -torch.inf, 0, (scores - lse).exp()).detach()
+    kept = torch.ones_like(weights)
+    if p > 0:
+        kept = reference_keep_mask(seed, weights.shape, p) * (0 if p == 1 else 1 / (1 - p))
+    rounded = (weights * kept).to(dtype).float()
+    out = (rounded @ values).to(dtype)
+    dvalues = rounded.mT @ dout.float()
+    delta = (out.float() * dout.float()).sum(-1, keepdim=True) - dlse[..., None]
+    dscores = weights * (dout.float() @ values.detach().mT * kept - delta)
+    parts = {"v": dvalues.unflatten(1, (-1, groups)).sum(2)}
+    if sinks is not None:
+        share = torch.where(lse == -torch.inf, 0, (wide["sinks"][:, None, None] - lse).exp())
+        parts["sinks"] = -(share * delta).sum((0, 2, 3)).detach()
+    rest = [n for n in wide if n not in parts]
+    found = torch.autograd.grad(scores, [wide[n] for n in rest], dscores)
+    parts |= dict(zip(rest, found, strict=True))
+    return [out, lse.squeeze(-1), *(parts[n].to(named[n].dtype) for n in wide)]
+
+
+def check(args):
+    q, _, v = args[:3]
+    dout = randn(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    dlse = randn(*q.shape[:3])
+    chosen = differentiable(args)
+    double = [a.double() if i in chosen else a for i, a in enumerate(args)]
+    actual = run(OP, args, dout, dlse)
+    expected = run(OP.spec.reference, double, dout.double(), dlse.double())
+    yardstick = eager(args, dout, dlse)
+    for a, e, p in zip(actual, expected, yardstick, strict=True):
+        assert_like_eager(a, e, p)
+
+
+CAUSAL = (
+    {},
+    {"right": 0},
+    {"alignment": "bottom_right", "right": 0},
+    {"alignment": "bottom_right", "left": 17, "right": 3},
+)
+
+
+@pytest.mark.parametrize(("T", "S"), list(itertools.product(LENGTHS, LENGTHS)))
+def test_lengths(T, S):
+    band = CAUSAL[(LENGTHS.index(T) + LENGTHS.index(S)) % len(CAUSAL)]
+    check(call(*qkv(T, S, B=1), **band))
+
+
+@pytest.mark.parametrize("band", CAUSAL, ids=str)
+@pytest.mark.parametrize(("T", "S"), [(65, 65), (33, 127), (127, 33)])
+def test_bands(T, S, band):
+    check(call(*qkv(T, S), **band))
+
+
+OPTIONS = {
+    "top_left": lambda T, S: {"alignment": "top_left", "right": 0},
+    "bottom_right": lambda T, S: {"alignment": "bottom_right", "right": 0},
+    "window": lambda T, S: {"left": 9, "right": 4},
+    "left_window": lambda T, S: {"left": 20},
+    "boolean": lambda T, S: {"bias": randn(2, 1, T, S) > -0.5},
+    "bias": lambda T, S: {"bias": randn(1, 2, T, S)},
+    "row_bias": lambda T, S: {"bias": randn(1, 1, 1, S)},
+    "key_mask": lambda T, S: {"key_mask": torch.rand(2, S, device=DEVICE) > 0.3},
+    "slopes": lambda T, S: {"slopes": randn(1, 2).abs() / 8},
+    "sinks": lambda T, S: {"sinks": randn(2)},
+    "softcap": lambda T, S: {"softcap": 1.5},
+    "dropout": lambda T, S: {"p": 0.3, "seed": torch.tensor([2**35 + 3], device=DEVICE)},
+    "negative_scale": lambda T, S: {"scale": -0.4},
+    "grouped": lambda T, S: {},
+    "value_dim": lambda T, S: {},
+}
+OVERLAPPING = ({"top_left", "bottom_right", "window"}, {"boolean", "bias", "row_bias"})
+OVERLAPPING += ({"window", "left_window"},)
+
+
+def options(names, T, S, D=16, dtype=torch.float32):
+    given = {}
+    for name in names:
+        given |= OPTIONS[name](T, S)
+    given = {
+        n: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        for n, t in given.items()
+    }
+    Hkv = 1 if "grouped" in names else 2
+    Dv = 24 if "value_dim" in names else D
+    return call(*qkv(T, S, D, Dv, Hkv=Hkv, dtype=dtype), **given)
+
+
+def pairs():
+    for pair in itertools.combinations(OPTIONS, 2):
+        if not any(set(pair) <= clash for clash in OVERLAPPING):
+            yield pytest.param(pair, id="-".join(pair))
+
+
+@by_dtype
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(option, dtype):
+    check(options([option], 65, 47, dtype=dtype))
+
+
+@pytest.mark.parametrize("pair", list(pairs()))
+def test_pairs_of_options(pair):
+    check(options(pair, 35, 43))
+
+
+HEAD_DIMS = ((1, 1), (3, 17), (40, 40), (64, 128), (80, 80), (96, 160), (160, 8), (256, 256))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=dtype_name)
+@pytest.mark.parametrize(("D", "Dv"), HEAD_DIMS)
+def test_head_dims(D, Dv, dtype):
+    check(call(*qkv(33, 34, D, Dv, B=1, Hkv=1, dtype=dtype), right=0))
+
+
+@pytest.mark.parametrize("Hkv", [1, 2, 6])
+def test_grouped_heads_equal_repeated_ones(Hkv):
+    q, k, v = qkv(7, 40, H=6, Hkv=Hkv)
+    repeated = [t.repeat_interleave(6 // Hkv, 1) for t in (k, v)]
+    torch.testing.assert_close(attention(q, k, v), attention(q, *repeated), rtol=0, atol=0)
+    check(call(q, k, v))
+
+
+REGIMES = {
+    "mean_1e4": lambda x: x + 1e4,
+    "std_1e-4": lambda x: x * 1e-4,
+    "constant": lambda x: torch.ones_like(x) * 3,
+    "confident": lambda x: x * 6,
+    "largest_half": lambda x: torch.sign(x) * 6e4,
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=dtype_name)
+@pytest.mark.parametrize("which", ["q", "k", "v", "all"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_regimes(regime, which, dtype):
+    tensors = dict(zip("qkv", qkv(34, 37, dtype=torch.float32, B=1), strict=True))
+    chosen = "qkv" if which == "all" else which
+    tensors = {n: REGIMES[regime](t) if n in chosen else t for n, t in tensors.items()}
+    check(call(*(t.to(dtype) for t in tensors.values()), right=0))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("which", range(3), ids="qkv")
+def test_non_finite_values_stay_where_they_belong(which, value):
+    tensors = qkv(33, 33, B=1)
+    tensors[which][0, 1, 20, 3] = value
+    args = call(*tensors, right=0)
+    out, lse = OP(*args)
+    expected, expected_lse = OP.spec.reference(*args)
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    assert torch.equal(lse.isfinite(), expected_lse.isfinite())
+    assert out[0, 0].isfinite().all()
+    assert out[0, 1, :20].isfinite().all() or which == 2
+
+
+ALL_MASKED = {
+    "boolean": lambda T, S: {"bias": torch.arange(T, device=DEVICE)[:, None].expand(T, S) != 5},
+    "additive": lambda T, S: {
+        "bias": torch.where(torch.arange(T, device=DEVICE)[:, None] == 5, -torch.inf, 0.0)
+    },
+    "bottom_right": lambda T, S: {"causal": "bottom_right"},
+    "window": lambda T, S: {"causal": "top_left", "window": (3, 0)},
+    "key_padding": lambda T, S: {
+        "key_padding_mask": torch.tensor([[True], [False]], device=DEVICE).expand(2, S)
+    },
+}
+
+
+@by_dtype
+@pytest.mark.parametrize("how", ALL_MASKED)
+def test_rows_that_see_no_key_are_exactly_zero(how, dtype):
+    T, S = 45, 33
+    given = ALL_MASKED[how](T, S)
+    q, k, v = (t.requires_grad_() for t in qkv(T, S, dtype=dtype))
+    out, lse = attention(q, k, v, return_lse=True, **given)
+    (out.float().sum() + torch.where(lse == -torch.inf, 0, lse).sum()).backward()
+    dead = lse == -torch.inf
+    assert dead.any() and not dead.all()
+    assert (out[dead] == 0).all() and (q.grad[dead] == 0).all()
+    assert (out[~dead] != 0).any(-1).all()
+    assert all(t.grad.isfinite().all() for t in (q, k, v))
+
+
+def test_a_sink_alone_leaves_a_masked_row_at_zero_with_the_sinks_lse():
+    q, k, v = qkv(40, 33)
+    sinks = randn(2)
+    out, lse = attention(q, k, v, causal="bottom_right", sinks=sinks, return_lse=True)
+    assert (out[:, :, :7] == 0).all()
+    torch.testing.assert_close(lse[:, :, :7], sinks[None, :, None].expand(2, 2, 7))
+
+
+def test_nothing_beyond_the_tails_is_read():
+    frames = [torch.full((2, 2, 60, 40), math.nan, device=DEVICE) for _ in range(3)]
+    inner = qkv(35, 35, 20)
+    for frame, tensor in zip(frames, inner, strict=True):
+        frame[:, :, :35, :20] = tensor
+    views = [f[:, :, :35, :20].requires_grad_() for f in frames]
+    out = attention(*views)
+    grads = torch.autograd.grad(out.sum(), views)
+    assert torch.equal(out, attention(*inner))
+    assert all(g.isfinite().all() for g in grads)
+
+
+def layouts():
+    packed = randn(2, 37, 3, 2, 16)
+    yield "packed", packed.permute(2, 0, 3, 1, 4).unbind()
+    yield "heads_inside", [randn(2, 37, 2, 16).transpose(1, 2) for _ in range(3)]
+    yield "features_apart", [randn(2, 2, 16, 37).mT for _ in range(3)]
+    yield "shared", [randn(1, 1, 37, 16).expand(2, 2, 37, 16) for _ in range(3)]
+    yield "misaligned", [randn(2 * 2 * 37 * 16 + 1)[1:].view(2, 2, 37, 16) for _ in range(3)]
+    yield "backwards_batch", [randn(2, 2, 37, 32)[..., ::2] for _ in range(3)]
+
+
+@pytest.mark.parametrize("layout", ["packed", "heads_inside", "features_apart", "shared"])
+def test_layouts_give_the_same_bits(layout):
+    views = dict(layouts())[layout]
+    dense = [t.contiguous() for t in views]
+    dout, dlse = randn(2, 37, 2, 16).transpose(1, 2), randn(()).expand(2, 2, 37)
+    plain = run(OP, call(*dense, right=0), dout.contiguous(), dlse.contiguous())
+    for a, b in zip(run(OP, call(*views, right=0), dout, dlse), plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_stride_0_mask_equals_the_whole_one():
+    q, k, v = qkv(33, 40)
+    mask = randn(33, 1) > -2
+    whole = mask.expand(2, 2, 33, 40).contiguous()
+    assert torch.equal(attention(q, k, v, bias=mask), attention(q, k, v, bias=whole))
+
+
+@pytest.mark.parametrize("shape", [(40,), (33, 1), (2, 1, 1, 40), (2, 33, 40), (1, 1, 1, 1)])
+def test_the_gradient_of_a_bias_is_summed_where_it_broadcasts(shape):
+    q, k, v = qkv(33, 40)
+    bias = randn(*shape).requires_grad_()
+    weight = randn(2, 2, 33, 16)
+    (actual,) = torch.autograd.grad((attention(q, k, v, bias=bias) * weight).sum(), bias)
+    wide = [t.double() for t in (q, k, v, bias)]
+    out = F.scaled_dot_product_attention(*wide[:3], wide[3].expand(2, 2, 33, 40))
+    (expected,) = torch.autograd.grad((out * weight).sum(), bias)
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_the_gradient_of_lse_alone():
+    q, k, v = (t.requires_grad_() for t in qkv(33, 40))
+    lse = attention(q, k, v, return_lse=True)[1]
+    weight = randn(2, 2, 33)
+    actual = torch.autograd.grad((lse * weight).sum(), (q, k, v), allow_unused=True)
+    scores = (q.double() @ k.double().mT) / 4
+    expected = torch.autograd.grad((scores.logsumexp(-1) * weight).sum(), (q, k))
+    for a, e in zip(actual, expected, strict=False):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+    assert actual[2] is None or (actual[2] == 0).all()
+
+
+def test_two_halves_of_the_keys_merge_by_their_lse():
+    q, k, v = qkv(33, 64)
+    whole, whole_lse = attention(q, k, v, return_lse=True)
+    parts = [attention(q, k[:, :, h], v[:, :, h], return_lse=True) for h in halves(64)]
+    lse = torch.logaddexp(parts[0][1], parts[1][1])
+    merged = sum(o * (s - lse).exp()[..., None] for o, s in parts)
+    torch.testing.assert_close(merged, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, whole_lse, rtol=1e-6, atol=1e-6)
+
+
+def halves(length):
+    return slice(0, length // 2), slice(length // 2, length)
+
+
+def test_dropout_drops_what_the_seed_says():
+    B, H, T, S, p = 2, 2, 34, 37, 0.4
+    q, k = torch.zeros(B, H, T, 16, device=DEVICE), torch.zeros(B, H, S, 16, device=DEVICE)
+    v = torch.eye(S, device=DEVICE).expand(B, H, S, S)
+    seed = torch.tensor([12345], device=DEVICE)
+    out, _ = OP(*call(q, k, v, p=p, seed=seed))
+    kept = reference_keep_mask(seed, (B, H, T, S), p)
+    torch.testing.assert_close(out, kept / (S * (1 - p)))
+    assert torch.equal(out == 0, ~kept)
+
+
+def test_dropout_draws_anew_and_follows_the_generator():
+    q, k, v = qkv(33, 40)
+    torch.manual_seed(5)
+    first, second = (attention(q, k, v, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(attention(q, k, v, dropout_p=0.5), first)
+    assert not torch.equal(first, second)
+
+
+def test_everything_is_dropped_at_probability_one():
+    q, k, v = (t.requires_grad_() for t in qkv(33, 40))
+    out = attention(q, k, v, dropout_p=1.0)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all((t == 0).all() for t in (out, *grads))
+
+
+@pytest.mark.parametrize(("T", "S"), [(0, 5), (5, 0), (0, 0)])
+def test_empty_lengths(T, S):
+    q, k, v = (t.requires_grad_() for t in qkv(T, S))
+    out, lse = attention(q, k, v, return_lse=True)
+    assert out.shape == (2, 2, T, 16) and (out == 0).all() and (lse == -torch.inf).all()
+    assert (scaled_dot_product_attention(q, k, v) == 0).all()
+    grads = torch.autograd.grad(out.sum(), (q, k, v), allow_unused=True)
+    assert all(g is None or (g == 0).all() for g in grads)
+
+
+@triton.jit
+def band_kernel(
+    result_ptr, start, stop, limit, low, high, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr
+):
+    begin, full_begin, full_end, end = band_range(
+        start, stop, limit, low, high, HAS_LOW, HAS_HIGH, 8
+    )
+    tl.store(result_ptr, begin)
+    tl.store(result_ptr + 1, full_begin)
+    tl.store(result_ptr + 2, full_end)
+    tl.store(result_ptr + 3, end)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        (None, 0),
+        (None, -9),
+        (None, 13),
+        (-4, 0),
+        (-30, 5),
+        (3, 40),
+        (60, 70),
+        (-2, None),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("limit", [1, 8, 37])
+def test_ranges_hold_every_tile_that_meets_and_no_other(limit, low, high):
+    result = torch.empty(4, dtype=torch.int32, device=DEVICE)
+    for start in range(0, 48, 16):
+        stop = min(start + 16, 45)
+        args = (start, stop, limit, low or 0, high or 0, low is not None, high is not None)
+        band_kernel[(1,)](result, *args)
+        begin, full_begin, full_end, end = result.tolist()
+        meets = torch.tensor(
+            [
+                [
+                    (low is None or j >= i + low) and (high is None or j <= i + high)
+                    for i in range(start, stop)
+                ]
+                for j in range(limit)
+            ]
+        )
+        seen = [j for j in range(limit) if begin <= j < end]
+        assert not meets[[j for j in range(limit) if j not in seen]].any()
+        assert meets[full_begin:full_end].all()
+        assert begin % 8 == 0 and (full_end - full_begin) % 8 == 0
+        assert full_begin % 8 == 0 or full_begin == full_end
+        tiles = [meets[j : j + 8] for j in range(begin, end, 8)]
+        assert all(tile.any() for tile in tiles)
+        whole = [t for t in tiles if t.all() and len(t) == 8]
+        assert (full_end - full_begin) // 8 == len(whole)
+
+
+DROP_IN = {
+    "two_dims": (((5, 16), (7, 16), (7, 8)), {}),
+    "three_dims": (((3, 5, 16), (3, 7, 16), (3, 7, 8)), {"is_causal": True}),
+    "four_dims": (((2, 3, 37, 16), (2, 3, 34, 16), (2, 3, 34, 16)), {"is_causal": True}),
+    "five_dims": (((2, 2, 3, 5, 16), (2, 2, 3, 7, 16), (2, 2, 3, 7, 16)), {"mask": (3, 5, 7)}),
+    "deep_mask": (
+        ((2, 2, 3, 5, 16), (2, 2, 3, 7, 16), (2, 2, 3, 7, 16)),
+        {"mask": (2, 1, 1, 5, 7)},
+    ),
+    "broadcast_batch": (((2, 1, 5, 16), (1, 3, 7, 16), (7, 16)), {}),
+    "row_mask": (((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16)), {"mask": (5, 1)}),
+    "key_mask": (((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16)), {"mask": (2, 1, 1, 7)}),
+    "grouped": (((2, 4, 5, 16), (2, 2, 7, 16), (2, 2, 7, 16)), {"enable_gqa": True}),
+    "grouped_three_dims": (((4, 5, 16), (1, 7, 16), (1, 7, 16)), {"enable_gqa": True}),
+    "scale": (((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16)), {"scale": -0.7}),
+}
+
+
+@pytest.mark.parametrize("masks", ["boolean", "additive"])
+@pytest.mark.parametrize("case", DROP_IN)
+def test_drop_in_equals_torch(case, masks):
+    shapes, given = DROP_IN[case]
+    given = dict(given)
+    tensors = [randn(*shape).requires_grad_() for shape in shapes]
+    mask = None
+    if "mask" in given:
+        mask = randn(*given.pop("mask"))
+        mask = mask > 0 if masks == "boolean" else mask.requires_grad_()
+    inputs = [t for t in (*tensors, mask) if t is not None and t.requires_grad]
+    expected = F.scaled_dot_product_attention(*(t.double() for t in tensors), wide(mask), **given)
+    actual = scaled_dot_product_attention(*tensors, mask, **given)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
+    weight = randn(*actual.shape)
+    pulled = torch.autograd.grad((actual * weight).sum(), inputs)
+    for a, e in zip(pulled, torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+def wide(mask):
+    return mask if mask is None or mask.dtype == torch.bool else mask.double()
+
+
+DEVIATIONS = {
+    "dtypes": lambda q, k, v: ((q, k.double(), v), {}),
+    "one_dim": lambda q, k, v: ((q[0, 0, 0], k, v), {}),
+    "mask_dtype": lambda q, k, v: ((q, k, v, torch.ones(5, 7, dtype=torch.int32)), {}),
+    "mask_shape": lambda q, k, v: ((q, k, v, torch.ones(3, 3)), {}),
+    "probability": lambda q, k, v: ((q, k, v, None, 1.5), {}),
+    "heads": lambda q, k, v: ((q, k[:, :2], v[:, :2]), {"enable_gqa": True}),
+    "lengths": lambda q, k, v: ((q, k, v[:, :, :3]), {}),
+    "head_dims": lambda q, k, v: ((q, k[..., :3], v), {}),
+    "no_tensor": lambda q, k, v: ((q, 3, v), {}),
+    "integers": lambda q, k, v: ((q.int(), k.int(), v.int()), {}),
+}
+
+
+@pytest.mark.parametrize("deviation", DEVIATIONS)
+def test_drop_in_raises_what_torch_raises(deviation):
+    q, k, v = qkv(5, 7, H=3)
+    args, given = DEVIATIONS[deviation](q, k, v)
+    args = tuple(a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in args)
+    with pytest.raises((RuntimeError, TypeError, IndexError)) as torchs:
+        F.scaled_dot_product_attention(*args, **given)
+    with pytest.raises(torchs.type):
+        scaled_dot_product_attention(*args, **given)
+
+
+BAD_CALLS = {
+    "three_dims": (lambda q, k, v: attention(q[0], k, v), ValueError, "q must be 4-D"),
+    "dtypes": (lambda q, k, v: attention(q, k.half(), v), TypeError, "must have one dtype"),
+    "integers": (lambda q, k, v: attention(q.int(), k, v), TypeError, "floating-point"),
+    "heads": (
+        lambda q, k, v: attention(q, k[:, :2], v[:, :2]),
+        ValueError,
+        "heads must be a multiple of k's 2, got 3",
+    ),
+    "key_dim": (lambda q, k, v: attention(q, k[..., :3], v), ValueError, "k must have shape"),
+    "value_len": (lambda q, k, v: attention(q, k, v[:, :, :3]), ValueError, "v must have shape"),
+    "causal": (
+        lambda q, k, v: attention(q, k, v, causal=True),
+        ValueError,
+        '5 queries and 7 keys, "top_left" or "bottom_right"',
+    ),
+    "causal_name": (lambda q, k, v: attention(q, k, v, causal="left"), ValueError, "'left'"),
+    "window": (lambda q, k, v: attention(q, k, v, window=(-2, 3)), ValueError, "window must be"),
+    "softcap": (lambda q, k, v: attention(q, k, v, softcap=0.0), ValueError, "be positive"),
+    "bias": (
+        lambda q, k, v: attention(q, k, v, bias=torch.ones(5, 6, device=DEVICE)),
+        ValueError,
+        "bias must broadcast to (2, 3, 5, 7), got (5, 6)",
+    ),
+    "bias_dtype": (
+        lambda q, k, v: attention(q, k, v, bias=torch.ones(5, 7, device=DEVICE).int()),
+        TypeError,
+        "bias must be a floating-point tensor",
+    ),
+    "slopes": (
+        lambda q, k, v: attention(q, k, v, alibi_slopes=torch.ones(4, device=DEVICE)),
+        ValueError,
+        "alibi_slopes must be (3,) or (2, 3), got (4,)",
+    ),
+    "sinks": (
+        lambda q, k, v: attention(q, k, v, sinks=torch.ones(4, device=DEVICE)),
+        ValueError,
+        "sinks must have shape (3,), got (4,)",
+    ),
+    "key_mask": (
+        lambda q, k, v: attention(q, k, v, key_padding_mask=torch.ones(2, 7, device=DEVICE)),
+        TypeError,
+        "True where a key takes part",
+    ),
+    "probability": (lambda q, k, v: attention(q, k, v, dropout_p=-0.1), ValueError, "dropout_p"),
+    "head_dim": (
+        lambda q, k, v: attention(*(t.repeat(1, 1, 1, 20) for t in (q, k, v))),
+        NotImplementedError,
+        "head dims up to 256",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_wrong_arguments_are_named(case):
+    function, error, message = BAD_CALLS[case]
+    with pytest.raises(error, match=re.escape(message)):
+        function(*qkv(5, 7, H=3))
+
+
+def test_double_precision_takes_torchs_path():
+    q, k, v = (t.double().requires_grad_() for t in qkv(33, 40))
+    for given in ({"causal": "top_left"}, {"bias": randn(33, 40) > 0}, {"causal": "bottom_right"}):
+        out = attention(q, k, v, **given)
+        again, lse = attention(q, k, v, return_lse=True, **given)
+        torch.testing.assert_close(out, again)
+        assert out.dtype == lse.dtype == torch.float64
+
+
+def test_compiles_without_a_break():
+    q, k, v = (t.requires_grad_() for t in qkv(33, 33))
+    compiled = torch.compile(
+        lambda *t: attention(*t, causal=True), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(q, k, v), attention(q, k, v, causal=True))
