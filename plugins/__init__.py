@@ -4,9 +4,10 @@ if __name__ == "plugins":
     raise ImportError("import trilith.plugins, not plugins: the folder is mapped by the package")
 
 from trilith.plugins.hookspecs import CONTRACT, hookimpl
-from trilith.plugins.manager import Failure, Manager, PluginWarning, manager
+from trilith.plugins.manager import Failure, Manager, manager, trace, use_implementation
 from trilith.plugins.op import Op
 from trilith.plugins.registry import Registry, registry
+from trilith.plugins.selection import PluginWarning, SelectionKey
 from trilith.plugins.spec import (
     TRITON_DEVICES,
     BackwardContext,
@@ -16,6 +17,7 @@ from trilith.plugins.spec import (
     OpSpec,
     Sample,
 )
+from trilith.plugins.trace import OpCalled
 
 __all__ = [
     "CONTRACT",
@@ -27,11 +29,15 @@ __all__ = [
     "Manager",
     "ModuleSpec",
     "Op",
+    "OpCalled",
     "OpSpec",
     "PluginWarning",
     "Registry",
     "Sample",
+    "SelectionKey",
     "hookimpl",
     "manager",
     "registry",
+    "trace",
+    "use_implementation",
 ]

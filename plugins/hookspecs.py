@@ -14,7 +14,9 @@ from collections.abc import Sequence
 import pluggy
 
 from trilith.plugins.op import Op
+from trilith.plugins.selection import SelectionKey
 from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec
+from trilith.plugins.trace import OpCalled
 
 PROJECT = "trilith"
 CONTRACT = (1, 0)
@@ -24,7 +26,10 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 class HookSpecs:
-    """Every hook, with what it returns. A plugin says `TRILITH_CONTRACT = (1, 0)` to be checked."""
+    """Every hook, with what it returns. A plugin says `TRILITH_CONTRACT = (1, 0)` to be checked.
+
+    A hook takes the parameters that it names, so a hook of today may be given more tomorrow.
+    """
 
     @hookspec
     def trilith_register_ops(self) -> Sequence[OpSpec | Op]:  # type: ignore[empty-body]
@@ -37,3 +42,17 @@ class HookSpecs:
     @hookspec
     def trilith_register_modules(self) -> Sequence[ModuleSpec]:  # type: ignore[empty-body]
         """Modules that configurations choose by name."""
+
+    @hookspec(firstresult=True)
+    def trilith_select_implementation(
+        self, op: str, key: SelectionKey, candidates: tuple[Implementation, ...]
+    ) -> str | None:
+        """The provider of one of the candidates, "reference", or None for no opinion.
+
+        Asked once for an op, a device and a dtype, unless an implementation was asked for by name.
+        Candidates are those that can run there, the highest priority first.
+        """
+
+    @hookspec
+    def trilith_op_called(self, event: OpCalled) -> None:
+        """An implementation or the reference is about to run; only inside `trilith.trace()`."""

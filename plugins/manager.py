@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -14,13 +16,15 @@ import pluggy
 import torch
 
 from trilith.plugins import op as op_module
+from trilith.plugins import selection
 from trilith.plugins.hookspecs import CONTRACT, PROJECT, HookSpecs
 from trilith.plugins.op import Op
 from trilith.plugins.registry import Registry, registry
+from trilith.plugins.selection import PluginWarning, SelectionKey
+from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec
+from trilith.plugins.trace import Listener, OpCalled, listening
 
-
-class PluginWarning(UserWarning):
-    """A plugin was left out, and why."""
+_HOOKS = frozenset(hook for hook in dir(HookSpecs) if hook.startswith("trilith_"))
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,13 @@ class PluginError(RuntimeError):
     """Raised inside a plugin's guard; carries the stage."""
 
     def __init__(self, stage: str, error: BaseException) -> None:
-        super().__init__(f"{type(error).__name__}: {error}")
+        said = error.args[0] if isinstance(error, KeyError) and error.args else error
+        super().__init__(f"{type(error).__name__}: {said}")
         self.stage = stage
+
+
+class UnknownOpError(KeyError):
+    """An implementation of an op that no plugin has registered so far."""
 
 
 class Manager:
@@ -46,80 +55,203 @@ class Manager:
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
         self.loaded: list[str] = []
+        self.disabled: list[str] = []
         self.failures: list[Failure] = []
         self._pluggy = pluggy.PluginManager(PROJECT)
         self._pluggy.add_hookspecs(HookSpecs)
         self._lock = threading.RLock()
         self._done = self._loading = False
+        registry.vote = self.vote
 
     def load(self, found: Iterable[EntryPoint] | None = None) -> None:
-        """Load every installed plugin that the environment allows; the second call does nothing."""
-        if self._done:
+        """Load every installed plugin that the environment allows; the second call does nothing.
+
+        Nor does any call under tracing; the next one outside of it loads them.
+        """
+        if self._done or _tracing():
             return
         with self._lock:
             if self._done or self._loading:
                 return
             self._loading = True
-            for name, entry_point in _in_order(
-                entry_points(group=PROJECT) if found is None else found
-            ):
-                self.add(name, entry_point.load)
-            self._done = True
+            try:
+                self._load_all(entry_points(group=PROJECT) if found is None else found)
+                self._done = True
+            finally:
+                self._loading = False
+
+    def _load_all(self, found: Iterable[EntryPoint]) -> None:
+        allowed, self.disabled = _in_order(found)
+        early: list[tuple[str, EntryPoint]] = []
+        for name, entry_point in allowed:
+            if name in self.loaded:
+                continue
+            error = self._attempt(name, entry_point.load)
+            if error is not None and isinstance(error.__cause__, UnknownOpError):
+                early.append((name, entry_point))
+            elif error is not None:
+                self._leave_out(name, error)
+        for name, entry_point in early:
+            self.add(name, entry_point.load)
 
     def add(self, name: str, load: Callable[[], Any]) -> bool:
         """Load one plugin inside its guard; whether it came in."""
+        error = self._attempt(name, load)
+        if error is not None:
+            self._leave_out(name, error)
+        return error is None
+
+    def _attempt(self, name: str, load: Callable[[], Any]) -> PluginError | None:
         try:
             with self.registry.transaction():
                 self._register(name, load)
         except PluginError as error:
-            self.failures.append(Failure(name, error.stage, str(error)))
-            if os.environ.get("TRILITH_STRICT_PLUGINS"):
-                raise
-            warnings.warn(
-                f"plugin {name} is left out ({error.stage}): {error}", PluginWarning, stacklevel=2
-            )
-            return False
+            return error
+        self._take_in(name)
+        return None
+
+    def _take_in(self, name: str) -> None:
         self.loaded.append(name)
-        return True
+        for op in self.registry.ops():
+            op.forget_selections()
+
+    def _leave_out(self, name: str, error: PluginError) -> None:
+        failure = Failure(name, error.stage, str(error))
+        if failure not in self.failures:
+            self.failures.append(failure)
+        if os.environ.get("TRILITH_STRICT_PLUGINS"):
+            raise error
+        warnings.warn(
+            f"plugin {name} is left out ({error.stage}): {error}", PluginWarning, stacklevel=3
+        )
 
     def _register(self, name: str, load: Callable[[], Any]) -> None:
         plugin = _guarded("import", load)
         _guarded("contract", _check_contract, plugin)
         try:
             _guarded("hooks", self._accept, plugin, name)
-            for hook, add in (
-                ("trilith_register_ops", self.registry.add_op),
-                ("trilith_register_implementations", self.registry.add_implementation),
-                ("trilith_register_modules", self.registry.add_module),
+            for hook, add, kinds in (
+                ("trilith_register_ops", self.registry.add_op, (OpSpec, Op)),
+                (
+                    "trilith_register_implementations",
+                    self._add_implementation,
+                    (Implementation,),
+                ),
+                ("trilith_register_modules", self.registry.add_module, (ModuleSpec,)),
             ):
-                for spec in _guarded(hook, self._answers, plugin, hook):
+                for spec in _guarded(hook, self._answers, plugin, hook, kinds):
                     _guarded(hook, add, spec, name)
         except PluginError:
             if self._pluggy.is_registered(plugin):
                 self._pluggy.unregister(plugin)
             raise
 
+    def _add_implementation(self, implementation: Implementation, owner: str) -> None:
+        if implementation.op not in self.registry.op_names():
+            raise UnknownOpError(
+                f"no op {implementation.op!r} to implement; there are: "
+                f"{', '.join(self.registry.op_names())}"
+            )
+        self.registry.add_implementation(implementation, owner)
+
     def _accept(self, plugin: Any, name: str) -> None:
         self._pluggy.register(plugin, name)
-        known = {hook for hook in dir(HookSpecs) if hook.startswith("trilith_")}
-        unknown = sorted(
-            hook for hook in dir(plugin) if hook.startswith("trilith_") and hook not in known
-        )
+        own = self._pluggy.get_hookcallers(plugin) or []
+        marked = {caller.name for caller in own}
+        named = {hook for hook in dir(plugin) if hook.startswith("trilith_")}
+        unknown = sorted((marked | named) - _HOOKS)
         if unknown:
             raise ValueError(
-                f"unknown hook {', '.join(unknown)}; hooks are {', '.join(sorted(known))}"
+                f"unknown hook {', '.join(unknown)}; hooks are {', '.join(sorted(_HOOKS))}"
             )
+        unmarked = sorted(named - marked)
+        if unmarked:
+            raise ValueError(f"{', '.join(unmarked)} must be marked @trilith.plugins.hookimpl")
+        if not marked:
+            raise ValueError(f"no hook found; hooks are {', '.join(sorted(_HOOKS))}")
 
-    def _answers(self, plugin: Any, hook: str) -> list[Any]:
+    def _answers(self, plugin: Any, hook: str, kinds: tuple[type, ...]) -> list[Any]:
+        specs = [spec for answer in self._ask(plugin, hook) for spec in answer]
+        for spec in specs:
+            if not isinstance(spec, kinds):
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise TypeError(f"{hook} must return a sequence of {wanted}, got {spec!r} in it")
+        return specs
+
+    def _ask(self, plugin: Any, hook: str, **arguments: Any) -> Any:
         others = [p for p in self._pluggy.get_plugins() if p is not plugin]
-        answers = self._pluggy.subset_hook_caller(hook, others)()
-        return [spec for answer in answers for spec in answer]
+        return self._pluggy.subset_hook_caller(hook, others)(**arguments)
+
+    def _having(self, hook: str) -> list[tuple[str, Any]]:
+        """Names and plugins that implement a hook, in pluggy's order of calling."""
+        found = getattr(self._pluggy.hook, hook).get_hookimpls()
+        return [(implementation.plugin_name, implementation.plugin) for implementation in found][
+            ::-1
+        ]
+
+    def vote(
+        self, op: str, key: SelectionKey, candidates: tuple[Implementation, ...]
+    ) -> tuple[str, str] | None:
+        """The first opinion of `trilith_select_implementation`, and whose it is."""
+        hook = "trilith_select_implementation"
+        known = [c.provider for c in candidates] + [selection.REFERENCE]
+        for name, plugin in self._having(hook):
+            try:
+                answer = self._ask(plugin, hook, op=op, key=key, candidates=candidates)
+                if answer is not None and answer not in known:
+                    raise ValueError(f"must answer one of {', '.join(known)}, got {answer!r}")
+            except Exception as error:
+                self._ignore(name, hook, error, f"about {op}")
+                continue
+            if answer is not None:
+                return answer, name
+        return None
+
+    def _ignore(self, name: str, hook: str, error: Exception, what: str) -> None:
+        failure = Failure(name, hook, f"{type(error).__name__}: {error}")
+        if failure not in self.failures:
+            self.failures.append(failure)
+        if os.environ.get("TRILITH_STRICT_PLUGINS"):
+            raise PluginError(hook, error) from error
+        warnings.warn(
+            f"plugin {name} is not heard {what} ({hook}): {failure.reason}",
+            PluginWarning,
+            stacklevel=3,
+        )
+
+    @contextmanager
+    def trace(self) -> Iterator[list[OpCalled]]:
+        """See `trace`."""
+        self.load()
+        events: list[OpCalled] = []
+        observers = dict(self._having("trilith_op_called"))
+
+        def tell(event: OpCalled) -> None:
+            events.append(event)
+            for name, plugin in tuple(observers.items()):
+                try:
+                    self._ask(plugin, "trilith_op_called", event=event)
+                except Exception as error:
+                    del observers[name]
+                    self._ignore(name, "trilith_op_called", error, "in this trace any more")
+
+        listener: Listener = tell
+        with listening(listener):
+            yield events
+
+
+def _tracing() -> bool:
+    """Whether tensors made now would be stand-ins: no time to import anything."""
+    if torch.compiler.is_compiling():
+        return True
+    modes = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY))
 
 
 def _guarded(stage: str, call: Callable[..., Any], *args: Any) -> Any:
     try:
         return call(*args)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(stage, error) from error
 
 
@@ -129,32 +261,41 @@ def _check_contract(plugin: Any) -> None:
         raise RuntimeError(f"written for plugin contract {wanted}, this library has {CONTRACT}")
 
 
-def _in_order(found: Iterable[EntryPoint]) -> list[tuple[str, EntryPoint]]:
-    """Ours first, then by distribution and name; without those that the environment leaves out."""
+def _in_order(found: Iterable[EntryPoint]) -> tuple[list[tuple[str, EntryPoint]], list[str]]:
+    """Ours first, then by distribution and name; and the names that the environment leaves out."""
     named: dict[tuple[bool, str, str], EntryPoint] = {}
     for entry_point in found:
         distribution = entry_point.dist.name if entry_point.dist else ""
         named.setdefault((distribution != PROJECT, distribution, entry_point.name), entry_point)
-    chosen = []
+    chosen, left_out = [], []
     for (is_foreign, distribution, name), entry_point in sorted(named.items()):
-        if not is_foreign or _allowed({distribution, name, f"{distribution}:{name}"}):
-            chosen.append((f"{distribution}:{name}", entry_point))
-    return chosen
+        full = f"{distribution}:{name}"
+        if is_foreign and not _allowed({distribution, name, full}):
+            left_out.append(full)
+        else:
+            chosen.append((full, entry_point))
+    return chosen, left_out
 
 
 def _allowed(names: set[str]) -> bool:
     if os.environ.get("TRILITH_DISABLE_PLUGIN_AUTOLOAD"):
         return False
-    allowed, disabled = (
-        os.environ.get(variable) for variable in ("TRILITH_PLUGINS", "TRILITH_DISABLED_PLUGINS")
-    )
-    if disabled and names & set(disabled.split(",")):
+    known = {_normal(name) for name in names}
+    if known & _listed("TRILITH_DISABLED_PLUGINS"):
         return False
-    return allowed is None or bool(names & set(allowed.split(",")))
+    return "TRILITH_PLUGINS" not in os.environ or bool(known & _listed("TRILITH_PLUGINS"))
+
+
+def _listed(variable: str) -> set[str]:
+    return {_normal(name) for name in os.environ.get(variable, "").split(",") if name.strip()}
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
 manager = Manager(registry)
-op_module.before_first_choice = manager.load
+op_module.before_first_choice = registry.before_building = manager.load
 
 
 def find_op(name: str) -> Op:
@@ -169,3 +310,41 @@ def explain(
     """Which implementation a call of this op takes on a device and dtype, and why."""
     manager.load()
     return registry.explain(name, torch.device(device), dtype)
+
+
+def use_implementation(op: str | Op, provider: str) -> AbstractContextManager[None]:
+    """Inside, calls of one op take one provider's implementation, or raise.
+
+    Only in this thread, or this asyncio task; scopes nest. A backward takes the implementation that
+    its forward took, wherever it runs; activation checkpointing that recomputes a forward outside
+    the scope (or, on a GPU, in autograd's own thread) chooses as that thread does. Compiled code is
+    compiled again for the scope, and the scope cannot be entered inside of it.
+
+    Args:
+        op: "trilith::rms_norm", or an op itself.
+        provider: whose implementation; "reference" for plain PyTorch.
+
+    Raises:
+        ValueError: the op has no such provider.
+        NotImplementedError: raised by a call whose device, dtype or arguments it does not take.
+
+    Example:
+        >>> with use_implementation("trilith::rms_norm", "reference"):
+        ...     y = rms_norm(x, (512,))
+    """
+    return selection.forced(find_op(op) if isinstance(op, str) else op, provider)
+
+
+def trace() -> AbstractContextManager[list[OpCalled]]:
+    """Collect, and tell plugins that have `trilith_op_called`, every run of every op inside.
+
+    Runs of all threads are seen, those of compiled code too, unless they take the reference there.
+    The backward of a reference is PyTorch's own and no event.
+
+    Example:
+        >>> with trace() as events:
+        ...     rms_norm(x, (512,)).sum().backward()
+        >>> [(event.provider, event.direction) for event in events]
+        [('trilith', 'forward'), ('trilith', 'backward')]
+    """
+    return manager.trace()

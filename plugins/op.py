@@ -112,6 +112,7 @@ class Op:
                 f"{name}: provider {provider!r} must bring forward and backward as a pair"
             )
         self._by_provider[provider] = implementation
+        self._running.setdefault(provider, implementation)
         self._owners[provider] = owner
         self.implementations.append(implementation)
         self.implementations.sort(key=lambda i: -i.priority)
@@ -119,6 +120,7 @@ class Op:
 
     def remove_implementation(self, provider: str) -> None:
         self.implementations.remove(self._by_provider.pop(provider))
+        self._running.pop(provider, None)
         del self._owners[provider]
         self.forget_selections()
 
@@ -170,6 +172,17 @@ class Op:
     def _set_guard(self) -> None:
         # Dynamo guards on this string: compiled code made under another one is not run.
         self._guard = f"{self._version}:{self._open_scopes[-1] if self._open_scopes else ''}"
+
+    def tensors_of(self, args: Sequence[Any]) -> list[Tensor | None]:
+        """The tensors among a call's arguments, None where one is left out."""
+        return [args[i] for i in self._tensors]
+
+    def wire(self, running: dict[str, Implementation], reference: Callable[..., Any]) -> None:
+        """Run these in the places of the implementations and the reference, until `unwire`."""
+        self._running, self._reference = running, reference
+
+    def unwire(self) -> None:
+        self._running, self._reference = self._by_provider, self.spec.reference
 
     def destroy(self) -> None:
         """Take the op out of torch's dispatcher, so that its name is free again."""

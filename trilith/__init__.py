@@ -13,10 +13,21 @@ from trilith._version import __version__
 _FUNCTIONS = {
     "op": ("trilith.plugins.manager", "find_op"),
     "explain": ("trilith.plugins.manager", "explain"),
+    "trace": ("trilith.plugins.manager", "trace"),
+    "use_implementation": ("trilith.plugins.manager", "use_implementation"),
 }
 _PACKAGES = ("blocks", "kernels", "plugins")
 
-__all__ = ["__version__", "blocks", "explain", "kernels", "op", "plugins"]
+__all__ = [
+    "__version__",
+    "blocks",
+    "explain",
+    "kernels",
+    "op",
+    "plugins",
+    "trace",
+    "use_implementation",
+]
 
 
 def __getattr__(name: str) -> Any:
