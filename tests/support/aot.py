@@ -121,8 +121,11 @@ def assume_target(arch: str) -> None:
     driver.set_active(_Driver(arch))
 
 
-def cases() -> Iterator[tuple[str, Any]]:
-    """(op name, Sample) of every `shapes_*.py`; call under a FakeTensorMode."""
+def cases(source: str = "") -> Iterator[tuple[str, Any]]:
+    """(op name, Sample) of every `shapes_*.py`, or of one module; call under a FakeTensorMode."""
+    if source:
+        yield from importlib.import_module(source).cases()
+        return
     for module in sorted(pkgutil.iter_modules([str(KERNEL_TESTS)]), key=lambda m: m.name):
         if module.name.startswith("shapes_"):
             yield from importlib.import_module(f"tests.kernels.{module.name}").cases()
@@ -137,7 +140,7 @@ def import_kernels() -> None:
             importlib.import_module(f"trilith.kernels.{module.name}")
 
 
-def captured(arch: str, name: str = "") -> tuple[list[Launch], list[Report]]:
+def captured(arch: str, name: str = "", source: str = "") -> tuple[list[Launch], list[Report]]:
     """The distinct launches that the cases make on `arch`, and cases that failed before any."""
     from trilith.kernels._runtime import device, launch
     from trilith.plugins import registry
@@ -158,7 +161,7 @@ def captured(arch: str, name: str = "") -> tuple[list[Launch], list[Report]]:
     launch.observers.append(observe)
     try:
         with FakeTensorMode(), device.assume_architecture(arch):
-            for op_name, sample in cases():
+            for op_name, sample in cases(source):
                 try:
                     _run(registry.op(op_name), sample)
                 except Exception as error:
@@ -327,7 +330,7 @@ def _judge(report: Report) -> None:
         report.problems.append(f"shared memory: {report.shared} bytes, the limit is {limit}")
     if report.needs_mma and not report.mma:
         report.problems.append(
-            f"no {MMA[report.arch]} instruction though the kernel has 16-bit dots"
+            f"no MMA instruction ({MMA[report.arch]}) though the kernel has 16-bit dots"
         )
 
 
@@ -339,13 +342,13 @@ def _examine_at(index: int) -> Report:
     return examine(_launches[index])
 
 
-def survey(archs: list[str], name: str = "", jobs: int = 2) -> list[Report]:
+def survey(archs: list[str], name: str = "", jobs: int = 2, source: str = "") -> list[Report]:
     """Reports of every distinct launch on the given architectures, compiled in `jobs` processes."""
     import_kernels()
     reports: list[Report] = []
     _launches.clear()
     for arch in archs:
-        launches, failures = captured(arch, name)
+        launches, failures = captured(arch, name, source)
         _launches.extend(launches)
         reports.extend(failures)
     if jobs == 1:
@@ -387,13 +390,14 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--json", metavar="FILE", help="write the reports there")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--cases", default="", help="a module with cases(), instead of the shapes")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set; ahead-of-time compiling needs a process without it")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        reports = survey(options.arch, options.filter, options.jobs)
+        reports = survey(options.arch, options.filter, options.jobs, options.cases)
     if options.json:
         Path(options.json).write_text(json.dumps([asdict(r) for r in reports]))
     print(table(reports))

@@ -1,0 +1,91 @@
+"""Every kernel compiled ahead of time for four architectures: no spills, MMA where there are dots.
+
+The compiling happens in a process without TRITON_INTERPRET; `python -m tests.support.aot` prints
+the figures.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import aot
+from trilith.plugins import registry
+
+ROOT = Path(__file__).parents[1]
+
+# (kernel, architecture) -> (most bytes spilled, what was tried).
+SPILLS_ALLOWED: dict[tuple[str, str], tuple[int, str]] = {}
+# (kernel, architecture) -> why no tensor-core instruction is there.
+NO_MMA_ALLOWED: dict[tuple[str, str], str] = {}
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton's compiler"
+)
+
+
+def survey(arch, report, *options):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.support.aot", "--arch", arch, "--json", str(report)]
+    jobs = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+    run = subprocess.run(
+        [*command, "--jobs", jobs, *options],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert report.exists(), run.stdout + run.stderr
+    return json.loads(report.read_text())
+
+
+def excused(report, problem):
+    key = (report["kernel"], report["arch"])
+    if problem.startswith("spills"):
+        return report["spilled"] <= SPILLS_ALLOWED.get(key, (-1, ""))[0]
+    return problem.startswith("no MMA") and key in NO_MMA_ALLOWED
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", aot.TARGETS)
+def test_binaries(arch, tmp_path):
+    reports = survey(arch, tmp_path / "reports.json")
+    assert reports
+    faults = [
+        f"{r['kernel']} [{r['variant']}] of {r['op']}({r['sample']}): {problem}"
+        for r in reports
+        for problem in r["problems"]
+        if not excused(r, problem)
+    ]
+    assert not faults, "\n" + "\n".join(faults)
+    launched = {r["op"] for r in reports}
+    ours = {name for name in registry.op_names() if name.startswith("trilith::")}
+    assert ours <= launched, f"no launch of {sorted(ours - launched)} was compiled"
+
+
+@needs_triton
+def test_survey_sees_faults(tmp_path):
+    """Spills, too much shared memory, a dot without MMA and a broken case are each reported."""
+    reports = survey("sm_90", tmp_path / "reports.json", "--cases", "tests.support.faulty_kernels")
+    problems = {r["kernel"]: " ".join(r["problems"]) for r in reports}
+    assert "spills: " in problems["spilling_kernel"]
+    assert "shared memory: " in problems["sharing_kernel"]
+    assert "no MMA" in problems["unfit_dot_kernel"]
+    assert "does not compile" in problems["broken_kernel"]
+    assert "running on fake tensors: ValueError: refused" in problems["-"]
+    assert problems["copy_kernel"] == ""
+
+
+@needs_triton
+def test_survey_specialises_as_the_jit_does(tmp_path):
+    """Divisible by 16 or not, aligned or not: three variants of one kernel, two of them narrow."""
+    options = ("--cases", "tests.support.faulty_kernels", "--filter", "copy_kernel")
+    reports = survey("sm_90", tmp_path / "reports.json", *options)
+    copies = [r for r in reports if r["kernel"] == "copy_kernel"]
+    assert sorted(r["wide"] for r in copies) == [0.0, 1.0]
+    assert all(r["registers"] > 0 for r in copies)

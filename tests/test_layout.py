@@ -1,0 +1,271 @@
+"""What may import what, what the packages export, and what the import needs and does."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+try:
+    import tomllib
+except ImportError:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parents[1]
+ORDER = ("plugins", "kernels", "blocks")
+LAST = ("examples", "perf", "tests")
+PACKAGE = ("trilith", *ORDER)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+PUBLIC = {
+    "trilith": {
+        "__version__",
+        "blocks",
+        "explain",
+        "kernels",
+        "op",
+        "plugins",
+        "trace",
+        "use_implementation",
+    },
+    "trilith.kernels": {
+        "attention",
+        "bias_act",
+        "bias_dropout_add",
+        "cross_entropy",
+        "dropout",
+        "gated_act",
+        "launch",
+        "layer_norm",
+        "rms_norm",
+        "rotary",
+        "scaled_dot_product_attention",
+    },
+    "trilith.blocks": {
+        "GatedMLP",
+        "LMConfig",
+        "LayerNorm",
+        "LearnedPosition",
+        "MLP",
+        "RMSNorm",
+        "Residual",
+        "Rotary",
+        "SelfAttention",
+        "SinusoidalPosition",
+        "TransformerBlock",
+        "TransformerLM",
+        "build_lm",
+    },
+}
+
+
+def sources(*folders):
+    found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert found
+    return found
+
+
+def imports(path):
+    """Dotted names that a file imports, wherever in it; relative ones made absolute."""
+    folder = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(folder[: len(folder) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def area(name):
+    """plugins, kernels, blocks, examples, perf, tests, trilith, or None for what is not ours."""
+    first, _, rest = name.partition(".")
+    if first == "trilith":
+        second = rest.partition(".")[0]
+        return second if second in ORDER else "trilith"
+    return first if first in (*ORDER, *LAST) else None
+
+
+def allowed(folder):
+    if folder in ORDER:
+        return set(ORDER[: ORDER.index(folder) + 1]) | {"trilith"}
+    return {*ORDER, "trilith", folder}
+
+
+@pytest.mark.parametrize("folder", [*ORDER, *LAST])
+def test_imports_go_one_way(folder):
+    shared = {"trilith._version", "trilith"}
+    wrong = []
+    for path in sources(folder) if (ROOT / folder).exists() else []:
+        for name in imports(path):
+            target = area(name)
+            upward = target is not None and target not in allowed(folder)
+            facade = folder in ORDER and target == "trilith" and name not in shared
+            if (upward and not (folder == "tests" and target in LAST)) or facade:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("folder", PACKAGE)
+def test_packages_name_each_other_by_their_real_names(folder):
+    """`import kernels` works from the root of a checkout alone, and shadows someone else's."""
+    for path in sources(folder):
+        bare = [name for name in imports(path) if name.partition(".")[0] in (*ORDER, *LAST)]
+        assert not bare, f"{path.relative_to(ROOT)} imports {bare}"
+
+
+def test_package_list_is_what_lies_on_disk():
+    settings = PROJECT["tool"]["setuptools"]
+    folders = {name: ROOT / path for name, path in settings["package-dir"].items()}
+    on_disk = set()
+    for name, folder in folders.items():
+        for init in folder.rglob("__init__.py"):
+            parts = init.parent.relative_to(folder).parts
+            on_disk.add(".".join((name, *parts)))
+    assert set(settings["packages"]) == on_disk
+    assert all((ROOT / folder).exists() for folder in folders.values())
+
+
+def test_every_folder_with_sources_is_a_package():
+    folders = {path.parent for path in sources(*PACKAGE)}
+    assert not [str(f.relative_to(ROOT)) for f in folders if not (f / "__init__.py").exists()]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names(name):
+    module = importlib.import_module(name)
+    assert set(module.__all__) == PUBLIC[name]
+    assert len(module.__all__) == len(PUBLIC[name])
+    missing = [public for public in module.__all__ if not hasattr(module, public)]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", ["trilith.kernels", "trilith.blocks"])
+def test_public_names_say_what_they_are(name):
+    module = importlib.import_module(name)
+    silent = [public for public in module.__all__ if not getattr(module, public).__doc__]
+    assert not silent
+
+
+def python(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_bare_import_is_refused(folder):
+    run = python(f"import {folder}")
+    assert run.returncode != 0
+    assert f"ImportError: import trilith.{folder}, not {folder}" in run.stderr
+
+
+WITHOUT_TRITON = """
+import sys
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] == "triton" else find(name, path, target)
+
+PathFinder.find_spec = find_spec
+"""
+
+
+def test_without_triton_the_library_runs_on_its_reference_path():
+    run = python(
+        WITHOUT_TRITON
+        + """
+import trilith, torch
+from trilith import kernels as F
+from trilith.blocks import LayerNorm
+
+x = torch.randn(3, 8, requires_grad=True)
+y = F.layer_norm(x, (8,))
+torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (8,)))
+(F.bias_act(y).sum() + F.cross_entropy(y, torch.tensor([0, 1, 2])) + F.rms_norm(y, (8,)).sum()
+ + F.scaled_dot_product_attention(*[y.view(1, 1, 3, 8)] * 3).sum()).backward()
+assert x.grad.isfinite().all()
+assert "triton" not in sys.modules
+assert trilith.plugins.TRITON_DEVICES == ()
+print("done")
+"""
+    )
+    assert run.stdout == "done\n", run.stderr
+
+
+def test_importing_the_library_does_not_import_the_heavy_parts():
+    run = python(
+        "import sys, trilith\n"
+        "assert not {'torch', 'triton', 'pluggy'} & set(sys.modules), sorted(sys.modules)\n"
+        "print(trilith.__version__)"
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == importlib.import_module("trilith").__version__
+
+
+FORBIDDEN_MODULES = {
+    "aiohttp",
+    "cloudpickle",
+    "dill",
+    "ftplib",
+    "http",
+    "joblib",
+    "marshal",
+    "pickle",
+    "requests",
+    "shelve",
+    "smtplib",
+    "socket",
+    "ssl",
+    "urllib",
+    "webbrowser",
+}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.hub.load"}
+
+
+def called(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+
+
+@pytest.mark.parametrize("path", sources(*PACKAGE), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_unpickling_no_eval_no_network(path):
+    modules = {name.partition(".")[0] for name in imports(path)}
+    assert not modules & FORBIDDEN_MODULES
+    assert not set(called(path)) & FORBIDDEN_CALLS
+    text = path.read_text()
+    assert "weights_only=False" not in text
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "fine"),
+    [
+        ("plugins", "trilith.kernels", False),
+        ("kernels", "trilith.blocks.mlp", False),
+        ("kernels", "trilith.plugins", True),
+        ("blocks", "trilith.kernels", True),
+        ("blocks", "tests.support", False),
+        ("perf", "trilith.blocks", True),
+        ("perf", "examples.lm", False),
+    ],
+)
+def test_rule_of_import_direction(folder, name, fine):
+    assert (area(name) in allowed(folder)) == fine
+
+
+def test_imports_are_found_wherever_they_stand(tmp_path):
+    path = ROOT / "kernels" / "attention" / "imaginary.py"
+    text = "def f():\n    from ..norms import g\n    import trilith.blocks\n    from . import h\n"
+    (tmp_path / "kernels" / "attention").mkdir(parents=True)
+    real = tmp_path / path.relative_to(ROOT)
+    real.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "ROOT", tmp_path)
+        found = set(imports(real))
+    assert {"kernels.norms", "kernels.norms.g", "trilith.blocks", "kernels.attention.h"} <= found
