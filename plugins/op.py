@@ -263,7 +263,7 @@ class Op:
         """Another thread's `use_implementation` must not decide what compiled code runs here."""
         lead, provider = self._lead(tuple(args)), args[-1]
         chosen = self.selection(lead.device, lead.dtype)
-        if all(i.provider != provider for i in chosen.implementations):
+        if provider not in chosen.possible:
             raise RuntimeError(
                 f"{self.spec.name}: this code was compiled for {provider!r} inside another "
                 "thread's use_implementation; compile once for each thread"

@@ -61,6 +61,16 @@ class Selection:
         always = first.provider if first is not None and first.supports is None else None
         object.__setattr__(self, "always", always)
 
+    @property
+    def possible(self) -> list[str]:
+        """The providers that a call may take, depending on its arguments."""
+        found = []
+        for candidate in self.implementations:
+            found.append(candidate.provider)
+            if candidate.supports is None:
+                break
+        return found
+
 
 # (op's name, key, implementations that can run) -> (a provider, the plugin that says so) or None
 Vote = Callable[[str, SelectionKey, tuple[Implementation, ...]], "tuple[str, str] | None"]

@@ -1,0 +1,399 @@
+"""Which implementation a call takes: by name, by a plugin's choice, by priority; scopes; caching."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import trilith
+from trilith.plugins import (
+    Implementation,
+    Manager,
+    OpSpec,
+    PluginWarning,
+    Registry,
+    Sample,
+    hookimpl,
+)
+from trilith.plugins.selection import environment_variable
+
+CPU = torch.device("cpu")
+
+
+def _tagged(tag: float) -> tuple[Any, Any]:
+    """A forward that adds `tag` to twice x, and a backward that gives `tag`."""
+
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
+        return (2 * x + tag,)
+
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        return (torch.full_like(dy, tag),)
+
+    return forward, backward
+
+
+def _spec(name: str, **options: Any) -> OpSpec:
+    forward, backward = _tagged(1.0)
+    options = {"devices": ("cpu", "cuda"), **options}
+    return OpSpec(
+        name=name,
+        forward=forward,
+        backward=backward,
+        reference=lambda x: 2 * x,
+        samples=lambda device, dtype: [Sample(torch.randn(3, device=device, dtype=dtype))],
+        **options,
+    )
+
+
+def _other(op: str, provider: str = "other", tag: float = 2.0, **options: Any) -> Implementation:
+    forward, backward = _tagged(tag)
+    options = {"devices": ("cpu", "cuda"), "priority": -1, **options}
+    return Implementation(op, provider, forward, backward, **options)
+
+
+class Plugin:
+    def __init__(self, ops: Any = (), implementations: Any = (), select: Any = None) -> None:
+        self._ops, self._implementations, self._select = ops, implementations, select
+        self.asked: list[Any] = []
+
+    @hookimpl
+    def trilith_register_ops(self) -> Any:
+        return self._ops
+
+    @hookimpl
+    def trilith_register_implementations(self) -> Any:
+        return self._implementations
+
+    @hookimpl
+    def trilith_select_implementation(self, op: str, key: Any, candidates: Any) -> Any:
+        self.asked.append((op, key, [c.provider for c in candidates]))
+        return self._select(op, key, candidates) if callable(self._select) else self._select
+
+
+@pytest.fixture
+def registry():
+    made = Registry()
+    yield made
+    for op in made.ops():
+        op.destroy()
+
+
+@pytest.fixture
+def manager(registry: Registry) -> Manager:
+    return Manager(registry)
+
+
+def _plugin(manager: Manager, name: str = "acme:sel", **brings: Any) -> Plugin:
+    plugin = Plugin(**brings)
+    assert manager.add(name, lambda: plugin), manager.failures
+    return plugin
+
+
+def _op(manager: Manager, *implementations: Implementation, select: Any = None, **options: Any):
+    name = implementations[0].op if implementations else "acme_sel::op"
+    _plugin(manager, ops=[_spec(name, **options)], implementations=implementations, select=select)
+    return manager.registry.op(name)
+
+
+def _tag(op: Any) -> float:
+    """Which implementation ran: 0 is the reference."""
+    return op(torch.zeros(3))[0].item()
+
+
+def test_the_highest_priority_runs(manager):
+    op = _op(
+        manager, _other("acme_sel::op", "low"), _other("acme_sel::op", "high", 3.0, priority=5)
+    )
+    assert _tag(op) == 3.0
+
+
+def test_use_implementation_takes_the_provider_and_gives_it_back(manager):
+    op = _op(manager, _other("acme_sel::op"))
+    with trilith.use_implementation(op, "other"):
+        assert _tag(op) == 2.0
+        with trilith.use_implementation(op, "reference"):
+            assert _tag(op) == 0.0
+        assert _tag(op) == 2.0
+    assert _tag(op) == 1.0
+
+
+def test_use_implementation_finds_ops_by_name():
+    from trilith.kernels.norms import rms_norm
+
+    x = torch.randn(2, 4)
+    with trilith.trace() as events, trilith.use_implementation("trilith::rms_norm", "reference"):
+        rms_norm(x, (4,))
+    assert [event.provider for event in events] == ["reference"]
+
+
+def test_backward_takes_its_forwards_implementation(manager):
+    op = _op(manager, _other("acme_sel::op"))
+    x = torch.zeros(3, requires_grad=True)
+    with trilith.use_implementation(op, "other"):
+        y = op(x)
+    op(torch.zeros(3))
+    y.sum().backward()
+    assert x.grad.tolist() == [2.0] * 3
+
+
+def test_a_scope_does_not_reach_other_threads(manager):
+    op = _op(manager, _other("acme_sel::op"))
+    tags: list[float] = []
+    with trilith.use_implementation(op, "other"):
+        thread = threading.Thread(target=lambda: tags.append(_tag(op)))
+        thread.start()
+        thread.join()
+    assert tags == [1.0]
+
+
+def test_threads_with_scopes_of_their_own_run_their_own(manager):
+    names = ["a", "b", "c"]
+    op = _op(
+        manager,
+        *(_other("acme_sel::op", n, 2.0 + i, priority=-1 - i) for i, n in enumerate(names)),
+    )
+    wrong: list[Any] = []
+    barrier = threading.Barrier(len(names))
+
+    def work(provider: str, tag: float) -> None:
+        with trilith.use_implementation(op, provider):
+            barrier.wait(10)
+            for _ in range(50):
+                x = torch.zeros(3, requires_grad=True)
+                y = op(x)
+                y.sum().backward()
+                if y[0].item() != tag or x.grad[0].item() != tag:
+                    wrong.append((provider, y, x.grad))
+
+    threads = [threading.Thread(target=work, args=(n, 2.0 + i)) for i, n in enumerate(names)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not wrong
+    assert _tag(op) == 1.0
+
+
+def test_an_exception_ends_the_scope(manager):
+    op = _op(manager, _other("acme_sel::op"))
+    with pytest.raises(KeyError), trilith.use_implementation(op, "other"):
+        raise KeyError
+    assert _tag(op) == 1.0
+
+
+def test_a_provider_that_does_not_exist_is_refused_at_once(manager):
+    op = _op(manager, _other("acme_sel::op"))
+    with pytest.raises(ValueError, match="one of acme_sel, other, reference, got 'othr'"):
+        trilith.use_implementation(op, "othr").__enter__()
+
+
+def test_one_asked_for_by_name_raises_where_it_cannot_run(manager):
+    op = _op(
+        manager,
+        _other("acme_sel::op", "no_cpu", devices=("cuda",)),
+        _other("acme_sel::op", "half", dtypes=(torch.float16,), priority=-2),
+    )
+    with (
+        trilith.use_implementation(op, "no_cpu"),
+        pytest.raises(NotImplementedError, match="'no_cpu', which runs on cuda, not cpu"),
+    ):
+        _tag(op)
+    with (
+        trilith.use_implementation(op, "half"),
+        pytest.raises(NotImplementedError, match="takes torch.float16, not torch.float32"),
+    ):
+        _tag(op)
+
+
+def test_one_asked_for_by_name_raises_where_it_refuses_the_arguments(manager):
+    op = _op(manager, _other("acme_sel::op", supports=lambda x: x.shape[0] > 3, priority=1))
+    assert _tag(op) == 1.0
+    with trilith.use_implementation(op, "other"):
+        assert op(torch.zeros(4))[0].item() == 2.0
+        with pytest.raises(NotImplementedError, match=r"supports\(\) refuses"):
+            _tag(op)
+
+
+def test_architecture_bounds_are_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    hopper = _other("acme_sel::op", arch=(90, None))
+    assert "90.., not 80" in hopper.refusal(torch.device("cuda"), torch.float32)
+    assert (
+        _other("acme_sel::op", arch=(80, 89)).refusal(torch.device("cuda"), torch.float32) is None
+    )
+
+
+def test_the_environment_names_a_provider(manager, monkeypatch):
+    assert environment_variable("trilith::rms_norm") == "TRILITH_IMPL_TRILITH_RMS_NORM"
+    op = _op(manager, _other("acme_sel::op"))
+    monkeypatch.setenv("TRILITH_IMPL_ACME_SEL_OP", "other")
+    assert _tag(op) == 2.0
+    with trilith.use_implementation(op, "acme_sel"):
+        assert _tag(op) == 1.0
+
+
+def test_the_environment_raises_for_what_is_not_there_or_cannot_run(manager, monkeypatch):
+    op = _op(manager, _other("acme_sel::op", devices=("cuda",)))
+    monkeypatch.setenv("TRILITH_IMPL_ACME_SEL_OP", "othr")
+    with pytest.raises(ValueError, match="TRILITH_IMPL_ACME_SEL_OP must name one of"):
+        _tag(op)
+    monkeypatch.setenv("TRILITH_IMPL_ACME_SEL_OP", "other")
+    with pytest.raises(NotImplementedError, match="TRILITH_IMPL_ACME_SEL_OP names 'other'"):
+        _tag(op)
+
+
+def test_a_plugin_chooses_once_and_the_answer_is_cached(manager):
+    op = _op(manager, _other("acme_sel::op"))
+    chooser = _plugin(manager, "b:chooser", select="other")
+    for _ in range(3):
+        assert _tag(op) == 2.0
+    assert len(chooser.asked) == 1
+    name, key, candidates = chooser.asked[0]
+    assert (name, key.device, key.dtype) == ("acme_sel::op", CPU, torch.float32)
+    assert key.architecture is None
+    assert candidates == ["acme_sel", "other"]
+    assert "plugin b:chooser chose it" in manager.registry.explain(
+        "acme_sel::op", CPU, torch.float32
+    )
+    op(torch.zeros(3, dtype=torch.float16))
+    assert len(chooser.asked) == 2
+
+
+def test_a_plugin_without_an_opinion_leaves_it_to_the_next(manager):
+    op = _op(manager, _other("acme_sel::op"), select="other")
+    _plugin(manager, "b:silent", select=None)
+    assert _tag(op) == 2.0
+
+
+def test_a_plugin_may_choose_the_reference(manager):
+    op = _op(manager, select="reference")
+    assert _tag(op) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("select", "reason"),
+    [
+        ("nobody", "must answer one of acme_sel, other, reference, got 'nobody'"),
+        (lambda op, key, candidates: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_a_choice_that_fails_is_told_and_ignored(manager, select, reason):
+    op = _op(manager, _other("acme_sel::op"), select=select)
+    with pytest.warns(PluginWarning, match=f"acme:sel is not heard about acme_sel::op.*{reason}"):
+        assert _tag(op) == 1.0
+    assert manager.failures[0].stage == "trilith_select_implementation"
+
+
+def test_a_tie_is_told_once_and_names_both(manager):
+    _plugin(manager, "a:ops", ops=[_spec("acme_tie::op")])
+    _plugin(manager, "b:impl", implementations=[_other("acme_tie::op", priority=0)])
+    op = manager.registry.op("acme_tie::op")
+    with pytest.warns(PluginWarning, match=r"acme_tie \(of a:ops\) and other \(of b:impl\)"):
+        assert _tag(op) == 1.0
+    op.forget_selections()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _tag(op)
+
+
+def test_no_tie_is_told_where_the_choice_was_made_by_name(manager, monkeypatch):
+    op = _op(manager, _other("acme_sel::op", priority=0))
+    monkeypatch.setenv("TRILITH_IMPL_ACME_SEL_OP", "other")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _tag(op) == 2.0
+
+
+def test_a_plugin_that_comes_later_is_taken_in_eager_code(manager):
+    op = _op(manager)
+    assert _tag(op) == 1.0
+    _plugin(manager, "b:late", implementations=[_other("acme_sel::op", priority=1)])
+    assert _tag(op) == 2.0
+
+
+def test_reference_is_no_provider_name(manager):
+    with pytest.warns(PluginWarning, match="must not be called 'reference'"):
+        manager.add(
+            "a:ref",
+            lambda: Plugin([_spec("acme_sel::op")], [_other("acme_sel::op", "reference")]),
+        )
+
+
+class TestCompiled:
+    """The provider is part of compiled code; a swap compiles again, it never runs the old one."""
+
+    @pytest.fixture
+    def compiled(self, manager):
+        torch._dynamo.reset()
+        op = _op(manager, _other("acme_sel::op"), _other("acme_sel::op", "third", 3.0, priority=-2))
+        frames: list[int] = []
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            frames.append(1)
+            return graph.forward
+
+        compiled = torch.compile(lambda x: op(x), fullgraph=True, backend=backend)
+        yield op, lambda: compiled(torch.zeros(3))[0].item(), frames
+        torch._dynamo.reset()
+
+    def test_a_scope_compiles_again_and_reuses_what_was_compiled(self, compiled):
+        op, tag, frames = compiled
+        assert tag() == 1.0
+        for _ in range(10):
+            with trilith.use_implementation(op, "other"):
+                assert tag() == 2.0
+            assert tag() == 1.0
+        assert len(frames) == 2
+
+    def test_a_plugin_that_comes_later_is_taken(self, compiled, manager):
+        op, tag, _ = compiled
+        assert tag() == 1.0
+        _plugin(
+            manager, "b:late", implementations=[_other("acme_sel::op", "late", 4.0, priority=9)]
+        )
+        assert tag() == 4.0
+
+    def test_gradients_are_the_scopes(self, manager):
+        torch._dynamo.reset()
+        op = _op(manager, _other("acme_sel::op"))
+        compiled = torch.compile(lambda x: op(x), fullgraph=True, backend="aot_eager")
+        for provider, tag in (("other", 2.0), ("acme_sel", 1.0), ("other", 2.0)):
+            x = torch.zeros(3, requires_grad=True)
+            with trilith.use_implementation(op, provider):
+                y = compiled(x)
+            y.sum().backward()
+            assert (y[0].item(), x.grad[0].item()) == (tag, tag)
+
+    def test_another_threads_scope_is_never_run_silently(self, compiled):
+        op, tag, _ = compiled
+        ran: list[Any] = []
+
+        def elsewhere() -> None:
+            try:
+                ran.append(tag())
+            except RuntimeError as error:
+                ran.append(str(error))
+
+        with trilith.use_implementation(op, "other"):
+            assert tag() == 2.0
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+        assert ran == [1.0] or "another thread's use_implementation" in ran[0]
+
+    def test_supports_cannot_be_asked_so_the_next_one_is_taken(self, manager):
+        torch._dynamo.reset()
+        op = _op(manager, _other("acme_sel::op", supports=lambda x: True, priority=1))
+        compiled = torch.compile(lambda x: op(x), fullgraph=True, backend="aot_eager")
+        assert _tag(op) == 2.0
+        assert compiled(torch.zeros(3))[0].item() == 1.0
+        with (
+            trilith.use_implementation(op, "other"),
+            pytest.raises(Exception, match=r"supports\(\) cannot see the arguments"),
+        ):
+            compiled(torch.zeros(3))
