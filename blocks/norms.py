@@ -34,7 +34,7 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last `dim` elements.
 
-    `eps` None takes the smallest step of x's dtype, as torch.nn.RMSNorm does.
+    `eps` None is the machine epsilon of the arithmetic, as in torch.nn.RMSNorm.
     """
 
     def __init__(self, dim: int, *, eps: float | None = 1e-6) -> None:

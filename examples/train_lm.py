@@ -1,6 +1,6 @@
 """Train a byte-level language model on Python's standard library, or on a text of your own.
 
-python examples/train_lm.py [--text PATH] [--preset small|gpt2-small] [--resume]
+python -m examples.train_lm [--text PATH] [--preset small|gpt2-small] [--resume]
 
 Writes to runs/train_lm/: checkpoint.safetensors, loss.png, sample.txt and metrics.json.
 """
@@ -19,19 +19,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file too
+
 try:
     import torch
-    from lm import BadInput, data, plot
-    from lm.checkpoint import State, replace_file, restore, save
-    from lm.settings import Settings, parse, settings_from
     from torch import Tensor, nn
     from tqdm import tqdm
 
     import trilith
+    from examples.lm import BadInput, data, plot
+    from examples.lm.checkpoint import State, replace_file, restore, save
+    from examples.lm.settings import Settings, parse, settings_from
     from trilith.blocks import build_lm
 except ModuleNotFoundError as error:
     print(
-        f"train_lm: {error.name} is missing; install it with: pip install -e '.[examples]'",
+        f"train_lm: {error.name} is missing; install it: pip install -e '.[examples]'",
         file=sys.stderr,
     )
     sys.exit(2)

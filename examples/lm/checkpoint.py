@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lm import BadInput
-from lm.data import Batches
-from lm.settings import Settings
+from examples.lm import BadInput
+from examples.lm.data import Batches
+from examples.lm.settings import Settings
 
 _FORMAT = "trilith-train-lm-1"
 

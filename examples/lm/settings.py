@@ -9,8 +9,8 @@ from typing import NoReturn
 
 import torch
 
-from lm import BadInput
-from lm.data import VOCAB_SIZE
+from examples.lm import BadInput
+from examples.lm.data import VOCAB_SIZE
 from trilith.blocks import LMConfig
 
 

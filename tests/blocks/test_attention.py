@@ -1,0 +1,94 @@
+"""SelfAttention against torch's function, and what it keeps for backward."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+
+from tests.support.devices import DEVICE
+from trilith.blocks import Rotary, SelfAttention
+
+B, T, DIM, HEADS = 2, 9, 24, 4
+
+
+def make(n_kv_heads=None, **options) -> SelfAttention:
+    width = (HEADS + 2 * (n_kv_heads or HEADS)) * DIM // HEADS
+    return SelfAttention(
+        qkv=nn.Linear(DIM, width),
+        out=nn.Linear(DIM, DIM),
+        n_heads=HEADS,
+        n_kv_heads=n_kv_heads,
+        **options,
+    ).to(DEVICE)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n_kv_heads", [None, 2, 1])
+def test_is_torch_attention_of_the_projected_heads(n_kv_heads, causal):
+    attention = make(n_kv_heads, causal=causal)
+    x = torch.randn(B, T, DIM, device=DEVICE, requires_grad=True)
+    y = attention(x)
+
+    kv = n_kv_heads or HEADS
+    q, k, v = attention.qkv(x).split([DIM, kv * DIM // HEADS, kv * DIM // HEADS], dim=-1)
+    q, k, v = (t.unflatten(-1, (-1, DIM // HEADS)).transpose(1, 2) for t in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    expected = attention.out(mixed.transpose(1, 2).flatten(2))
+
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    weight = torch.randn_like(y)
+    ours, theirs = (
+        torch.autograd.grad((out * weight).sum(), [x, *attention.parameters()], retain_graph=True)
+        for out in (y, expected)
+    )
+    for ours_grad, their_grad in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(ours_grad, their_grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_does_not_see_what_follows():
+    attention = make(position=Rotary(DIM // HEADS, T))
+    x = torch.randn(1, T, DIM, device=DEVICE)
+    changed = x.clone()
+    changed[:, 5:] += 1.0
+    before, after = attention(x), attention(changed)
+    torch.testing.assert_close(before[:, :5], after[:, :5], rtol=0, atol=0)
+    assert (before[:, 5:] != after[:, 5:]).any()
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_keeps_q_k_and_v_once(rotated):
+    attention = make(position=Rotary(DIM // HEADS, T) if rotated else None)
+    x = torch.randn(B, T, DIM, device=DEVICE, requires_grad=True)
+    constants = {
+        t.untyped_storage().data_ptr() for t in [*attention.buffers(), *attention.parameters(), x]
+    }
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in constants:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = attention(x)
+
+    once = B * T * DIM * x.element_size()
+    attended, lse = 2 * once, B * HEADS * T * 4
+    assert sum(kept.values()) <= 3 * once + attended + lse
+    y.sum().backward()
+
+
+def test_dropout_acts_in_training_only():
+    attention = make(dropout=0.5)
+    x = torch.randn(B, T, DIM, device=DEVICE)
+    assert (attention(x) != attention(x)).any()
+    attention.eval()
+    torch.testing.assert_close(attention(x), attention(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n_kv_heads", [3, 0, 8])
+def test_heads_that_do_not_divide_are_refused(n_kv_heads):
+    with pytest.raises(ValueError, match="n_kv_heads must divide n_heads=4"):
+        SelfAttention(qkv=nn.Identity(), out=nn.Identity(), n_heads=HEADS, n_kv_heads=n_kv_heads)

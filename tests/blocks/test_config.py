@@ -1,0 +1,93 @@
+"""Models by name: the registry's modules, ours and a stranger's."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.devices import DEVICE
+from trilith import blocks
+from trilith.blocks import LMConfig, build_lm
+from trilith.plugins import ModuleSpec, registry
+
+SIZES = {"vocab_size": 20, "dim": 16, "n_layers": 1, "n_heads": 2, "max_len": 8}
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
+    monkeypatch.setattr(registry, "_modules", dict(registry._modules))
+    return registry
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("mlp", ["mlp", "gated_mlp"])
+@pytest.mark.parametrize("position", ["rotary", "learned", "sinusoidal"])
+def test_named_modules_are_built(norm, mlp, position):
+    model = build_lm(LMConfig(**SIZES, norm=norm, mlp=mlp, position=position))
+    kinds = {type(module).__name__ for module in model.modules()}
+    norms = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
+    mlps = {"mlp": "MLP", "gated_mlp": "GatedMLP"}
+    positions = {
+        "rotary": "Rotary",
+        "learned": "LearnedPosition",
+        "sinusoidal": "SinusoidalPosition",
+    }
+    for names, chosen in ((norms, norm), (mlps, mlp), (positions, position)):
+        assert kinds & set(names.values()) == {names[chosen]}
+    assert model.to(DEVICE)(torch.zeros(1, 8, dtype=torch.long, device=DEVICE)).isfinite().all()
+
+
+def test_a_module_registered_by_someone_else_is_used_by_its_name(own_registry):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    own_registry.add_module(
+        ModuleSpec(slot="mlp", name="doubled", build=lambda c: Doubled(c.dim, c.dim))
+    )
+    model = build_lm(LMConfig(**SIZES, mlp="doubled")).to(DEVICE)
+    assert isinstance(model.blocks[0].mlp.branch, Doubled)
+    model(torch.zeros(1, 8, dtype=torch.long, device=DEVICE)).sum().backward()
+    assert model.blocks[0].mlp.branch.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("slot", "names"),
+    [
+        ("norm", "layer_norm, rms_norm"),
+        ("mlp", "gated_mlp, mlp"),
+        ("attention", "self_attention"),
+        ("position", "learned, rotary, sinusoidal"),
+    ],
+)
+def test_unknown_name_says_which_exist(slot, names):
+    with pytest.raises(KeyError, match=f"no {slot} 'nonsense'; there are: {names}"):
+        build_lm(LMConfig(**SIZES, **{slot: "nonsense"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_heads": 3}, "n_heads must divide dim=16, got 3"),
+        ({"n_kv_heads": 3}, "n_kv_heads must divide n_heads=2, got 3"),
+        ({"n_layers": 0}, "n_layers must be positive, got 0"),
+        ({"residual": "sideways"}, "residual must be one of .*, got 'sideways'"),
+        ({"dropout": 1.5}, "dropout must be a probability between 0 and 1, got 1.5"),
+    ],
+)
+def test_bad_configuration_is_refused(changes, message):
+    with pytest.raises(ValueError, match=f"LMConfig: {message}"):
+        LMConfig(**{**SIZES, **changes})
+
+
+def test_sizes():
+    model = build_lm(LMConfig(**{**SIZES, "dim": 96, "n_heads": 4, "n_kv_heads": 2}))
+    attention, mlp = model.blocks[0].attention.branch, model.blocks[0].mlp.branch
+    assert attention.qkv.out_features == (4 + 2 * 2) * 24
+    assert mlp.gate.out_features == 256
+    model = build_lm(LMConfig(**SIZES, mlp="mlp"))
+    assert model.blocks[0].mlp.branch.up.out_features == 64
+
+
+def test_public_names_exist():
+    assert all(hasattr(blocks, name) for name in blocks.__all__)
+    assert sorted(blocks.__all__, key=str.lower) == sorted(set(blocks.__all__), key=str.lower)
