@@ -100,8 +100,8 @@ class Op:
         name, provider = self.spec.name, implementation.provider
         if provider in self._by_provider:
             raise ValueError(
-                f"{name}: provider {provider!r} of {owner or 'this plugin'} exists already, "
-                f"brought by {self.owner_of(provider)}; choose another provider name"
+                f"{name}: provider {provider!r} exists already, of {self.owner_of(provider)}; "
+                f"{owner or 'this one'} must choose another name"
             )
         if provider == selection.REFERENCE or not provider:
             raise ValueError(f"{name}: provider must not be called {provider!r}")

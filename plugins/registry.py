@@ -14,6 +14,8 @@ from trilith.plugins.op import Op
 from trilith.plugins.selection import SelectionKey, Vote
 from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec
 
+_WHEN_THE_REFERENCE_RUNS = "for empty tensors, torch.func transforms, double backward"
+
 
 def _nothing() -> None: ...
 
@@ -116,19 +118,16 @@ class Registry:
             if choice.supports is not None and verdict == "can run":
                 verdict = "can run where its supports() agrees"
             owner = op.owner_of(choice.provider)
-            lines.append(f"  {choice.provider} (priority {choice.priority}, of {owner}): {verdict}")
-        lines.append(f"  reference (PyTorch): {_when_the_reference_runs(op)}")
+            lines.append(f"  {choice.provider} (priority {choice.priority}): {verdict} [{owner}]")
+        lines.append(f"  reference: {_WHEN_THE_REFERENCE_RUNS} [PyTorch]")
         found = op.selection(device, dtype)
-        first = next((i.provider for i in found.implementations), None)
-        if first is None and not selection.runnable(op, SelectionKey(device, dtype)):
-            lines.append("  takes: the reference (PyTorch): no implementation can run")
+        if not selection.runnable(op, SelectionKey(device, dtype)):
+            lines.append("  why: no implementation can run there")
         else:
-            lines.append(f"  takes: {first or 'the reference (PyTorch)'}: {found.reason}")
+            lines.append(f"  why: {found.reason}")
+        first = next((i.provider for i in found.implementations), "the reference (PyTorch)")
+        lines.append(f"  takes: {first}")
         return "\n".join(lines)
-
-
-def _when_the_reference_runs(op: Op) -> str:
-    return "empty tensors, torch.func transforms, double backward, and where no other can run"
 
 
 registry = Registry()
