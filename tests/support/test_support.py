@@ -1,0 +1,219 @@
+"""The harness itself: comparison rules, layouts, poison, and the interpreter's bfloat16."""
+
+import pytest
+import torch
+
+from tests.support.compare import assert_like_eager, assert_one_rounding, ulp
+from tests.support.devices import DEVICE, DTYPES, INTERPRETING, dtype_name
+from tests.support.layouts import EXPANDED, LAYOUTS, contiguous
+from trilith.kernels._runtime.language import tl, triton
+
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+
+
+@pytest.fixture
+def exact():
+    return torch.randn(5, 7, dtype=torch.float64)
+
+
+@by_dtype
+def test_ulp_is_the_distance_to_the_next_number(dtype):
+    values = torch.tensor([1.0, 0.5, 3.0, 1000.0, 1e-4, 2.0**-14], dtype=dtype)
+    bits = {torch.float32: torch.int32}.get(dtype, torch.int16)
+    following = (values.view(bits) + 1).view(dtype)
+    assert torch.equal(ulp(values.double(), dtype), following.double() - values.double())
+
+
+def test_ulp_of_zero_and_subnormal_numbers():
+    values = torch.tensor([0.0, 1e-7, 2.0**-24], dtype=torch.float64)
+    assert (ulp(values, torch.float16) == 2.0**-24).all()
+
+
+@by_dtype
+def test_one_rounding_is_accepted(exact, dtype):
+    assert_one_rounding(exact.to(dtype), exact, scale=0.0)
+    assert_like_eager(exact.to(dtype), exact, exact.to(dtype))
+
+
+@by_dtype
+@pytest.mark.parametrize("ulps", [4, -4])
+def test_four_ulp_are_not(exact, dtype, ulps):
+    wrong = exact.to(dtype)
+    wrong[2, 3] += ulps * ulp(exact, dtype)[2, 3]
+    with pytest.raises(AssertionError, match=r"in 1 of 35 elements.*worst at \[2, 3\]"):
+        assert_one_rounding(wrong, exact, scale=0.0)
+
+
+def test_scale_grants_fp32_roundings(exact):
+    wrong = exact.float() + 1e-3
+    assert_one_rounding(wrong, exact, scale=2000.0)
+    with pytest.raises(AssertionError, match="bound"):
+        assert_one_rounding(wrong, exact, scale=500.0)
+    assert_one_rounding(wrong, exact, scale=500.0, terms=16)
+    rows = torch.full((5, 1), 2000.0)
+    assert_one_rounding(wrong, exact, scale=rows)
+    rows[4] = 500.0
+    with pytest.raises(AssertionError, match=r"worst at \[4, "):
+        assert_one_rounding(wrong, exact, scale=rows)
+
+
+def test_a_scale_that_grants_everything_is_refused(exact):
+    with pytest.raises(ValueError, match="scale must be finite"):
+        assert_one_rounding(exact.float(), exact, scale=float("inf"))
+
+
+@by_dtype
+def test_eager_sets_the_measure(exact, dtype):
+    eager = exact.to(dtype)
+    with pytest.raises(AssertionError, match="eager's worst"):
+        assert_like_eager(eager * 1.05, exact, eager)
+    assert_like_eager(eager * 1.05, exact, eager * 1.05)
+
+
+def test_a_bias_below_the_worst_shows_in_the_mean():
+    exact = torch.ones(64, 64, dtype=torch.float64)
+    eager, biased = exact.half(), exact.half() + 2**-9
+    eager[0, 0] += 2**-8
+    with pytest.raises(AssertionError, match="mean error of the tensor"):
+        assert_like_eager(biased, exact, eager)
+
+
+def test_one_bad_row_shows():
+    exact = torch.ones(64, 64, dtype=torch.float64)
+    eager = exact.half()
+    eager[:, ::8] += 2**-9
+    eager[0, 0] += 2**-6
+    bad = exact.half()
+    bad[3] += 2**-9
+    with pytest.raises(AssertionError, match=r"mean error of row \[3\]"):
+        assert_like_eager(bad, exact, eager)
+
+
+@pytest.mark.parametrize("compare", ["one rounding", "like eager"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_patterns(exact, compare, value):
+    def check(actual, expected):
+        if compare == "one rounding":
+            assert_one_rounding(actual, expected, scale=1.0)
+        else:
+            assert_like_eager(actual, expected, expected.float())
+
+    special = exact.clone()
+    special[1, 2] = value
+    check(special.float(), special)
+    with pytest.raises(AssertionError, match=r"NaN or inf differ in 1 of 35.*\[1, 2\]"):
+        check(exact.float(), special)
+    with pytest.raises(AssertionError, match="NaN or inf differ"):
+        check(special.float(), exact)
+    if value == value:
+        with pytest.raises(AssertionError, match="NaN or inf differ"):
+            check(special.float(), special.abs() * -special.sign())
+
+
+def test_overflow_may_fall_either_way_at_the_limit_alone():
+    near = torch.tensor([65519.9, 65520.1], dtype=torch.float64)
+    assert_one_rounding(torch.tensor([65504.0, float("inf")]).half(), near, scale=0.0)
+    assert_one_rounding(torch.tensor([float("inf"), 65504.0]).half(), near, scale=0.0)
+    with pytest.raises(AssertionError, match="NaN or inf differ"):
+        assert_one_rounding(
+            torch.tensor([float("inf")]).half(),
+            torch.tensor([6e4], dtype=torch.float64),
+            scale=0.0,
+        )
+
+
+def test_shapes_and_dtypes_are_checked(exact):
+    with pytest.raises(AssertionError, match="shape"):
+        assert_one_rounding(exact[0].float(), exact, scale=1.0)
+    with pytest.raises(ValueError, match="must be float64"):
+        assert_one_rounding(exact.float(), exact.float(), scale=1.0)
+    with pytest.raises(ValueError, match="eager must be"):
+        assert_like_eager(exact.float(), exact, exact.half())
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (6, 5), (7,), (), (1, 5)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+def test_layouts_keep_values(layout, shape):
+    tensor = torch.randn(shape)
+    moved = layout(tensor)
+    assert torch.equal(moved, tensor)
+    assert moved.data_ptr() != tensor.data_ptr()
+
+
+def test_layouts_differ():
+    tensor = torch.randn(2, 4, 6)
+    seen = {(f(tensor).stride(), f(tensor).storage_offset()) for f in LAYOUTS}
+    assert len(seen) == len(LAYOUTS) - 1  # odd_unit_strides shows on size 1 alone
+    single = torch.randn(1, 4)
+    assert {f(single).stride() for f in LAYOUTS} > {contiguous(single).stride()}
+
+
+@pytest.mark.parametrize("layout", EXPANDED, ids=lambda f: f.__name__)
+def test_expanded_layouts_have_stride_zero(layout):
+    assert 0 in layout(torch.randn(3, 4)).stride()
+
+
+def test_what_lies_between_is_nan():
+    for layout in LAYOUTS:
+        moved = layout(torch.randn(2, 4, 6))
+        size = moved.untyped_storage().nbytes() // 4
+        everything = torch.as_strided(moved, (size,), (1,), 0)
+        assert int(everything.isnan().sum()) == size - moved.numel()
+
+
+@by_dtype
+def test_poison_reaches_every_way_to_allocate(poison, dtype):
+    x = torch.ones(4, dtype=dtype, device=DEVICE)
+    for fresh in (
+        torch.empty(4, dtype=dtype, device=DEVICE),
+        torch.empty_like(x),
+        x.new_empty(4),
+        torch.empty_strided((4,), (2,), dtype=dtype, device=DEVICE),
+        x.new_empty_strided((4,), (2,)),
+    ):
+        assert fresh.isnan().all()
+
+
+@triton.jit
+def _cast_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs))
+
+
+@triton.jit
+def _dot_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    x = tl.load(x_ptr + offs)
+    tl.store(y_ptr + offs, tl.dot(x, x))
+
+
+EDGES = [0.0, -0.0, 1.0, 1.00390625, 1.01171875, 3.4e38, -3.4e38, 1e-40, float("inf")]
+
+
+@pytest.mark.skipif(not (INTERPRETING or DEVICE == "cuda"), reason="needs Triton")
+class TestBfloat16:
+    def cast(self, x, dtype):
+        y = torch.empty(x.shape, dtype=dtype, device=DEVICE)
+        _cast_kernel[(1,)](x, y, N=x.numel())
+        return y
+
+    def test_rounds_to_nearest_even(self):
+        x = torch.cat([torch.tensor(EDGES), torch.randn(1024 - len(EDGES))]).to(DEVICE)
+        found = self.cast(x, torch.bfloat16)
+        assert torch.equal(found.view(torch.int16), x.bfloat16().view(torch.int16))
+
+    def test_nan_stays_nan(self):
+        x = torch.full((16,), float("nan"), device=DEVICE)
+        assert self.cast(x, torch.bfloat16).isnan().all()
+
+    def test_widens_exactly(self):
+        x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        x = x[~x.isnan()].to(DEVICE)
+        x = torch.cat([x, x.new_zeros(2**16 - x.numel())])
+        assert torch.equal(self.cast(x, torch.float32), x.float())
+
+    def test_dot_takes_values(self):
+        x = torch.randn(32, 32, dtype=torch.bfloat16, device=DEVICE)
+        y = torch.empty(32, 32, device=DEVICE)
+        _dot_kernel[(1,)](x, y, N=32)
+        torch.testing.assert_close(y, x.float() @ x.float(), rtol=1e-3, atol=1e-3)
