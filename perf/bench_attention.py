@@ -1,0 +1,23 @@
+"""Attention at the head dimensions and lengths of language models."""
+
+from typing import Any
+
+import pytest
+
+from perf.suite import Case, cases, measure
+from perf.timing import CLOCK
+from perf.workloads import attention
+
+GPU = [
+    attention(4, 16, 4096, 128),
+    attention(1, 16, 16384, 128),
+    attention(4, 16, 4096, 128, causal=False),
+    attention(16, 12, 1024, 64),
+]
+CPU = [attention(2, 4, 128, 64), attention(2, 4, 128, 64, causal=False)]
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@cases(GPU, CPU)
+def test_attention(benchmark: Any, case: Case) -> None:
+    measure(benchmark, case)

@@ -1,0 +1,257 @@
+"""What is measured: functions with their arguments, their cost, and who else computes them.
+
+A workload is one function at one shape. Its `eager` is plain PyTorch, and in float64 the oracle.
+Where it drops elements, the oracle is told which branch to take: `drop` stands for dropout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trilith import kernels
+from trilith.plugins import Cost, registry
+
+Function = Callable[..., Tensor]
+Drop = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Makes arguments on a device, in a dtype; those it draws want a gradient."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, *shape: int) -> Tensor:
+        return self.constant(*shape).requires_grad_()
+
+    def constant(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def labels(self, n: int, classes: int) -> Tensor:
+        return torch.randint(classes, (n,), device=self.device)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One function at one shape.
+
+    arguments: `(draw) -> args` of every function below.
+    cost: `(*args) -> Cost`, the least work of forward and backward.
+    trilith, eager: the function, fused and in plain PyTorch.
+    peers: other providers' functions, by the provider's name; each is made when it is asked for.
+    p: probability of dropping; eager is then called as `eager(*args, drop=...)`.
+    part: takes of each argument and result the part that the oracle computes.
+    compiled: whether torch.compile of eager is a peer.
+    steps: whether a call is a whole training step, with nothing to differentiate from outside.
+    autocast: whether it runs under bfloat16 autocast on a GPU.
+    """
+
+    name: str
+    arguments: Callable[[Draw], tuple[Any, ...]]
+    cost: Callable[..., Cost] | None
+    trilith: Function
+    eager: Function
+    peers: Mapping[str, Callable[[], Function]] = field(default_factory=dict)
+    p: float = 0.0
+    part: Callable[[Tensor], Tensor] = whole
+    compiled: bool = True
+    steps: bool = False
+    autocast: bool = False
+
+    @property
+    def plain(self) -> Function:
+        """eager, dropping at random if it drops at all."""
+        return self.with_drop(lambda x: F.dropout(x, self.p)) if self.p else self.eager
+
+    def with_drop(self, drop: Drop) -> Function:
+        return lambda *args: self.eager(*args, drop=drop)
+
+
+def _cost(op: str, *constants: Any) -> Callable[..., Cost]:
+    """The declared cost of an op whose tensors come first."""
+
+    def cost(*args: Any) -> Cost:
+        declared = registry.op(f"trilith::{op}").spec.cost
+        assert declared is not None, f"{op} declares no cost"
+        return declared(*args, *constants)
+
+    return cost
+
+
+def _liger(name: str, *constants: Any) -> Callable[[], Function]:
+    def function() -> Function:
+        from liger_kernel.transformers import functional
+
+        found = getattr(functional, name)
+        return lambda *args: found(*args, *constants)
+
+    return function
+
+
+def layer_norm(m: int, n: int) -> Workload:
+    return Workload(
+        name=f"layer_norm-M{m}-N{n}",
+        arguments=lambda draw: (draw(m, n), draw(n), draw(n)),
+        cost=_cost("layer_norm", 1e-5),
+        trilith=lambda x, w, b: kernels.layer_norm(x, (n,), w, b),
+        eager=lambda x, w, b: F.layer_norm(x, (n,), w, b),
+        peers={"liger": _liger("liger_layer_norm", 1e-5)},
+    )
+
+
+def rms_norm(m: int, n: int) -> Workload:
+    return Workload(
+        name=f"rms_norm-M{m}-N{n}",
+        arguments=lambda draw: (draw(m, n), draw(n)),
+        cost=_cost("rms_norm", 1e-6),
+        trilith=lambda x, w: kernels.rms_norm(x, (n,), w, 1e-6),
+        eager=lambda x, w: F.rms_norm(x, (n,), w, 1e-6),
+        peers={"liger": _liger("liger_rms_norm", 1e-6, 0.0, "llama", False)},
+    )
+
+
+def bias_act(m: int, n: int, activation: str = "gelu", p: float = 0.0) -> Workload:
+    act = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}[activation]
+
+    def eager(x: Tensor, bias: Tensor, drop: Drop = whole) -> Tensor:
+        return drop(act(x + bias))
+
+    return Workload(
+        name=f"bias_{activation}{_suffix(p)}-M{m}-N{n}",
+        arguments=lambda draw: (draw(m, n), draw(n)),
+        cost=_cost("bias_act", None, activation, p),
+        trilith=lambda x, bias: kernels.bias_act(x, bias, activation, p=p),
+        eager=eager,
+        p=p,
+    )
+
+
+def swiglu(m: int, n: int) -> Workload:
+    return Workload(
+        name=f"swiglu-M{m}-N{n}",
+        arguments=lambda draw: (draw(m, n), draw(m, n)),
+        cost=_cost("gated_act", "silu"),
+        trilith=lambda gate, up: kernels.gated_act(gate, up, "silu"),
+        eager=lambda gate, up: F.silu(gate) * up,
+        peers={"liger": _liger("liger_swiglu")},
+    )
+
+
+def dropout(m: int, n: int, p: float = 0.1) -> Workload:
+    return Workload(
+        name=f"dropout{_suffix(p)}-M{m}-N{n}",
+        arguments=lambda draw: (draw(m, n),),
+        cost=_cost("dropout", None, p),
+        trilith=lambda x: kernels.dropout(x, p),
+        eager=lambda x, drop=whole: drop(x),
+        p=p,
+    )
+
+
+def bias_dropout_add(m: int, n: int, p: float = 0.1) -> Workload:
+    def eager(x: Tensor, residual: Tensor, bias: Tensor, drop: Drop = whole) -> Tensor:
+        return residual + drop(x + bias)
+
+    return Workload(
+        name=f"bias_dropout_add{_suffix(p)}-M{m}-N{n}",
+        arguments=lambda draw: (draw(m, n), draw(m, n), draw(n)),
+        cost=lambda x, residual, bias: _cost("bias_dropout_add")(
+            x, residual, bias, None, p, x.dtype
+        ),
+        trilith=lambda x, residual, bias: kernels.bias_dropout_add(x, residual, bias, p),
+        eager=eager,
+        p=p,
+    )
+
+
+def cross_entropy(n: int, v: int) -> Workload:
+    return Workload(
+        name=f"cross_entropy-N{n}-V{v}",
+        arguments=lambda draw: (draw(n, v), draw.labels(n, v)),
+        cost=_cost("cross_entropy", None, -100, 0.0, 0.0, None),
+        trilith=kernels.cross_entropy,
+        eager=lambda logits, labels: F.cross_entropy(_widened(logits), labels),
+        peers={"liger": _liger("liger_cross_entropy")},
+    )
+
+
+def rotary(b: int, h: int, t: int, d: int) -> Workload:
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        angles = torch.rand(t, d // 2, device=draw.device) * 2 * math.pi
+        return draw(b, h, t, d), angles.cos(), angles.sin()
+
+    return Workload(
+        name=f"rotary-B{b}-H{h}-T{t}-D{d}",
+        arguments=arguments,
+        cost=_cost("rotary", False),
+        trilith=kernels.rotary,
+        eager=rotated,
+    )
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x (B, H, T, D), halves paired, as models write it."""
+    first, second = _widened(x).chunk(2, dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+def attention(b: int, h: int, t: int, d: int, causal: bool = True) -> Workload:
+    constants = (None, None, None, None, None, 1 / math.sqrt(d), 0.0, 0.0, "top_left", -1)
+
+    def flash() -> Function:
+        from flash_attn import flash_attn_func
+
+        def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return flash_attn_func(q, k, v, causal=causal).transpose(1, 2)
+
+        return function
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return Workload(
+        name=f"attention-{'causal-' if causal else ''}B{b}-H{h}-T{t}-D{d}",
+        arguments=lambda draw: (draw(b, h, t, d), draw(b, h, t, d), draw(b, h, t, d)),
+        cost=_cost("attention", *constants, 0 if causal else -1),
+        trilith=lambda q, k, v: kernels.attention(q, k, v, causal=causal),
+        eager=sdpa,
+        peers={
+            "sdpa-flash": lambda: _with_backend("FLASH_ATTENTION", sdpa),
+            "sdpa-cudnn": lambda: _with_backend("CUDNN_ATTENTION", sdpa),
+            "flash-attn": flash,
+        },
+        part=lambda x: x[:1, :1],
+        compiled=False,
+    )
+
+
+def _with_backend(name: str, sdpa: Function) -> Function:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def function(*args: Tensor) -> Tensor:
+        with sdpa_kernel(getattr(SDPBackend, name)):
+            return sdpa(*args)
+
+    return function
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _suffix(p: float) -> str:
+    return f"-p{p}" if p else ""
