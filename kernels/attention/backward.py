@@ -74,14 +74,17 @@ def _keys_loop(
     lse_ptr,
     delta_ptr,
     seed_ptr,
+    term_ptrs,
     q_strides,
     dout_strides,
+    term_strides,
     start_n,
     begin,
     end,
-    row_offset,
-    terms,
-    term_strides,
+    b,
+    first_h,
+    H,
+    G,
     sizes,
     band,
     scalars,
@@ -94,15 +97,25 @@ def _keys_loop(
     FLAGS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add to dk and dv of a tile of keys what the queries [begin, end) of one head give."""
+    """Add to dk and dv of a tile of keys what the queries [begin, end) of its heads give.
+
+    One loop through the tiles of all G heads, so that loads run ahead from head to head.
+    """
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     T, S, D, DV = sizes
-    for start_m in range(begin, end, BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = load_rows(q_ptr, q_strides, offs_m, offs_d, T, D, MASKED, PAD_D)
-        lse = base2_lse(lse_ptr, offs_m, T)
+    tiles = tl.cdiv(end - begin, BLOCK_M)
+    for i in range(tiles * G):
+        g = i // tiles
+        h = first_h + g
+        bh = b * H + h
+        offs_m = begin + (i - g * tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+        terms = head_terms(term_ptrs, term_strides, b, h)
+        head_q_ptr = q_ptr + b * q_strides[0] + h * q_strides[1]
+        head_dout_ptr = dout_ptr + b * dout_strides[0] + h * dout_strides[1]
+        q = load_rows(head_q_ptr, q_strides, offs_m, offs_d, T, D, MASKED, PAD_D)
+        lse = base2_lse(lse_ptr + bh * T, offs_m, T, MASKED)
         dots = tl.dot(k, tl.trans(q), input_precision="ieee")
         x, slope_of_cap = scores(
             dots,
@@ -117,19 +130,20 @@ def _keys_loop(
             MASKED,
         )
         p = tl.exp2(x - lse[None, :])
-        dout = load_rows(dout_ptr, dout_strides, offs_m, offs_dv, T, DV, MASKED, PAD_DV)
+        dout = load_rows(head_dout_ptr, dout_strides, offs_m, offs_dv, T, DV, MASKED, PAD_DV)
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         if seed_ptr is not None:
-            kept = kept_by_dropout(
-                seed_ptr, row_offset, offs_m, start_n, sizes[1], scalars[2], BLOCK_N
-            )
+            kept = kept_by_dropout(seed_ptr, bh * T, offs_m, start_n, sizes[1], scalars[2], BLOCK_N)
             kept = tl.trans(kept)
             dp = tl.where(kept, dp * scalars[3], 0.0)
             p_kept = tl.where(kept, p * scalars[3], 0.0)
         else:
             p_kept = p
         dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision="ieee")
-        delta = tl.load(delta_ptr + offs_m, mask=offs_m < T, other=0.0)
+        if MASKED:
+            delta = tl.load(delta_ptr + bh * T + offs_m, mask=offs_m < T, other=0.0)
+        else:
+            delta = tl.load(delta_ptr + bh * T + offs_m)
         ds = p * (dp - delta[None, :]) * slope_of_cap
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
@@ -175,6 +189,7 @@ def attention_bwd_dkdv_kernel(
     keep_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_MASKED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PAD_D: tl.constexpr,
@@ -190,7 +205,8 @@ def attention_bwd_dkdv_kernel(
         tl.cast(p_drop, tl.float32),
         tl.cast(keep_scale, tl.float32),
     )
-    term_strides = (bias_strides, key_mask_strides)
+    term_ptrs = (bias_ptr, key_mask_ptr, slopes_ptr)
+    term_strides = (bias_strides, key_mask_strides, slopes_strides)
     HKV = H // G
     tile, bhkv = tile_of_program(tl.cdiv(S, BLOCK_N), BH // G, heads_together, False)
     b = bhkv // HKV
@@ -208,42 +224,41 @@ def attention_bwd_dkdv_kernel(
     begin, full_begin, full_end, end = band_range(
         start_n, tl.minimum(start_n + BLOCK_N, S), T, -high, -low, FLAGS[1], FLAGS[0], BLOCK_M
     )
-    for g in range(G):
-        h = hkv * G + g
-        bh = b * H + h
-        terms = head_terms(bias_ptr, key_mask_ptr, slopes_ptr, term_strides, slopes_strides, b, h)
-        for phase in tl.static_range(3):
-            if phase != 0 or FLAGS[1]:
-                dk, dv = _keys_loop(
-                    dk,
-                    dv,
-                    k,
-                    v,
-                    q_ptr + b * q_strides[0] + h * q_strides[1],
-                    dout_ptr + b * dout_strides[0] + h * dout_strides[1],
-                    lse_ptr + bh * T,
-                    delta_ptr + bh * T,
-                    seed_ptr,
-                    q_strides,
-                    dout_strides,
-                    start_n,
-                    begin if phase == 0 else (full_begin if phase == 1 else full_end),
-                    full_begin if phase == 0 else (full_end if phase == 1 else end),
-                    bh * T,
-                    terms,
-                    term_strides,
-                    sizes,
-                    band,
-                    scalars,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    PAD_D,
-                    PAD_DV,
-                    FLAGS,
-                    phase != 1,
-                )
+    for phase in tl.static_range(3):
+        if phase != 0 or FLAGS[1]:
+            dk, dv = _keys_loop(
+                dk,
+                dv,
+                k,
+                v,
+                q_ptr,
+                dout_ptr,
+                lse_ptr,
+                delta_ptr,
+                seed_ptr,
+                term_ptrs,
+                q_strides,
+                dout_strides,
+                term_strides,
+                start_n,
+                begin if phase == 0 else (full_begin if phase == 1 else full_end),
+                full_begin if phase == 0 else (full_end if phase == 1 else end),
+                b,
+                hkv * G,
+                H,
+                G,
+                sizes,
+                band,
+                scalars,
+                BLOCK_M if phase == 1 else BLOCK_MASKED,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_DV,
+                PAD_D,
+                PAD_DV,
+                FLAGS,
+                phase != 1,
+            )
     dk_ptr += b * dk_strides[0] + hkv * dk_strides[1]
     dv_ptr += b * dv_strides[0] + hkv * dv_strides[1]
     store_rows(dk_ptr, dk_strides, offs_n, offs_d, S, D, dk * scalars[0])

@@ -172,6 +172,7 @@ def attention_bwd_dq_kernel(
     keep_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_MASKED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PAD_D: tl.constexpr,
@@ -187,7 +188,8 @@ def attention_bwd_dq_kernel(
         tl.cast(p_drop, tl.float32),
         tl.cast(keep_scale, tl.float32),
     )
-    term_strides = (bias_strides, key_mask_strides)
+    term_ptrs = (bias_ptr, key_mask_ptr, slopes_ptr)
+    term_strides = (bias_strides, key_mask_strides, slopes_strides)
     tile, bh = tile_of_program(tl.cdiv(T, BLOCK_M), BH, heads_together, FLAGS[1])
     b = bh // H
     h = bh - b * H
@@ -197,14 +199,14 @@ def attention_bwd_dq_kernel(
     v_ptr += b * v_strides[0] + hkv * v_strides[1]
     dout_ptr += b * dout_strides[0] + h * dout_strides[1]
     dq_ptr += b * dq_strides[0] + h * dq_strides[1]
-    terms = head_terms(bias_ptr, key_mask_ptr, slopes_ptr, term_strides, slopes_strides, b, h)
+    terms = head_terms(term_ptrs, term_strides, b, h)
     start_m = tile * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     q = load_rows(q_ptr, q_strides, offs_m, offs_d, T, D, True, PAD_D)
     dout = load_rows(dout_ptr, dout_strides, offs_m, offs_dv, T, DV, True, PAD_DV)
-    lse = base2_lse(lse_ptr + bh * T, offs_m, T)
+    lse = base2_lse(lse_ptr + bh * T, offs_m, T, True)
     delta = tl.load(delta_ptr + bh * T + offs_m, mask=offs_m < T, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
@@ -234,7 +236,7 @@ def attention_bwd_dq_kernel(
                 sizes,
                 band,
                 scalars,
-                BLOCK_N,
+                BLOCK_N if phase == 1 else BLOCK_MASKED,
                 BLOCK_D,
                 BLOCK_DV,
                 PAD_D,
@@ -302,7 +304,8 @@ def attention_bwd_dbias_kernel(
         tl.cast(p_drop, tl.float32),
         tl.cast(keep_scale, tl.float32),
     )
-    term_strides = (bias_strides, key_mask_strides)
+    term_ptrs = (bias_ptr, key_mask_ptr, slopes_ptr)
+    term_strides = (bias_strides, key_mask_strides, slopes_strides)
     tiles_n = tl.cdiv(S, BLOCK_N)
     tiles = tl.cdiv(T, BLOCK_M) * tiles_n
     pid = tl.program_id(0)
@@ -321,7 +324,7 @@ def attention_bwd_dbias_kernel(
         h = first_h + sharer % SHARING_HEADS
         hkv = h // G
         bh = b * H + h
-        terms = head_terms(bias_ptr, key_mask_ptr, slopes_ptr, term_strides, slopes_strides, b, h)
+        terms = head_terms(term_ptrs, term_strides, b, h)
         head_q_ptr = q_ptr + b * q_strides[0] + h * q_strides[1]
         head_k_ptr = k_ptr + b * k_strides[0] + hkv * k_strides[1]
         head_v_ptr = v_ptr + b * v_strides[0] + hkv * v_strides[1]
@@ -331,7 +334,7 @@ def attention_bwd_dbias_kernel(
             load_rows(head_k_ptr, k_strides, offs_n, offs_d, S, D, True, PAD_D),
             load_rows(head_v_ptr, v_strides, offs_n, offs_dv, S, DV, True, PAD_DV),
             load_rows(head_dout_ptr, dout_strides, offs_m, offs_dv, T, DV, True, PAD_DV),
-            base2_lse(lse_ptr + bh * T, offs_m, T),
+            base2_lse(lse_ptr + bh * T, offs_m, T, True),
             tl.load(delta_ptr + bh * T + offs_m, mask=offs_m < T, other=0.0),
             offs_m,
             offs_n,

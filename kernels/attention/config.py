@@ -12,13 +12,16 @@ from trilith.plugins.spec import INTERPRETING
 
 
 class Tiles(NamedTuple):
+    """A program's queries and keys; the loop's side of them in masked tiles; warps and stages."""
+
     block_m: int
     block_n: int
+    block_masked: int
     num_warps: int
     num_stages: int
 
 
-_INTERPRETED = Tiles(32, 32, 4, 1)
+_INTERPRETED = Tiles(32, 32, 16, 4, 1)
 _CACHE_BYTES = 24 << 20
 
 _TABLE: dict[tuple[str, str, str, int], Tiles] = {}

@@ -147,6 +147,7 @@ def attention_fwd_kernel(
     keep_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_MASKED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PAD_D: tl.constexpr,
@@ -163,7 +164,8 @@ def attention_fwd_kernel(
         tl.cast(p_drop, tl.float32),
         tl.cast(keep_scale, tl.float32),
     )
-    term_strides = (bias_strides, key_mask_strides)
+    term_ptrs = (bias_ptr, key_mask_ptr, slopes_ptr)
+    term_strides = (bias_strides, key_mask_strides, slopes_strides)
     tile, bh = tile_of_program(tl.cdiv(T, BLOCK_M), BH, heads_together, FLAGS[1])
     b = bh // H
     h = bh - b * H
@@ -172,7 +174,7 @@ def attention_fwd_kernel(
     k_ptr += b * k_strides[0] + hkv * k_strides[1]
     v_ptr += b * v_strides[0] + hkv * v_strides[1]
     out_ptr += b * out_strides[0] + h * out_strides[1]
-    terms = head_terms(bias_ptr, key_mask_ptr, slopes_ptr, term_strides, slopes_strides, b, h)
+    terms = head_terms(term_ptrs, term_strides, b, h)
 
     start_m = tile * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -210,7 +212,7 @@ def attention_fwd_kernel(
                 sizes,
                 band,
                 scalars,
-                BLOCK_N,
+                BLOCK_N if phase == 1 else BLOCK_MASKED,
                 BLOCK_D,
                 BLOCK_DV,
                 PAD_D,

@@ -128,7 +128,9 @@ class _Call:
         D, DV = self.sizes[4:]
         block_d, block_dv = (max(16, triton.next_power_of_2(n)) for n in (D, DV))
         tiles = tiles_for(kernel, self.q, block_d, block_dv)
+        masked = {} if kernel == "dbias" else {"BLOCK_MASKED": tiles.block_masked}
         return {
+            **masked,
             "BLOCK_M": tiles.block_m,
             "BLOCK_N": tiles.block_n,
             "BLOCK_D": block_d,

@@ -102,15 +102,16 @@ def tanh(x):
 
 
 @triton.jit
-def head_terms(bias_ptr, key_mask_ptr, slopes_ptr, strides, slopes_strides, b, h):
-    """The terms of `scores` at one batch entry and head."""
+def head_terms(pointers, strides, b, h):
+    """The terms of `scores` at one batch entry and head, from (bias, key mask, slopes)."""
+    bias_ptr, key_mask_ptr, slopes_ptr = pointers
     slope = 0.0
     if bias_ptr is not None:
         bias_ptr += b * strides[0][0] + h * strides[0][1]
     if key_mask_ptr is not None:
         key_mask_ptr += b * strides[1][0]
     if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1]).to(tl.float32)
+        slope = tl.load(slopes_ptr + b * strides[2][0] + h * strides[2][1]).to(tl.float32)
     return bias_ptr, key_mask_ptr, slope
 
 
@@ -130,13 +131,13 @@ def scores(
     """(scores in base 2, d score / d (scale * dot)) of a tile of dot products q . k.
 
     Only a MASKED tile looks at the band and at the end of the keys. `terms` is (bias pointer, key
-    mask pointer, slope) of this batch entry and head, `strides` those of bias and key mask; `sizes`
-    is (T, S, D, DV), `band` (low, high, diagonal), `scalars` (scale, softcap, p, 1 / (1 - p)),
+    mask pointer, slope) from `head_terms`, `strides` those of bias, key mask and slopes; `sizes` is
+    (T, S, D, DV), `band` (low, high, diagonal), `scalars` (scale, softcap, p, 1 / (1 - p)),
     FLAGS (HAS_LOW, HAS_HIGH, HAS_SLOPE, HAS_SOFTCAP).
     """
     bias_ptr, key_mask_ptr, slope = terms
-    bias_strides, key_mask_strides = strides
-    T, S, _, _ = sizes
+    bias_strides, key_mask_strides, slopes_strides = strides
+    T, S, D, DV = sizes
     low, high, diagonal = band
     if FLAGS[3]:
         t = tanh(dots * (scalars[0] / scalars[1]))
@@ -179,7 +180,10 @@ def kept_by_dropout(seed_ptr, row_offset, rows, first_col, S, p, BLOCK_N: tl.con
 
 
 @triton.jit
-def base2_lse(ptr, offs_m, T):
+def base2_lse(ptr, offs_m, T, CHECK: tl.constexpr):
     """lse of rows in base 2; +inf for rows that saw no key or are none, so that p is 0 there."""
-    lse = tl.load(ptr + offs_m, mask=offs_m < T, other=float("inf"))
+    if CHECK:
+        lse = tl.load(ptr + offs_m, mask=offs_m < T, other=float("inf"))
+    else:
+        lse = tl.load(ptr + offs_m)
     return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
