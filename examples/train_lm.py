@@ -13,7 +13,6 @@ import platform
 import signal
 import sys
 import time
-import zlib
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,7 +57,7 @@ def run(argv: list[str] | None) -> int:
     began = time.perf_counter()
     args = parse(argv)
     corpus = data.text_file(args.text) if args.text else data.standard_library()
-    settings = settings_from(args, zlib.crc32(corpus.train.numpy().tobytes()))
+    settings = settings_from(args, corpus.fingerprint())
     data.require_windows(corpus, settings.context)
     device = torch.device(args.device)
     state = fresh_state(settings, corpus, device)

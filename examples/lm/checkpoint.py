@@ -77,7 +77,7 @@ def restore(path: Path, state: State, settings: Settings) -> None:
     except (SafetensorError, OSError) as error:
         raise BadInput(f"cannot read checkpoint {path}: {error}") from None
     if metadata.get("format") != _FORMAT:
-        raise BadInput(f"{path} is not a checkpoint of train_lm.py")
+        raise BadInput(f"{path} is not a checkpoint of train_lm")
     about = json.loads(metadata["run"])
     _require_same(path, about["settings"], settings.describe())
     _require_shapes(path, tensors, state)

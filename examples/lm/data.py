@@ -25,6 +25,9 @@ class Corpus:
     train: Tensor
     held_out: Tensor
 
+    def fingerprint(self) -> str:
+        return f"{self.name} {zlib.crc32(self.train.numpy()):08x}"
+
 
 def standard_library() -> Corpus:
     """Python's standard library; one file in twenty, by its name's CRC, is held out."""

@@ -29,7 +29,7 @@ class Settings:
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
-    text_crc: int = 0
+    text: str = ""
 
     @property
     def context(self) -> int:
@@ -75,7 +75,13 @@ PRESETS = {
         betas=(0.9, 0.95),
     ),
 }
-_MODEL_OPTIONS = {"dim": "dim", "layers": "n_layers", "heads": "n_heads", "context": "max_len"}
+_MODEL_OPTIONS = {
+    "dim": "dim",
+    "layers": "n_layers",
+    "heads": "n_heads",
+    "context": "max_len",
+    "dropout": "dropout",
+}
 _RUN_OPTIONS = ("steps", "batch", "accumulate", "lr", "seed")
 
 
@@ -106,17 +112,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
     add("--save-every", type=_positive, default=200, help="steps between checkpoints")
     add("--eval-every", type=_positive, default=200, help="steps between validations")
-    for name in (*_MODEL_OPTIONS, "steps", "batch", "accumulate"):
-        add(f"--{name}", type=_positive, help="instead of the preset's")
-    add("--lr", type=float, help="instead of the preset's")
-    add("--seed", type=int, help="instead of the preset's")
+    kinds = {"dropout": float, "lr": _learning_rate, "seed": int}
+    for name in (*_MODEL_OPTIONS, *_RUN_OPTIONS):
+        add(f"--{name}", type=kinds.get(name, _positive), help="instead of the preset's")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not cuda:
         raise BadInput("--device cuda: PyTorch sees no GPU here; leave --device out")
     return args
 
 
-def settings_from(args: argparse.Namespace, text_crc: int) -> Settings:
+def settings_from(args: argparse.Namespace, text: str) -> Settings:
     """The preset with the options that were given in place of its own."""
     preset = PRESETS[args.preset]
     model = {field: getattr(args, option) for option, field in _MODEL_OPTIONS.items()}
@@ -130,11 +135,18 @@ def settings_from(args: argparse.Namespace, text_crc: int) -> Settings:
     except ValueError as error:
         raise BadInput(str(error)) from None
     given = {name: value for name, value in run.items() if value is not None}
-    return dataclasses.replace(preset, model=config, text_crc=text_crc, **given)
+    return dataclasses.replace(preset, model=config, text=text, **given)
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _learning_rate(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {value}")
     return value
