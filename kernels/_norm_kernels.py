@@ -1,4 +1,3 @@
-# ruff: noqa: ANN001, ANN202
 """The kernels that layer_norm and rms_norm share: a null `mean_ptr` asks for the RMS norm.
 
 M rows of N elements. With g = dy * weight and x_hat = (x - mean) * rstd, backward is
@@ -307,7 +306,9 @@ def norm_backward(
             launch(_norm_bwd_sums_kernel, (m,), *inputs, sums, *strides_and_sizes, **options)
     splits = triton.cdiv(n, tile.block_n)
     programs = persistent_programs(m, tile, x.device, splits)
-    partials = rstd.new_empty((needs[1] + needs[2], programs, n))
+    pairs = zip((weight, bias), needs[1:], strict=True)
+    dtypes = [p.dtype for p, needed in pairs if p is not None and needed]
+    partials = rstd.new_empty((len(dtypes), programs, n))
     launch(
         _norm_bwd_kernel,
         (programs, splits),
@@ -321,14 +322,12 @@ def norm_backward(
         BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,
     )
-    dweight = dbias = None
-    if needs[1] and needs[2]:
-        dweight, dbias = column_sum_pair(partials, weight.dtype, bias.dtype)
-    elif needs[1]:
-        dweight = column_sum(partials[0], weight.dtype)
-    elif needs[2]:
-        dbias = column_sum(partials[0], bias.dtype)
-    return dx, dweight, dbias
+    totals: Sequence[Tensor] = ()
+    if len(dtypes) == 2:
+        totals = column_sum_pair(partials, *dtypes)
+    elif dtypes:
+        totals = (column_sum(partials[0], *dtypes),)
+    return dx, totals[0] if needs[1] else None, totals[-1] if needs[2] else None
 
 
 def _stride(vector: Tensor | None) -> int:

@@ -1,4 +1,3 @@
-# ruff: noqa: ANN001, ANN202
 """Column sums of per-program partial sums: the last step of every weight and bias gradient.
 
 A backward kernel of P persistent programs writes its share of a row vector's gradient as one row of

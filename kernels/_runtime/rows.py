@@ -1,4 +1,3 @@
-# ruff: noqa: ANN001, ANN202
 """Rows: how kernels that reduce over the last dimension address and tile a tensor (..., N).
 
 The M = numel / N rows are numbered in row-major order of the leading dimensions.
@@ -60,16 +59,16 @@ class Rows(NamedTuple):
 
 def as_rows(*tensors: Tensor) -> Rows:
     """Address tensors of one shape as rows; copies one only if its strides don't allow it."""
-    row_strides = [_row_stride(t) for t in tensors]
-    if None not in row_strides:
-        strides = tuple((r, 0, t.stride(-1)) for r, t in zip(row_strides, tensors, strict=True))
-        return Rows(1, tensors, strides)
+    steps = [step for step in map(_row_step, tensors) if step is not None]
+    if len(steps) == len(tensors):
+        single = tuple((s, 0, t.stride(-1)) for s, t in zip(steps, tensors, strict=True))
+        return Rows(1, tensors, single)
     inner, n = tensors[0].shape[-2:]
     views = tuple(t.reshape(-1, inner, n) for t in tensors)
-    return Rows(inner, views, tuple(v.stride() for v in views))
+    return Rows(inner, views, tuple((v.stride(0), v.stride(1), v.stride(2)) for v in views))
 
 
-def _row_stride(x: Tensor) -> int | None:
+def _row_step(x: Tensor) -> int | None:
     """The step from one row to the next, or None if there is no single one."""
     if x.is_contiguous():
         return x.shape[-1]
