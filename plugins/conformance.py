@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -224,22 +224,33 @@ def unused_outputs(op: Op, sample: Sample, device: torch.device, dtype: torch.dt
 
 @_check
 def input_layouts(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """Every floating-point input in every layout, several inputs in different ones at a time."""
     args = _bound(op, sample)
     inputs = floating(args)
     upstream = _fixed_upstream(op, args)
-    dense = [contiguous(a) if i in inputs else a for i, a in enumerate(args)]
-    expected = _both(op, dense, upstream)
-    for i in inputs:
-        for layout in LAYOUTS[1:]:
-            moved = [layout(a) if j == i else a for j, a in enumerate(dense)]
-            what = f"{_name(op, i)} {layout.__name__}"
-            _assert_all_same(what, op, inputs, _both(op, moved, upstream), expected)
-        for spread in EXPANDED:
-            moved = [spread(a) if j == i else a for j, a in enumerate(dense)]
-            plain = [contiguous(a) if j == i else a for j, a in enumerate(moved)]
-            result, plain_result = _both(op, moved, upstream), _both(op, plain, upstream)
-            what = f"{_name(op, i)} {spread.__name__}"
-            _assert_all_same(what, op, inputs, result, plain_result)
+    names = [_name(op, i) for i in range(len(args))]
+    for what, moved, plain in _arrangements(args, inputs, names):
+        if plain is not None:
+            expected = _both(op, plain, upstream)
+        _assert_all_same(what, op, inputs, _both(op, moved, upstream), expected)
+
+
+def _arrangements(
+    tensors: Sequence[Any], chosen: Sequence[int], names: Sequence[str]
+) -> Iterator[tuple[str, list[Any], list[Any] | None]]:
+    """A description, the tensors in other layouts, and contiguous ones when values are new."""
+    dense = [contiguous(t) if i in chosen else t for i, t in enumerate(tensors)]
+    plain: list[Any] | None = dense
+    layouts = LAYOUTS[1:]
+    for turn in range(len(layouts)):
+        picked = {i: layouts[(turn + k) % len(layouts)] for k, i in enumerate(chosen)}
+        moved = [picked[i](t) if i in picked else t for i, t in enumerate(dense)]
+        yield ", ".join(f"{names[i]} {f.__name__}" for i, f in picked.items()), moved, plain
+        plain = None
+    for spread in EXPANDED:
+        moved = [spread(t) if i in chosen else t for i, t in enumerate(dense)]
+        plain = [contiguous(t) if i in chosen else t for i, t in enumerate(moved)]
+        yield f"{', '.join(names[i] for i in chosen)} {spread.__name__}", moved, plain
 
 
 def _both(op: Op, args: Sequence[Any], upstream: Sequence[Tensor]) -> Any:
@@ -250,20 +261,18 @@ def _both(op: Op, args: Sequence[Any], upstream: Sequence[Tensor]) -> Any:
 
 @_check
 def upstream_layouts(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """The same for the gradients of the outputs."""
     args = _bound(op, sample)
     if not _has_gradient(op, args):
         return
     inputs = floating(args)
-    dense = [contiguous(g) for g in _fixed_upstream(op, args)]
-    for i, gradient in enumerate(dense):
-        if not gradient.is_floating_point():
-            continue
-        for layout in (*LAYOUTS[1:], *EXPANDED):
-            moved = [layout(g) if j == i else g for j, g in enumerate(dense)]
-            plain = [contiguous(g) for g in moved]
-            what = f"gradient of output {i} {layout.__name__}"
+    upstream = _fixed_upstream(op, args)
+    chosen = floating(upstream)
+    names = [f"gradient of output {i}" for i in range(len(upstream))]
+    for what, moved, plain in _arrangements(upstream, chosen, names):
+        if plain is not None:
             expected = _gradients(op, args, plain)
-            _assert_all_same(what, op, inputs, _gradients(op, args, moved), expected)
+        _assert_all_same(what, op, inputs, _gradients(op, args, moved), expected)
 
 
 @_check
