@@ -102,7 +102,7 @@ def cross_entropy_fwd_kernel(
     origin = tl.where(tl.abs(chosen) < float("inf"), chosen, 0.0)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     lane_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    lane_smooth = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    above = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         mask = live[:, None] & (cols < N)[None, :]
@@ -110,7 +110,7 @@ def cross_entropy_fwd_kernel(
         y = capped(tl.load(x_rows[:, None] + offsets, mask=mask, other=0.0), softcap)
         if SMOOTH:
             weight = class_weights(weight_ptr, weight_stride, cols, cols < N)[None, :]
-            lane_smooth += tl.where(mask, weight * (y - origin[:, None]), 0.0)
+            above += tl.sum(tl.where(mask, weight * (y - origin[:, None]), 0.0), axis=1)
         other = tl.where(mask & (cols[None, :] != label[:, None]), y, float("-inf"))
         new_top = tl.maximum(top, tl.max(other, axis=1))
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -126,7 +126,7 @@ def cross_entropy_fwd_kernel(
     if SMOOTH:
         smoothing = tl.cast(label_smoothing, tl.float32)
         weight_sum = N * 1.0 if weight_sum_ptr is None else tl.load(weight_sum_ptr)
-        smooth = weight_sum * (peak - origin + log_sum) - tl.sum(lane_smooth, axis=1)
+        smooth = weight_sum * (peak - origin + log_sum) - above
         loss = loss * (1.0 - smoothing) + smooth * (smoothing / N)
     z = tl.cast(z_loss, tl.float32)
     lse = peak + log_sum

@@ -241,15 +241,16 @@ def cross_entropy(
         >>> loss = cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), z_loss=1e-4)
     """
     _check(input, target, weight, reduction, label_smoothing, softcap)
-    if target.is_floating_point():
-        loss = _soft_cross_entropy(
-            input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap
-        )
+    scalars = (ignore_index, label_smoothing, z_loss, softcap)
+    if target.is_floating_point() or not (
+        z_loss or _CROSS_ENTROPY.runs_kernels(input, target, weight, *scalars)
+    ):
+        loss = _in_plain_pytorch(input, target, weight, reduction, *scalars)
     else:
         class_dim = min(input.dim() - 1, 1)
         labels = target.reshape(-1).to(torch.int64)
         x = input.movedim(class_dim, -1).reshape(labels.shape[0], input.shape[class_dim])
-        loss = _CROSS_ENTROPY(x, labels, weight, ignore_index, label_smoothing, z_loss, softcap)
+        loss = _CROSS_ENTROPY(x, labels, weight, *scalars)
         if reduction == "none":
             loss = loss.reshape(target.shape)
         else:
@@ -298,21 +299,21 @@ def _counted(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor
     return torch.where(counted, weight[target.clamp(0, weight.shape[0] - 1)], 0.0).sum()
 
 
-def _soft_cross_entropy(
+def _in_plain_pytorch(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
     reduction: str,
+    ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
 ) -> Tensor:
-    """Cross-entropy against class probabilities in plain PyTorch, widened to fp32 or float64."""
+    """The loss by torch's own function, widened to fp32 or float64; labels without a z loss."""
     logits = _widened_logits(input, softcap)
     loss = F.cross_entropy(
         logits,
-        target.to(logits.dtype),
+        target.to(logits.dtype) if target.is_floating_point() else target,
         None if weight is None else weight.detach().to(logits.dtype),
         ignore_index=ignore_index,
         reduction=reduction,
