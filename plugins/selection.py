@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trilith.plugins.op import Op
 
 REFERENCE = "reference"
+_PREFERRED = "~"
 
 
 class PluginWarning(UserWarning):
@@ -85,6 +86,9 @@ def choose(op: Op, key: SelectionKey, scoped: str | None) -> Selection:
     """The selection of an op there, where `use_implementation` may have named a provider."""
     name = op.spec.name
     variable = environment_variable(name)
+    if scoped is not None and scoped.startswith(_PREFERRED):
+        able, first = runnable(op, key), scoped.removeprefix(_PREFERRED)
+        return Selection(_moved_up(able, first), "preferred where it can run")
     if scoped is not None:
         return _by_name(op, key, scoped, "use_implementation")
     if os.environ.get(variable):
@@ -95,8 +99,12 @@ def choose(op: Op, key: SelectionKey, scoped: str | None) -> Selection:
         _warn_of_tie(op, able)
         return Selection(able, "the highest priority of those that can run")
     provider, voter = vote
-    able = tuple(sorted(able, key=lambda i: i.provider != provider))
-    return Selection(() if provider == REFERENCE else able, f"plugin {voter} chose it")
+    chosen = () if provider == REFERENCE else _moved_up(able, provider)
+    return Selection(chosen, f"plugin {voter} chose it")
+
+
+def _moved_up(able: tuple[Implementation, ...], first: str) -> tuple[Implementation, ...]:
+    return tuple(sorted(able, key=lambda i: i.provider != first))
 
 
 def runnable(op: Op, key: SelectionKey) -> tuple[Implementation, ...]:
@@ -171,8 +179,7 @@ def _warn_of_tie(op: Op, able: tuple[Implementation, ...]) -> None:
     )
 
 
-@contextmanager
-def forced(op: Op, provider: str) -> Iterator[None]:
+def forced(op: Op, provider: str) -> AbstractContextManager[None]:
     """Inside, calls of the op in this thread or task take this provider, or raise.
 
     Raises:
@@ -182,10 +189,20 @@ def forced(op: Op, provider: str) -> Iterator[None]:
         raise ValueError(
             f"{op.spec.name}: provider must be one of {', '.join(providers(op))}, got {provider!r}"
         )
-    token = op.scope.set(provider)
-    op.enter_scope(provider)
+    return _scope(op, provider)
+
+
+def preferred(op: Op, provider: str) -> AbstractContextManager[None]:
+    """As `forced`, but calls that the provider cannot take go to the next one."""
+    return _scope(op, _PREFERRED + provider)
+
+
+@contextmanager
+def _scope(op: Op, name: str) -> Iterator[None]:
+    token = op.scope.set(name)
+    op.enter_scope(name)
     try:
         yield
     finally:
-        op.leave_scope(provider)
+        op.leave_scope(name)
         op.scope.reset(token)

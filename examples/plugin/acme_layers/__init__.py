@@ -1,0 +1,1 @@
+"""Acme's layers for Trilith."""

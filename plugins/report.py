@@ -1,0 +1,154 @@
+"""Runs the conformance checks for each provider of an op, and says what came out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from trilith.plugins import selection
+from trilith.plugins.conformance import CHECKS, NUMERIC_CHECKS, Check, samples_of
+from trilith.plugins.manager import Manager
+from trilith.plugins.op import Op
+
+# How many of an op's samples a check takes where an interpreter runs the kernels.
+_AT_MOST = {
+    "gradient_subsets": 2,
+    "input_layouts": 2,
+    "upstream_layouts": 2,
+    "opcheck": 1,
+    "compiles": 1,
+    "compiles_dynamic": 1,
+    "compiles_with_inductor": 1,
+}
+
+HINTS = {
+    "forward_matches_reference": "compute in float32 and round once, at the store",
+    "gradients_match_reference": "one gradient per parameter of forward, in its dtype, times grad",
+    "every_element_is_written": "mask loads and stores alike; zero what no program owns",
+    "gradient_subsets": "ask ctx.needs_input_grad; each gradient must stand alone",
+    "unused_outputs": "a gradient may be zeros, or None where materialize_grads=False",
+    "input_layouts": "pass strides to the kernel, or call .contiguous() in the launcher",
+    "upstream_layouts": "grad may be stride-0 (sum().backward()): use its strides",
+    "nothing_is_written_to": "never write to inputs, gradients or ctx.outputs; allocate",
+    "backward_twice": "backward must be linear in grad, and keep no state",
+    "runs_are_bit_equal": "no atomics; reduce in a fixed order",
+    "empty_tensors": "the reference must accept empty tensors",
+    "double_backward": "the reference must be differentiable twice; save all nonlinear inputs",
+    "functorch_transforms": "no branching on values in the reference",
+    "fakes_are_exact": "give `fake=`, and let the launcher call it to allocate",
+    "autocast": "autocast='low' casts inputs; 'keep' leaves them",
+    "checkpointing": "the same inputs must give the same bits: take seeds as arguments",
+    "inference_mode": "nothing in forward may need autograd",
+    "opcheck": "schema, fake and strides must agree; inputs are not returned",
+    "compiles": "no data-dependent Python in forward's fake",
+    "compiles_dynamic": "sizes may be symbols in the fake: no int(), no branching on sizes",
+    "compiles_with_inductor": "fake strides must be those of the real outputs",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One check of one provider. `reason` is empty where it passed."""
+
+    op: str
+    provider: str
+    check: str
+    figure: str
+    reason: str
+
+    @property
+    def hint(self) -> str:
+        return HINTS.get(self.check, "") if self.reason else ""
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def named_ops(manager: Manager, name: str) -> list[Op]:
+    """The ops that a name means: an op, or those a namespace, plugin or distribution has a part in.
+
+    Raises:
+        KeyError: it means none; the message says which plugins were left out.
+    """
+    registry = manager.registry
+    if name in registry.op_names():
+        return [registry.op(name)]
+    found = []
+    for op in registry.ops():
+        owners = {op.owner_of(i.provider) for i in op.implementations}
+        if name in {op.spec.provider, *owners, *(part for o in owners for part in o.split(":"))}:
+            found.append(op)
+    if not found:
+        failed = "".join(f"; {f.plugin} failed at {f.stage}: {f.reason}" for f in manager.failures)
+        known = ", ".join(registry.op_names())
+        raise KeyError(f"no op or plugin {name!r}; ops are: {known}{failed}")
+    return found
+
+
+def dtypes_of(op: Op, provider: str) -> tuple[torch.dtype, ...]:
+    """The floating dtypes that a provider is checked in, float32 first."""
+    known = (torch.float32, torch.float16, torch.bfloat16)
+    taken = next((i.dtypes for i in op.implementations if i.provider == provider), None)
+    return tuple(d for d in known if taken is None or d in taken)
+
+
+def providers_here(op: Op, device: torch.device) -> list[str]:
+    """Whose implementations can be checked on a device, or the reference where none can."""
+    able = [
+        i.provider
+        for i in op.implementations
+        if any(i.refusal(device, d) is None for d in dtypes_of(op, i.provider))
+    ]
+    return able or [selection.REFERENCE]
+
+
+def checks_for(op: Op, provider: str, check: Check) -> tuple[torch.dtype, ...]:
+    """The dtypes that one check is run in: numbers in all, the rest in one."""
+    dtypes = dtypes_of(op, provider)
+    return dtypes if check in NUMERIC_CHECKS else dtypes[:1]
+
+
+def run_check(op: Op, provider: str, check: Check, device: torch.device, dtype: torch.dtype) -> int:
+    """How many samples were checked; AssertionError says what is wrong with one.
+
+    A sample that the implementation's `supports` refuses is passed over.
+    """
+    samples = samples_of(op, device, dtype)
+    if not samples:
+        raise AssertionError(f"{op.spec.name}: samples() gave none for {dtype}")
+    supports = next((i.supports for i in op.implementations if i.provider == provider), None)
+    fit = [s for s in samples if supports is None or supports(*op._bind(s.args, s.kwargs))]
+    chosen = fit if device.type == "cuda" else fit[: _AT_MOST.get(check.__name__)]
+    if not chosen:
+        raise AssertionError(f"{op.spec.name}: {provider} supports none of the samples in {dtype}")
+    if supports is not None and check.__name__.startswith("compiles"):
+        return 0
+    scope = selection.forced if supports is None else selection.preferred
+    for sample in chosen:
+        with scope(op, provider):
+            check(op, sample, device, dtype)
+    return len(chosen)
+
+
+def check_op(op: Op, device: torch.device | None = None) -> Iterator[Row]:
+    """Every check of every provider that can run there."""
+    device = default_device() if device is None else device
+    for provider in providers_here(op, device):
+        for check in CHECKS:
+            yield _row(op, provider, check, device)
+
+
+def _row(op: Op, provider: str, check: Check, device: torch.device) -> Row:
+    count, reason, begun = 0, "", time.perf_counter()
+    dtypes = checks_for(op, provider, check)
+    try:
+        for dtype in dtypes:
+            count += run_check(op, provider, check, device, dtype)
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+    figure = f"{count} calls, {time.perf_counter() - begun:.1f} s"
+    return Row(op.spec.name, provider, check.__name__, figure, reason)
