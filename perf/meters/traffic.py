@@ -5,9 +5,9 @@ note which bytes it touches. Two figures come of it:
 
 `total`, what device memory must deliver
 - Per launch and tensor, the distinct bytes read plus the distinct bytes written.
-- A byte that one program reads again counts again if that program touched more in between than its
-  share of the L2 cache: the programs that run side by side cannot all keep it.
-- What several programs read (weights, keys and values) is taken to be served by the cache.
+- What several programs read (weights, keys and values) counts once: the cache serves it.
+- A byte that only one program reads counts again when that program reads it again after touching
+  more than its share of the L2 cache: programs that run side by side cannot all keep theirs.
 - A tensor that one launch writes and a later one reads (partial sums) is scratch: counted apart,
   and left out of the total while it fits in half of the L2 cache.
 - PyTorch's operators count too, each operand once, so that a hidden copy shows.
@@ -100,27 +100,32 @@ class Traffic:
 class _Region:
     """One storage during one launch.
 
-    Of each byte: whether it was read and written, which program read it last, and how many bytes
-    that program had touched by then.
+    Of each byte: whether it was written, which program read it last, how many bytes that program
+    had touched by then, how often it was fetched, and whether several programs read it.
     """
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.start, self.size = storage.data_ptr(), storage.nbytes()
-        self.read = np.zeros(self.size, dtype=bool)
         self.written = np.zeros(self.size, dtype=bool)
         self.reader = np.full(self.size, -1, dtype=np.int32)
         self.read_at = np.zeros(self.size, dtype=np.int64)
-        self.refetched = 0
+        self.fetches = np.zeros(self.size, dtype=np.int32)
+        self.shared = np.zeros(self.size, dtype=bool)
 
     def touch(self, offsets: np.ndarray, access: _Access, program: int, touched: int) -> None:
         if access.writes:
             self.written[offsets] = True
         if access.reads:
-            again = self.reader[offsets] == program
-            self.refetched += int((again & (touched - self.read_at[offsets] > _L2_SHARE)).sum())
-            self.read[offsets] = True
+            reader = self.reader[offsets]
+            far = touched - self.read_at[offsets] > _L2_SHARE
+            self.shared[offsets] |= (reader >= 0) & (reader != program)
+            self.fetches[offsets] += (reader < 0) | ((reader == program) & far)
             self.reader[offsets] = program
             self.read_at[offsets] = touched
+
+    @property
+    def bytes_read(self) -> int:
+        return int(np.where(self.shared, 1, self.fetches).sum())
 
 
 class _Recorder:
@@ -154,7 +159,7 @@ class _Recorder:
     def finish(self) -> Launch:
         launch = Launch(self.kernel, requested=self.requested)
         for region in self.regions:
-            read, written = int(region.read.sum()) + region.refetched, int(region.written.sum())
+            read, written = region.bytes_read, int(region.written.sum())
             if read:
                 launch.read[region.start] = read
             if written:

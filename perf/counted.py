@@ -1,0 +1,230 @@
+"""What is counted, not timed: the same on every machine, so that each change can be held to it.
+
+    python -m perf.counted [--check | --update] [--binaries] [--json FILE]
+
+Kernels run in Triton's interpreter. --check exits with 1 if a figure is worse than in
+perf/baselines/counted.json; --update writes the figures there. --binaries adds registers, spills
+and wide loads of every kernel, compiled ahead of time, which takes minutes; its baseline is kept
+per Triton version, and is compared only when the flag is given.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perf import gate
+from perf.meters.dispatch import DIRECTIONS, host_microseconds
+from perf.meters.launches import launches
+from perf.meters.saved import saved_bytes
+from perf.meters.traffic import Traffic, traffic
+from perf.models import block, eager_block
+from perf.oracle import gradient_for, leaves, seeded_arguments
+from perf.workloads import (
+    Workload,
+    attention,
+    bias_act,
+    bias_dropout_add,
+    cross_entropy,
+    dropout,
+    layer_norm,
+    rms_norm,
+    rotary,
+    swiglu,
+)
+from tests.support import interpreter
+
+BASELINE = Path(__file__).parent / "baselines" / "counted.json"
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+
+Figures = dict[str, dict[str, float]]
+
+OPS = (
+    layer_norm(256, 4096),
+    layer_norm(32, 32768),
+    rms_norm(256, 4096),
+    rms_norm(64, 16384),
+    bias_act(256, 2048),
+    bias_act(64, 1024, p=0.1),
+    swiglu(256, 2048),
+    dropout(64, 1024),
+    bias_dropout_add(64, 1024),
+    bias_dropout_add(256, 2048, p=0.0),
+    cross_entropy(32, 8192),
+    cross_entropy(4, 131072),
+    rotary(1, 8, 256, 64),
+    attention(1, 2, 256, 64),
+    attention(1, 1, 256, 128, causal=False),
+)
+BLOCK_TOKENS, BLOCK_WIDTH, BLOCK_HEADS = 128, 768, 12
+TARGETS = {"gpt": 10.1, "gated": 11.4}  # elements saved per token and width
+
+
+def count_op(workload: Workload) -> dict[str, float]:
+    """Bytes over minimal bytes, and launches, of one forward and backward."""
+    args = seeded_arguments(workload, CPU, BF16)
+    assert workload.cost is not None
+    cost = workload.cost(*args)
+    with traffic() as forward:
+        out = workload.trilith(*args)
+    above = gradient_for(out)
+    with traffic() as backward:
+        torch.autograd.grad(out, leaves(args), above)
+    figures: dict[str, float] = {}
+    for direction, moved, minimal in (
+        ("forward", forward, cost.forward_bytes),
+        ("backward", backward, cost.backward_bytes),
+    ):
+        figures |= {f"{direction} {k}": v for k, v in _figures_of(moved, minimal).items()}
+    return figures
+
+
+def _figures_of(moved: Traffic, minimal: int) -> dict[str, float]:
+    return {
+        "bytes / minimal": round(moved.total / minimal, 4),
+        "requests / minimal": round(moved.requested / minimal, 4),
+        "launches": len(moved.launches),
+    }
+
+
+def count_block(kind: str, forward: Callable[..., torch.Tensor]) -> dict[str, float]:
+    """Launches of a block, and what it saves for backward, its own input included."""
+    torch.manual_seed(0)
+    made = block(kind, BLOCK_WIDTH, BLOCK_HEADS, BLOCK_TOKENS).to(BF16)
+    x = torch.randn(1, BLOCK_TOKENS, BLOCK_WIDTH, dtype=BF16, requires_grad=True)
+    ignored = [*made.parameters(), *made.buffers()]
+    saved = saved_bytes(lambda: forward(x, made), ignored) / (BLOCK_TOKENS * BLOCK_WIDTH)
+    with launches() as forwards:
+        out = forward(x, made)
+    with launches() as backwards:
+        torch.autograd.grad(out, leaves((x, made)), gradient_for(out))
+    return {
+        "saved bytes per token and width": round(saved, 4),
+        "forward launches": forwards.total(),
+        "backward launches": backwards.total(),
+    }
+
+
+def count_all(report: Callable[[str], None]) -> Figures:
+    figures: Figures = {}
+    for workload in OPS:
+        report(workload.name)
+        figures[workload.name] = count_op(workload)
+    for kind in TARGETS:
+        report(f"{kind} block")
+        figures[f"{kind} block"] = count_block(kind, lambda x, made: made(x))
+    return figures
+
+
+def count_binaries() -> Figures:
+    """The worst of each kernel's variants on sm_90, from a process that compiles for real."""
+    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "reports.json"
+        command = [sys.executable, "-m", "tests.support.aot", "--arch", "sm_90"]
+        answer = subprocess.run(
+            [*command, "--json", str(path)], env=environ, capture_output=True, text=True
+        )
+        if not path.exists():
+            raise RuntimeError(f"ahead-of-time compiling failed:\n{answer.stderr[-2000:]}")
+        reports = json.loads(path.read_text())
+    figures: defaultdict[str, dict[str, float]] = defaultdict(dict)
+    for report in reports:
+        kernel = figures[f"{report['kernel']} {report['arch']}"]
+        for figure, value in (
+            ("registers", report["registers"]),
+            ("spilled bytes", report["spilled"]),
+            ("spill instructions", report["spill_instructions"]),
+            ("narrow loads", round(1 - report["wide"], 4)),
+        ):
+            kernel[figure] = max(kernel.get(figure, 0), value)
+    return dict(figures)
+
+
+def tables(figures: Figures, host: Figures, binaries: Figures) -> Iterator[str]:
+    per_op = ("bytes / minimal", "requests / minimal", "launches")
+    head = ["op, bf16", *(f"{d} {f}" for f in per_op for d in ("forward", "backward"))]
+    ops = [w.name for w in OPS]
+    yield gate.markdown(
+        head, [[name, *(f"{figures[name][k]:g}" for k in head[1:])] for name in ops]
+    )
+    head = ["block, bf16", "saved bytes per token and width", "in elements", "goal", "eager's"]
+    head += ["forward launches", "eager's", "backward launches", "eager's"]
+    rows.clear()
+    for kind, goal in TARGETS.items():
+        ours, eager = figures[f"{kind} block"], count_block(kind, eager_block)
+        saved, forward, backward = ours
+        row = [f"{ours[saved]:g}", f"{ours[saved] / 2:.2f}", f"{goal}", f"{eager[saved] / 2:.2f}"]
+        row += [f"{own[key]:g}" for key in (forward, backward) for own in (ours, eager)]
+        rows.append([kind, *row])
+    yield gate.markdown(head, rows)
+    head = ["host us a call", "op", "autograd.Function", "ratio"]
+    yield gate.markdown(
+        head, [[d, *(f"{host[d][k]:.1f}" for k in ("op", "plain", "ratio"))] for d in DIRECTIONS]
+    )
+    if binaries:
+        head = ["kernel", *next(iter(binaries.values()))]
+        yield gate.markdown(
+            head, [[k, *(f"{v:g}" for v in f.values())] for k, f in sorted(binaries.items())]
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m perf.counted", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--binaries", action="store_true", help="also compile ahead of time")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--check", action="store_true", help="fail on a figure worse than before")
+    action.add_argument("--update", action="store_true", help="make the figures the baseline")
+    options = parser.parse_args()
+
+    start = time.perf_counter()
+    interpreter.apply()
+    figures = count_all(lambda name: print(name, file=sys.stderr))
+    host: Figures = {}
+    for direction in DIRECTIONS:
+        cost: dict[str, float] = host_microseconds(direction)
+        host[direction] = cost | {"ratio": cost["op"] / cost["plain"]}
+    binaries = count_binaries() if options.binaries else {}
+    results: dict[str, Any] = {"figures": figures, "host": host, "torch": torch.__version__}
+    results |= {"binaries": {version("triton"): binaries} if binaries else {}}
+    print("\n\n".join(tables(figures, host, binaries)))
+    print(f"\ncounted in {time.perf_counter() - start:.0f} s")
+    if options.json:
+        gate.write(options.json, results)
+    return _judge(results, options.check, options.update)
+
+
+def _judge(results: dict[str, Any], check: bool, update: bool) -> int:
+    if not (check or update):
+        return 0
+    baseline = gate.read(BASELINE)
+    compiled = baseline.get("binaries", {})
+    found = gate.changes(baseline.get("figures", {}), results["figures"])
+    for triton, binaries in results["binaries"].items():
+        found += gate.changes(compiled.get(triton, {}), binaries)
+    print("\n".join(map(str, found)) or "every figure is as it was")
+    if update:
+        kept = {k: results[k] for k in ("figures", "torch")}
+        gate.write(BASELINE, kept | {"binaries": compiled | results["binaries"]})
+        return 0
+    return int(any(change.is_worse for change in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
