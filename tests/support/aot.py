@@ -13,6 +13,7 @@ import collections
 import contextlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import pkgutil
@@ -342,14 +343,34 @@ def _examine_at(index: int) -> Report:
     return examine(_launches[index])
 
 
-def survey(archs: list[str], name: str = "", jobs: int = 2, source: str = "") -> list[Report]:
-    """Reports of every distinct launch on the given architectures, compiled in `jobs` processes."""
+def thinned(launches: list[Launch], most: int) -> list[Launch]:
+    """At most so many launches of each kernel: the largest tile per warp, then evenly smaller."""
+    by_kernel: dict[str, list[Launch]] = collections.defaultdict(list)
+    for launch in launches:
+        by_kernel[launch.kernel.__name__].append(launch)
+    kept = []
+    for own in by_kernel.values():
+        own.sort(key=_elements_per_warp, reverse=True)
+        count = min(most, len(own))
+        kept.extend(own[i * len(own) // count] for i in range(count))
+    return kept
+
+
+def _elements_per_warp(launch: Launch) -> float:
+    sizes = [v for k, v in launch.options.items() if k.startswith("BLOCK")]
+    return math.prod(max(v, 1) for v in sizes) / launch.options.get("num_warps", 4)
+
+
+def survey(
+    archs: list[str], name: str = "", jobs: int = 2, source: str = "", most: int = 0
+) -> list[Report]:
+    """Reports of the distinct launches on the given architectures, compiled in `jobs` processes."""
     import_kernels()
     reports: list[Report] = []
     _launches.clear()
     for arch in archs:
         launches, failures = captured(arch, name, source)
-        _launches.extend(launches)
+        _launches.extend(thinned(launches, most) if most else launches)
         reports.extend(failures)
     if jobs == 1:
         return reports + [examine(launch) for launch in _launches]
@@ -390,6 +411,7 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--json", metavar="FILE", help="write the reports there")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--most", type=int, default=0, help="launches per kernel and architecture")
     parser.add_argument("--cases", default="", help="a module with cases(), instead of the shapes")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -397,7 +419,7 @@ def main() -> int:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        reports = survey(options.arch, options.filter, options.jobs, options.cases)
+        reports = survey(options.arch, options.filter, options.jobs, options.cases, options.most)
     if options.json:
         Path(options.json).write_text(json.dumps([asdict(r) for r in reports]))
     print(table(reports))
