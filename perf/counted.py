@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ OPS = (
     attention(1, 1, 256, 128, causal=False),
 )
 BLOCK_TOKENS, BLOCK_WIDTH, BLOCK_HEADS = 128, 768, 12
-TARGETS = {"gpt": 10.1, "gated": 11.4}  # elements saved per token and width
+GOALS = {"gpt": 10.1, "gated": 11.4}  # elements saved per token and width
 
 
 def count_op(workload: Workload) -> dict[str, float]:
@@ -125,7 +125,7 @@ def count_all(report: Callable[[str], None]) -> Figures:
     for workload in OPS:
         report(workload.name)
         figures[workload.name] = count_op(workload)
-    for kind in TARGETS:
+    for kind in GOALS:
         report(f"{kind} block")
         figures[f"{kind} block"] = count_block(kind, lambda x, made: made(x))
     return figures
@@ -156,32 +156,36 @@ def count_binaries() -> Figures:
     return dict(figures)
 
 
-def tables(figures: Figures, host: Figures, binaries: Figures) -> Iterator[str]:
-    per_op = ("bytes / minimal", "requests / minimal", "launches")
-    head = ["op, bf16", *(f"{d} {f}" for f in per_op for d in ("forward", "backward"))]
-    ops = [w.name for w in OPS]
-    yield gate.markdown(
-        head, [[name, *(f"{figures[name][k]:g}" for k in head[1:])] for name in ops]
-    )
-    head = ["block, bf16", "saved bytes per token and width", "in elements", "goal", "eager's"]
+def op_table(figures: Figures) -> str:
+    kinds = ("bytes / minimal", "requests / minimal", "launches")
+    columns = [f"{direction} {kind}" for kind in kinds for direction in ("forward", "backward")]
+    rows = [[w.name, *(f"{figures[w.name][column]:g}" for column in columns)] for w in OPS]
+    return gate.markdown(["op, bf16", *columns], rows)
+
+
+def block_table(figures: Figures, eager: Figures) -> str:
+    head = ["block, bf16", "saved bytes per token and width", "in elements", "eager's", "goal"]
     head += ["forward launches", "eager's", "backward launches", "eager's"]
-    rows.clear()
-    for kind, goal in TARGETS.items():
-        ours, eager = figures[f"{kind} block"], count_block(kind, eager_block)
-        saved, forward, backward = ours
-        row = [f"{ours[saved]:g}", f"{ours[saved] / 2:.2f}", f"{goal}", f"{eager[saved] / 2:.2f}"]
-        row += [f"{own[key]:g}" for key in (forward, backward) for own in (ours, eager)]
+    rows = []
+    for kind, goal in GOALS.items():
+        ours, theirs = figures[f"{kind} block"], eager[f"{kind} block"]
+        saved, *launched = ours
+        row = [f"{ours[saved]:g}", f"{ours[saved] / 2:.2f}", f"{theirs[saved] / 2:.2f}", f"{goal}"]
+        row += [f"{own[key]:g}" for key in launched for own in (ours, theirs)]
         rows.append([kind, *row])
-    yield gate.markdown(head, rows)
+    return gate.markdown(head, rows)
+
+
+def host_table(host: Figures) -> str:
     head = ["host us a call", "op", "autograd.Function", "ratio"]
-    yield gate.markdown(
-        head, [[d, *(f"{host[d][k]:.1f}" for k in ("op", "plain", "ratio"))] for d in DIRECTIONS]
-    )
-    if binaries:
-        head = ["kernel", *next(iter(binaries.values()))]
-        yield gate.markdown(
-            head, [[k, *(f"{v:g}" for v in f.values())] for k, f in sorted(binaries.items())]
-        )
+    rows = [[d, *(f"{host[d][k]:.1f}" for k in ("op", "plain", "ratio"))] for d in DIRECTIONS]
+    return gate.markdown(head, rows)
+
+
+def binary_table(binaries: Figures) -> str:
+    head = ["kernel", "registers", "spilled bytes", "spill instructions", "narrow loads"]
+    rows = [[k, *(f"{f[column]:g}" for column in head[1:])] for k, f in sorted(binaries.items())]
+    return gate.markdown(head, rows)
 
 
 def main() -> int:
@@ -201,9 +205,13 @@ def main() -> int:
         cost: dict[str, float] = host_microseconds(direction)
         host[direction] = cost | {"ratio": cost["op"] / cost["plain"]}
     binaries = count_binaries() if options.binaries else {}
-    results: dict[str, Any] = {"figures": figures, "host": host, "torch": torch.__version__}
+    eager = {f"{kind} block": count_block(kind, eager_block) for kind in GOALS}
+    results: dict[str, Any] = {"figures": figures, "eager": eager, "host": host}
+    results |= {"torch": torch.__version__}
     results |= {"binaries": {version("triton"): binaries} if binaries else {}}
-    print("\n\n".join(tables(figures, host, binaries)))
+    parts = [op_table(figures), block_table(figures, eager), host_table(host)]
+    parts += [binary_table(binaries)] if binaries else []
+    print("\n\n".join(parts))
     print(f"\ncounted in {time.perf_counter() - start:.0f} s")
     if options.json:
         gate.write(options.json, results)
