@@ -48,6 +48,8 @@ def _layer_norm_reference(
 ) -> Tensor:
     if weight is None and bias is not None:  # which torch cannot differentiate twice
         weight = torch.ones_like(bias)
+    if _all_wide(x, weight, bias):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     wide = _wide_dtype(x, weight, bias)  # torch's own backward sums half-precision dweight in half
     weight, bias = _cast(weight, wide), _cast(bias, wide)
     return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(x.dtype)
@@ -71,8 +73,15 @@ def _rms_norm_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...]
 
 
 def _rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if _all_wide(x, weight):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
     wide = _wide_dtype(x, weight)
     return F.rms_norm(x.to(wide), x.shape[-1:], _cast(weight, wide), eps).to(x.dtype)
+
+
+def _all_wide(x: Tensor, *parameters: Tensor | None) -> bool:
+    same = all(p is None or p.dtype == x.dtype for p in parameters)
+    return same and x.dtype in (torch.float32, torch.float64)
 
 
 def _wide_dtype(*tensors: Tensor | None) -> torch.dtype:
