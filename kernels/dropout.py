@@ -18,6 +18,7 @@ Source: Srivastava et al., "Dropout", 2014.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -259,7 +260,7 @@ def _bias_dropout_add_fwd(
 
 
 def _bias_dropout_add_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...]:
-    _, _, bias, seed, p, x_dtype = ctx.inputs
+    _, _, bias, seed, p, _ = ctx.inputs
     dx, _, _ = _bias_dropout_add_grads(ctx, dy)
     if not ctx.needs_input_grad[2]:
         if dx is not None:
@@ -297,14 +298,8 @@ def _bias_dropout_add_grads(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | 
     return dx, None, bias.new_empty(bias.shape) if needs_bias else None
 
 
-def _bias_dropout_add_shared(
-    x: None,
-    residual: None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    x_dtype: torch.dtype,
-) -> dict[str, int | str]:
+def _bias_dropout_add_shared(*parameters: Any) -> dict[str, int | str]:
+    p = parameters[4]
     return {"residual": 0} if p > 0.0 else {"residual": 0, "x": 0}
 
 
@@ -339,12 +334,14 @@ def _bias_dropout_add_samples(device: torch.device, dtype: torch.dtype) -> Itera
     yield Sample(randn(3, 10), randn(3, 10, dtype=wide), None, None, 0.0, dtype)
 
 
-def _bias_dropout_add_cost(x: Tensor, residual: Tensor, bias: Tensor | None, *_: object) -> Cost:
+def _bias_dropout_add_cost(x: Tensor, residual: Tensor, bias: Tensor | None, *rest: Any) -> Cost:
+    p = rest[1]
     bytes_x, bytes_y = (t.numel() * t.element_size() for t in (x, residual))
     bytes_bias = 0 if bias is None else bias.numel() * bias.element_size()
+    reads_dy = p > 0.0 or bias is not None
     return Cost(
         forward_bytes=bytes_x + 2 * bytes_y + bytes_bias,
-        backward_bytes=bytes_x + bytes_y + bytes_bias,
+        backward_bytes=bytes_y * reads_dy + bytes_x * (p > 0.0) + bytes_bias,
     )
 
 
