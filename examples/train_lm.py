@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     except BadInput as error:
         print(f"train_lm: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        print("train_lm: the GPU's memory is full; give a smaller --batch", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("train_lm: stopped at once; the last checkpoint stands", file=sys.stderr)
         return 130
@@ -59,24 +62,17 @@ def run(argv: list[str] | None) -> int:
     corpus = data.text_file(args.text) if args.text else data.standard_library()
     settings = settings_from(args, corpus.fingerprint())
     data.require_windows(corpus, settings.context)
-    device = torch.device(args.device)
-    state = fresh_state(settings, corpus, device)
+    state = fresh_state(settings, corpus, torch.device(args.device))
     checkpoint = args.out / "checkpoint.safetensors"
     resumed = checkpoint if args.resume == Path() else args.resume
     if resumed is not None:
         restore(resumed, state, settings)
     prepare(checkpoint, resumed)
-
-    windows = data.held_out_windows(corpus.held_out, settings.context, FINAL_WINDOWS)
-    baselines = {
-        "unigram": data.unigram_loss(corpus.train, windows),
-        "bigram": data.bigram_loss(corpus.train, windows),
-    }
-    params = sum(p.numel() for p in state.model.parameters())
     print(
         f"{corpus.name}: {len(corpus.train):,} bytes to train on, {len(corpus.held_out):,} held "
-        f"out; {params:,} parameters on {device}"
+        f"out; {parameters_of(state.model):,} parameters on {args.device}"
     )
+    windows = data.held_out_windows(corpus.held_out, settings.context, FINAL_WINDOWS)
     first_step = state.step
     with stop_requests() as stops:
         seconds = train(state, settings, windows, args, checkpoint, stops)
@@ -87,33 +83,43 @@ def run(argv: list[str] | None) -> int:
             file=sys.stderr,
         )
         return 128 + stops[0]
-
-    val_loss = evaluate(state.model, windows, device)
-    state.evals.append((state.step, val_loss))
-    replace_file(
-        args.out / "loss.png",
-        lambda path: plot.loss_curve(path, state.losses.cpu(), state.evals, baselines),
-    )
-    text = sample(state.model, corpus.held_out[:PROMPT_BYTES], settings)
-    replace_file(args.out / "sample.txt", lambda path: path.write_text(text, encoding="utf-8"))
     tokens = (state.step - first_step) * settings.batch * settings.accumulate * settings.context
     metrics = {
-        "val_loss": val_loss,
-        "unigram_loss": baselines["unigram"],
-        "bigram_loss": baselines["bigram"],
+        "val_loss": evaluate(state.model, windows, state.losses.device),
+        "unigram_loss": data.unigram_loss(corpus.train, windows),
+        "bigram_loss": data.bigram_loss(corpus.train, windows),
         "tokens_per_s": tokens / seconds if tokens else None,
-        "device": device_name(device),
-        "seconds": time.perf_counter() - began,
-        "steps": state.step,
-        "params": params,
         "preset": args.preset,
         "text": corpus.name,
+    }
+    text = sample(state.model, corpus.held_out[:PROMPT_BYTES], settings)
+    write_results(args.out, state, text, metrics, began)
+    return 0
+
+
+def write_results(
+    out: Path, state: State, text: str, metrics: dict[str, object], began: float
+) -> None:
+    """Plot, sample and metrics, into files and in brief onto the screen."""
+    evals = [*state.evals, (state.step, metrics["val_loss"])]
+    baselines = {name: metrics[f"{name}_loss"] for name in ("unigram", "bigram")}
+    losses = state.losses.cpu()
+    replace_file(out / "loss.png", lambda path: plot.loss_curve(path, losses, evals, baselines))
+    replace_file(out / "sample.txt", lambda path: path.write_text(text, encoding="utf-8"))
+    metrics |= {
+        "steps": state.step,
+        "params": parameters_of(state.model),
+        "device": device_name(state.losses.device),
+        "seconds": time.perf_counter() - began,
         "versions": versions(),
     }
-    line = json.dumps(metrics, indent=2)
-    replace_file(args.out / "metrics.json", lambda path: path.write_text(line + "\n"))
-    report(text, metrics, args.out)
-    return 0
+    lines = json.dumps(metrics, indent=2) + "\n"
+    replace_file(out / "metrics.json", lambda path: path.write_text(lines))
+    print(f"\n--- a sample, from {PROMPT_BYTES} bytes of held-out text ---\n{text}\n---")
+    print(
+        f"val_loss {metrics['val_loss']:.3f} nats per byte (bigram {metrics['bigram_loss']:.3f}, "
+        f"unigram {metrics['unigram_loss']:.3f}) after {metrics['seconds']:.0f} s; see {out}/"
+    )
 
 
 def fresh_state(settings: Settings, corpus: data.Corpus, device: torch.device) -> State:
@@ -255,12 +261,8 @@ def versions() -> dict[str, str]:
     return {"trilith": trilith.__version__, **found}
 
 
-def report(text: str, metrics: dict[str, object], out: Path) -> None:
-    print(f"\n--- a sample, from {PROMPT_BYTES} bytes of held-out text ---\n{text}\n---")
-    print(
-        f"val_loss {metrics['val_loss']:.3f} nats per byte (bigram {metrics['bigram_loss']:.3f}, "
-        f"unigram {metrics['unigram_loss']:.3f}) after {metrics['seconds']:.0f} s; see {out}/"
-    )
+def parameters_of(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 if __name__ == "__main__":
