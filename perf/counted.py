@@ -111,8 +111,9 @@ def count_block(kind: str, forward: Callable[..., torch.Tensor]) -> dict[str, fl
     saved = saved_bytes(lambda: forward(x, made), ignored) / (BLOCK_TOKENS * BLOCK_WIDTH)
     with launches() as forwards:
         out = forward(x, made)
+    above = gradient_for(out)
     with launches() as backwards:
-        torch.autograd.grad(out, leaves((x, made)), gradient_for(out))
+        torch.autograd.grad(out, leaves((x, made)), above)
     return {
         "saved bytes per token and width": round(saved, 4),
         "forward launches": forwards.total(),

@@ -1,0 +1,224 @@
+"""Tables and a roofline plot of benchmark results, also where we lose.
+
+    python -m perf.report RESULTS.json... [--out DIR]
+
+Writes report.md, roofline.png and roofline.svg into DIR; without --out the tables go to the
+terminal alone. RESULTS may be folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from perf.gate import markdown
+from perf.results import Benchmark, load
+
+OURS = "trilith"
+_INK, _MUTED, _GRID = "#1f2328", "#59636e", "#d8dee4"
+_COLOURS = ("#0b62c4", "#c4430b", "#1f7a4d", "#8a3ffc", "#8c6d00", "#6e7781", "#b3127c")
+_MARKERS = "osD^vPX"
+
+Subject = tuple[str, str, str]
+Rows = Mapping[Subject, Mapping[str, Benchmark]]
+
+
+def by_subject(benchmarks: Iterable[Benchmark]) -> Rows:
+    rows: defaultdict[Subject, dict[str, Benchmark]] = defaultdict(dict)
+    for benchmark in benchmarks:
+        rows[benchmark.subject][benchmark.provider] = benchmark
+    return rows
+
+
+def environment_lines(benchmarks: Iterable[Benchmark]) -> list[str]:
+    """What the results ran on: one line per fact."""
+    facts: defaultdict[str, set[str]] = defaultdict(set)
+    for benchmark in benchmarks:
+        for fact, value in benchmark.environment.items():
+            facts[fact].add(value)
+        for limit, unit in (("copy", "TB/s"), ("matmul", "TFLOP/s")):
+            if limit in benchmark.info.get("limits", {}):
+                value = benchmark.info["limits"][limit] / 1e12
+                facts[f"{limit} limit"].add(f"{value:.3g} {unit}")
+    return [f"- {fact}: {', '.join(sorted(values))}" for fact, values in sorted(facts.items())]
+
+
+def ratio_table(rows: Rows) -> str:
+    """A line per subject: our time, the fraction of the limit, and each peer's time over ours."""
+    peers = sorted({p for found in rows.values() for p in found} - {OURS})
+    head = ["case", "Trilith", "of the limit", *(f"× {peer}" for peer in peers), "peak memory"]
+    lines = []
+    for subject, found in rows.items():
+        ours = found.get(OURS)
+        if ours is None:
+            continue
+        ratios = [_ratio(found.get(peer), ours) for peer in peers]
+        facts = [_time(ours.median), _fraction(ours), *ratios, _memory(ours)]
+        lines.append([" ".join(subject), *facts])
+    return markdown(head, lines)
+
+
+def losses(rows: Rows) -> list[str]:
+    """Where a peer is faster than we are, the worst first."""
+    found = []
+    for subject, row in rows.items():
+        if OURS not in row:
+            continue
+        for provider, peer in row.items():
+            ratio = peer.median / row[OURS].median
+            if provider != OURS and ratio < 1:
+                found.append((ratio, f"- {' '.join(subject)}: {ratio:.2f} × {provider}"))
+    return [line for _, line in sorted(found)]
+
+
+def report(benchmarks: Sequence[Benchmark], figure: str | None = None) -> str:
+    """The whole report as Markdown."""
+    rows = by_subject(b for b in benchmarks if b.info["workload"] != "dispatch")
+    lost = losses(rows)
+    sections = [
+        "# Benchmark results",
+        "\n".join(environment_lines(benchmarks)),
+        "Columns with × give a peer's time over Trilith's in the same run: above 1 Trilith is "
+        "faster, below 1 the peer is. The limit is what this device reached in this run: a copy's "
+        "bandwidth, or a matrix product's throughput, whichever the case came nearer to.",
+        ratio_table(rows),
+        "## Where a peer is faster",
+        "\n".join(lost) or "Nowhere.",
+    ]
+    host = [b for b in benchmarks if "host_us" in b.info]
+    if host:
+        sections += ["## Host", host_table(host)]
+    if figure is not None:
+        sections.insert(4, f"![Roofline]({figure})")
+    return "\n\n".join(sections) + "\n"
+
+
+def host_table(benchmarks: Sequence[Benchmark]) -> str:
+    rows = [
+        [f"{' '.join(b.subject)} {b.provider}", f"{b.info['host_us']:.1f}", _end_to_end(b)]
+        for b in benchmarks
+    ]
+    return markdown(["case", "host us", "end to end us"], rows)
+
+
+def roofline_points(benchmarks: Iterable[Benchmark]) -> list[tuple[Benchmark, float, float]]:
+    """(benchmark, FLOP per byte, FLOP/s) of each that has both."""
+    return [
+        (b, b.info["flops"] / b.info["bytes"], b.info["flops"] / b.median)
+        for b in benchmarks
+        if b.info.get("flops") and b.info.get("bytes") and b.info.get("limits")
+    ]
+
+
+def plot_roofline(benchmarks: Sequence[Benchmark], paths: Sequence[Path]) -> bool:
+    """Draw every measured point under the device's limits; False if there is none to draw."""
+    points = roofline_points(benchmarks)
+    if not points:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    _draw_limits(axes, points)
+    providers = sorted({b.provider for b, _, _ in points}, key=lambda p: (p != OURS, p))
+    for i, provider in enumerate(providers):
+        own = [(x, y) for b, x, y in points if b.provider == provider]
+        axes.plot(
+            *zip(*own, strict=True),
+            _MARKERS[i % len(_MARKERS)],
+            color=_COLOURS[i % len(_COLOURS)],
+            label=provider,
+            markersize=7 if provider == OURS else 5,
+            markerfacecolor=None if provider == OURS else "white",
+            zorder=3 if provider == OURS else 2,
+        )
+    axes.set(xscale="log", yscale="log")
+    axes.set_xlabel("FLOP per byte of least traffic", color=_MUTED)
+    axes.set_ylabel("FLOP/s", color=_MUTED)
+    gpu = points[0][0].environment.get("gpu", "")
+    axes.set_title(f"Reached, under the limits measured in the same run · {gpu}", color=_INK)
+    axes.grid(which="major", color=_GRID, linewidth=0.6)
+    axes.tick_params(colors=_MUTED, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left", fontsize=9)
+    for path in paths:
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return True
+
+
+def _draw_limits(axes: Any, points: Sequence[tuple[Benchmark, float, float]]) -> None:
+    copy, matmul = (points[0][0].info["limits"][k] for k in ("copy", "matmul"))
+    intensities = [x for _, x, _ in points]
+    ridge = matmul / copy
+    low, high = min([*intensities, ridge]) / 3, max([*intensities, ridge]) * 3
+    axes.plot([low, ridge, high], [low * copy, matmul, matmul], color=_INK, linewidth=1.4)
+    style = {"color": _MUTED, "fontsize": 9}
+    axes.annotate(
+        f"matmul {matmul / 1e12:.0f} TFLOP/s",
+        (high, matmul),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        **style,
+    )
+    axes.annotate(
+        f"copy {copy / 1e12:.2f} TB/s",
+        (low, low * copy),
+        xytext=(8, -4),
+        textcoords="offset points",
+        **style,
+    )
+
+
+def _ratio(peer: Benchmark | None, ours: Benchmark) -> str:
+    return "" if peer is None else f"{peer.median / ours.median:.2f}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def _fraction(benchmark: Benchmark) -> str:
+    fractions = [
+        benchmark.info[k] for k in ("fraction_of_copy", "fraction_of_matmul") if k in benchmark.info
+    ]
+    return f"{max(fractions):.0%}" if fractions else ""
+
+
+def _memory(benchmark: Benchmark) -> str:
+    peak = benchmark.info.get("peak_memory_bytes")
+    return "" if peak is None else f"{peak / 2**20:.0f} MiB"
+
+
+def _end_to_end(benchmark: Benchmark) -> str:
+    value = benchmark.info.get("end_to_end_us")
+    return "" if value is None else f"{value:.1f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m perf.report", description=__doc__)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    options = parser.parse_args(arguments)
+    benchmarks = list(load(options.results).values())
+    figure = None
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        paths = [options.out / f"roofline.{suffix}" for suffix in ("png", "svg")]
+        figure = paths[0].name if plot_roofline(benchmarks, paths) else None
+    text = report(benchmarks, figure)
+    print(text)
+    if options.out is not None:
+        (options.out / "report.md").write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
