@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels.attention.tiles import (
+    NOT_SPECIALIZED,
     band_range,
     base2_lse,
     head_terms,
@@ -149,7 +150,7 @@ def _keys_loop(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def attention_bwd_dkdv_kernel(
     q_ptr,
     k_ptr,

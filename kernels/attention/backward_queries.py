@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels.attention.tiles import (
+    NOT_SPECIALIZED,
     band_range,
     base2_lse,
     head_terms,
@@ -133,7 +134,7 @@ def _queries_loop(
     return dq, dslope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def attention_bwd_dq_kernel(
     q_ptr,
     k_ptr,
@@ -250,7 +251,7 @@ def attention_bwd_dq_kernel(
         tl.store(dslope_ptr + bh * T + offs_m, dslope, mask=offs_m < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def attention_bwd_dbias_kernel(
     q_ptr,
     k_ptr,

@@ -36,7 +36,7 @@ def tiles_for(kernel: str, q: Tensor, block_d: int, block_dv: int) -> Tiles:
     return _TABLE[kernel, architecture(q.device), dtype_class, head_dim]
 
 
-def heads_together(k: Tensor, v: Tensor) -> int:
-    """How many heads' keys and values fit in the last-level cache side by side."""
-    head_bytes = k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
-    return max(1, _CACHE_BYTES // head_bytes)
+def heads_together(first: Tensor, second: Tensor, group: int = 1) -> int:
+    """How many heads, or groups of them, have both their matrices in the last-level cache."""
+    head_bytes = first.shape[2] * (first.shape[3] + second.shape[3]) * first.element_size()
+    return max(1, _CACHE_BYTES // (head_bytes * group))

@@ -22,6 +22,7 @@ from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels.attention.tiles import (
     LN2,
     LOG2E,
+    NOT_SPECIALIZED,
     band_range,
     head_terms,
     kept_by_dropout,
@@ -110,7 +111,7 @@ def _forward_loop(
     return acc, m, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def attention_fwd_kernel(
     q_ptr,
     k_ptr,

@@ -19,6 +19,7 @@ from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels.attention.op import OP
 
 _NAME = "attention"
+_LARGEST_HEAD_DIM = 256
 _NO_TERMS = (None, None, None, None, None, 1.0, 0.0, 0.0, "top_left", -1, -1)
 
 
@@ -65,6 +66,7 @@ def attention(
         Both are differentiable. A query that sees no key has output 0, lse -inf, and gradients 0.
 
     Raises:
+        NotImplementedError: a head dim above 256 where kernels run.
         TypeError: a dtype that does not fit.
         ValueError: shapes that do not fit, causal=True where T != S, a value out of range.
 
@@ -182,6 +184,11 @@ def _attend(
     terms = (key_mask, slopes, sinks)
     rest = (scale, softcap, p, alignment, left, right)
     if OP.runs_kernels(q, k, v, bias, *terms, None, *rest):
+        if max(q.shape[3], v.shape[3]) > _LARGEST_HEAD_DIM:
+            raise NotImplementedError(
+                f"{_NAME}: there are kernels for head dims up to {_LARGEST_HEAD_DIM}, got "
+                f"{q.shape[3]} and {v.shape[3]}; use torch.nn.functional"
+            )
         seed = draw_seed(q) if p > 0 else None
         return OP(q, k, v, bias, *terms, seed, *rest)
     plain = all(t is None for t in terms) and softcap == 0 and left < 0 and right <= 0
@@ -277,7 +284,9 @@ def _common_batch(
     shapes_fit = query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2]
     if (len(dtypes) > 1 and not autocast) or not shapes_fit or not 0.0 <= p <= 1.0:
         return None
-    if max(query.shape[-1], value.shape[-1]) > 256 or (is_causal and mask is not None):
+    if max(query.shape[-1], value.shape[-1]) > _LARGEST_HEAD_DIM or (
+        is_causal and mask is not None
+    ):
         return None
     if mask is not None and mask.dtype not in (torch.bool, torch.float32, query.dtype):
         return None

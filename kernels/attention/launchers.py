@@ -188,7 +188,7 @@ class _Call:
             *self._tensors(dout, lse, delta),
             *(dk, dv),
             *(*self.strides, dout.stride(), dk.stride(), dv.stride()),
-            *(self.BH, *self.sizes, heads_together(self.q, dout)),
+            *(self.BH, *self.sizes, heads_together(self.q, dout, self.sizes[1])),
             *self.scalars,
             **options,
         )

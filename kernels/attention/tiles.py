@@ -12,6 +12,8 @@ from __future__ import annotations
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.random import keep_mask
 
+# Arguments whose value should not make another binary; a kernel without one of them ignores it.
+NOT_SPECIALIZED = ("BH", "H", "heads_together", "low", "high", "diagonal")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 

@@ -82,12 +82,16 @@ def eager(args, dout, dlse):
         sink = wide["sinks"][None, :, None, None].expand(*scores.shape[:3], 1)
         logits = torch.cat([scores, sink], -1)
     lse = torch.logsumexp(logits, -1, keepdim=True).detach()
-    weights = torch.where(lse == -torch.inf, 0, (scores - lse).exp()).detach()
-    kept = torch.ones_like(weights)
+    top = logits.detach().amax(-1, keepdim=True)
+    top = torch.where(top == -torch.inf, 0, top)
+    kept = torch.ones_like(scores)
     if p > 0:
-        kept = reference_keep_mask(seed, weights.shape, p) * (0 if p == 1 else 1 / (1 - p))
+        kept = reference_keep_mask(seed, scores.shape, p) * (0 if p == 1 else 1 / (1 - p))
+    raised = (scores.detach() - top).exp()
+    out = ((raised * (kept != 0)).to(dtype).float() @ values) * kept.max()
+    out = torch.where(lse == -torch.inf, 0, out * (top - lse).exp()).to(dtype)
+    weights = torch.where(lse == -torch.inf, 0, (scores.detach() - lse).exp())
     rounded = (weights * kept).to(dtype).float()
-    out = (rounded @ values).to(dtype)
     dvalues = rounded.mT @ dout.float()
     delta = (out.float() * dout.float()).sum(-1, keepdim=True) - dlse[..., None]
     dscores = weights * (dout.float() @ values.detach().mT * kept - delta)
@@ -555,7 +559,7 @@ BAD_CALLS = {
     "head_dim": (
         lambda q, k, v: attention(*(t.repeat(1, 1, 1, 20) for t in (q, k, v))),
         NotImplementedError,
-        "head dims up to 256",
+        "kernels for head dims up to 256, got 320 and 320",
     ),
 }
 
