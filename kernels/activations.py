@@ -235,7 +235,7 @@ def _bias_act_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...]
     x, bias, seed, activation, p = ctx.inputs
     needs_x, needs_bias = ctx.needs_input_grad[:2]
     plane = as_plane(dy, x, columns=bias is not None, p=p)
-    tile = plane.tile(_FORWARD_ELEMENTS, summed=needs_bias)
+    tile = plane.tile(_BACKWARD_ELEMENTS if needs_bias else _FORWARD_ELEMENTS, summed=needs_bias)
     programs = plane.row_programs(tile) if needs_bias else triton.cdiv(plane.m, tile["BLOCK_M"])
     dx = x.new_empty(x.shape) if needs_x else None
     partials = x.new_empty((programs, plane.n), dtype=torch.float32) if needs_bias else None

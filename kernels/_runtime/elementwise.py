@@ -20,7 +20,7 @@ from trilith.kernels._runtime.rows import as_rows, row_offsets
 
 NUM_WARPS = 4
 _FLAT_COLUMNS, _COLUMNS, _SUMMED_COLUMNS, _STRIDED_COLUMNS = 2048, 512, 128, 32
-_PROGRAMS_PER_MULTIPROCESSOR = 8
+_PROGRAMS_PER_MULTIPROCESSOR = 6
 
 
 class Plane(NamedTuple):
