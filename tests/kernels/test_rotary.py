@@ -1,5 +1,7 @@
 """Rotary: every pairing, partial width and layout against float64, and the formula itself."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ SHAPES = (
     (2, 17, 3, 20, 6),
     (1, 1, 1025, 2, 2),
     (1, 2, 31, 66, 64),
+    (40, 3, 2, 4, 4),
 )
 
 
@@ -131,6 +134,15 @@ def test_the_double_gradient():
     v = torch.randn_like(dx)
     (back,) = torch.autograd.grad(dx, dy, v)
     torch.testing.assert_close(back, rotary(v, cos, sin))
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+def test_heads_that_do_not_fill_a_program_stay_inside(interleaved, monkeypatch):
+    buffer = torch.full((40 * 3 * 2 * 6 + 1024,), float("nan"), device=DEVICE)
+    module = importlib.import_module("trilith.kernels.rotary")
+    monkeypatch.setattr(module, "_rotary_out", lambda x, *_: buffer[: x.numel()].view(x.shape))
+    y = rotary(draw(40, 3, 2, 6), *tables(2, 2), interleaved=interleaved)
+    assert y.isfinite().all() and buffer[y.numel() :].isnan().all()
 
 
 def test_no_width_at_all_copies():
