@@ -255,7 +255,7 @@ class Op:
         self.backward_op = getattr(ops, f"{name}_bwd").default
 
     def _run_forward(self, *args: Any) -> list[Tensor]:
-        if self._open_scopes:
+        if self._open_scopes and self.scope.get() != args[-1]:
             self._check_scope(args)
         return _as_list(self._running[args[-1]].forward(*args[:-1]))
 
