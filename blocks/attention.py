@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from trilith.blocks.linear import reset_linear
-from trilith.kernels import attention
+from trilith.blocks.linear import reset, reset_linear
+from trilith.kernels import scaled_dot_product_attention
 
 
 class SelfAttention(nn.Module):
@@ -51,13 +51,14 @@ class SelfAttention(nn.Module):
     def reset_parameters(self) -> None:
         reset_linear(self.qkv)
         reset_linear(self.out, self.gain)
-        if self.position is not None:
-            self.position.reset_parameters()
+        reset(self.position)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x)
         p = self.dropout if self.training else 0.0
-        mixed_BHTD = attention(q, k, v, causal=self.causal, dropout_p=p)
+        mixed_BHTD = scaled_dot_product_attention(
+            q, k, v, dropout_p=p, is_causal=self.causal, enable_gqa=True
+        )
         return self.out(mixed_BHTD.transpose(1, 2).flatten(2))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,7 +12,7 @@ from trilith.kernels import bias_act
 from trilith.plugins import TRITON_DEVICES
 
 
-def plain_linear(module: nn.Module) -> bool:
+def plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether reading `module.weight` is the same as calling `module`.
 
     Only for nn.Linear itself, with no hook and no forward of its own: a subclass, a

@@ -21,6 +21,8 @@ class Rotary(nn.Module):
     """
 
     acts_on = "heads"
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, head_dim: int, max_len: int, *, base: float = 10000.0) -> None:
         super().__init__()
@@ -78,6 +80,7 @@ class SinusoidalPosition(nn.Module):
     """x (B, T, dim) plus sines and cosines of the position, scaled to root mean square `scale`."""
 
     acts_on = "tokens"
+    table: Tensor
 
     def __init__(self, max_len: int, dim: int, *, scale: float = 1.0) -> None:
         super().__init__()
