@@ -6,10 +6,13 @@ PYTHON ?= python3
 WORKERS ?= auto
 ARGS ?=
 OUT ?= perf/results
+FAMILY ?=
+FAMILIES := norms bias_act dropout cross_entropy rotary attention block train_step dispatch
+TABLES := --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint bench gpu env clean
+.PHONY: train test lint bench counted gpu env clean
 
 train: env
 	$(RUN) -m examples.train_lm $(ARGS)
@@ -26,13 +29,25 @@ lint: env
 	$(RUN) -m pytest -q tests/test_layout.py
 
 bench: env
-	$(RUN) -m pytest perf $(ARGS)
+	$(RUN) -m pytest perf $(TABLES) $(ARGS)
 
+counted: env
+	$(RUN) -m perf.counted --check $(ARGS)
+
+# Results are written family by family: `make gpu FAMILY="attention block"` runs only those.
 gpu: env
 	$(RUN) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU'"
 	mkdir -p $(OUT)
-	$(RUN) -m pytest -n $(WORKERS) -q --junitxml=$(OUT)/tests.xml
-	$(RUN) -m pytest perf --benchmark-json=$(OUT)/bench.json $(ARGS)
+	failed=; \
+	if [ -z "$(FAMILY)" ]; then \
+	    $(RUN) -m pytest -n $(WORKERS) -q --junitxml=$(OUT)/tests.xml || failed="$$failed tests"; \
+	fi; \
+	for family in $(or $(FAMILY),$(FAMILIES)); do \
+	    $(RUN) -m pytest perf/bench_$$family.py -q -rs $(TABLES) \
+	        --benchmark-json=$(OUT)/$$family.json $(ARGS) || failed="$$failed $$family"; \
+	done; \
+	$(RUN) -m perf.report $(OUT) --out $(OUT); \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 env: $(VENV)/.ready
 

@@ -33,7 +33,7 @@ class Expected:
     eager_errors: list[float]
 
 
-_last: dict[tuple[str, torch.dtype, bool], Expected] = {}
+_last: dict[tuple[str, torch.dtype], Expected] = {}
 
 
 def seeded_arguments(workload: Workload, device: torch.device, dtype: torch.dtype) -> tuple:
@@ -67,23 +67,16 @@ def gradient_for(out: Tensor) -> Tensor:
     return torch.randn(out.shape, dtype=out.dtype, device=out.device, generator=generator)
 
 
-def check(
-    function: Function,
-    workload: Workload,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    gradients: bool,
-) -> None:
-    """Compare a provider's output, and gradients if asked, with the oracle's.
+def check(function: Function, workload: Workload, device: torch.device, dtype: torch.dtype) -> None:
+    """Compare a provider's output and gradients with the oracle's; of a training step, the loss.
 
     Raises:
         Wrong: naming the tensor, its error, and the bound.
     """
-    expected = _expected(workload, device, dtype, gradients)
+    expected = _expected(workload, device, dtype)
     with autocasting(workload, device):
         args = seeded_arguments(workload, device, dtype)
-        actual = [workload.part(t) for t in _results(function, args, gradients)]
+        actual = [workload.part(t) for t in _results(function, args, not workload.steps)]
     names = ["output"] + [f"gradient {i}" for i in range(len(actual) - 1)]
     eps = torch.finfo(dtype).eps
     for i, (name, tensor) in enumerate(zip(names, actual, strict=True)):
@@ -98,19 +91,16 @@ def check(
         _check_share(actual[0], [b[0] for b in expected.branches], workload.p)
 
 
-def _expected(
-    workload: Workload, device: torch.device, dtype: torch.dtype, gradients: bool
-) -> Expected:
-    key = (workload.name, dtype, gradients)
+def _expected(workload: Workload, device: torch.device, dtype: torch.dtype) -> Expected:
+    key = (workload.name, dtype)
     if key not in _last:
         _last.clear()
-        _last[key] = _compute(workload, device, dtype, gradients)
+        _last[key] = _compute(workload, device, dtype)
     return _last[key]
 
 
-def _compute(
-    workload: Workload, device: torch.device, dtype: torch.dtype, gradients: bool
-) -> Expected:
+def _compute(workload: Workload, device: torch.device, dtype: torch.dtype) -> Expected:
+    gradients = not workload.steps
     functions: list[Function] = [workload.eager]
     if workload.p:
         keep = 1 / (1 - workload.p)

@@ -91,18 +91,20 @@ def report(benchmarks: Sequence[Benchmark], figure: str | None = None) -> str:
     ]
     host = [b for b in benchmarks if "host_us" in b.info]
     if host:
-        sections += ["## Host", host_table(host)]
+        sections += ["## Host", host_table(by_subject(host))]
     if figure is not None:
         sections.insert(4, f"![Roofline]({figure})")
     return "\n\n".join(sections) + "\n"
 
 
-def host_table(benchmarks: Sequence[Benchmark]) -> str:
-    rows = [
-        [f"{' '.join(b.subject)} {b.provider}", f"{b.info['host_us']:.1f}", _end_to_end(b)]
-        for b in benchmarks
+def host_table(rows: Rows) -> str:
+    """Microseconds until the call returns, of each provider."""
+    providers = sorted({p for found in rows.values() for p in found}, key=lambda p: (p != OURS, p))
+    lines = [
+        [" ".join(subject), *(_host(found.get(provider)) for provider in providers)]
+        for subject, found in rows.items()
     ]
-    return markdown(["case", "host us", "end to end us"], rows)
+    return markdown(["host us a call", *providers], lines)
 
 
 def roofline_points(benchmarks: Iterable[Benchmark]) -> list[tuple[Benchmark, float, float]]:
@@ -170,9 +172,10 @@ def _draw_limits(axes: Any, points: Sequence[tuple[Benchmark, float, float]]) ->
     )
     axes.annotate(
         f"copy {copy / 1e12:.2f} TB/s",
-        (low, low * copy),
-        xytext=(8, -4),
+        ((low * ridge) ** 0.5, (low * ridge) ** 0.5 * copy),
+        xytext=(-6, 6),
         textcoords="offset points",
+        ha="right",
         **style,
     )
 
@@ -197,8 +200,8 @@ def _memory(benchmark: Benchmark) -> str:
     return "" if peak is None else f"{peak / 2**20:.0f} MiB"
 
 
-def _end_to_end(benchmark: Benchmark) -> str:
-    value = benchmark.info.get("end_to_end_us")
+def _host(benchmark: Benchmark | None) -> str:
+    value = None if benchmark is None else benchmark.info.get("host_us")
     return "" if value is None else f"{value:.1f}"
 
 

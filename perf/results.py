@@ -37,7 +37,7 @@ def load(paths: Iterable[Path]) -> dict[str, Benchmark]:
     found: dict[str, Benchmark] = {}
     for path in paths:
         for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-            for entry in json.loads(file.read_text())["benchmarks"]:
+            for entry in json.loads(file.read_text()).get("benchmarks", []):
                 stats = entry["stats"]
                 found[entry["name"]] = Benchmark(
                     entry["name"], stats.get("data", []), stats["median"], entry["extra_info"]

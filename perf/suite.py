@@ -75,9 +75,8 @@ def measure(benchmark: Any, case: Case) -> None:
     with timing_stream(DEVICE):
         _check(case, function)
         args = seeded_arguments(workload, DEVICE, case.dtype)
-        with autocasting(workload, DEVICE):
-            prepared = prepare(_region(case, function, args), DEVICE)
-            benchmark.pedantic(_advance, args=(prepared.sample,), rounds=prepared.rounds)
+        prepared = prepare(_region(case, function, args), DEVICE)
+        benchmark.pedantic(_advance, args=(prepared.sample,), rounds=prepared.rounds)
     if benchmark.stats is not None:
         seconds = benchmark.stats.stats.median
         benchmark.extra_info.update(_described(case), **prepared.facts)
@@ -90,8 +89,7 @@ def _advance(sample: Any) -> None:
 
 def _check(case: Case, function: Function) -> None:
     try:
-        gradients = case.direction in ("backward", "both")
-        check(function, case.workload, DEVICE, case.dtype, gradients=gradients)
+        check(function, case.workload, DEVICE, case.dtype)
     except Wrong as error:
         if case.provider == "trilith":
             raise
@@ -104,7 +102,7 @@ def _check(case: Case, function: Function) -> None:
 
 def _region(case: Case, function: Function, args: tuple[Any, ...]) -> Region:
     if case.direction == "step":
-        return lambda: _step(function, args)
+        return lambda: _step(case, function, args)
     if case.direction == "forward":
         return lambda: function(*args)
     wanted, out = leaves(args), function(*args)
@@ -115,9 +113,11 @@ def _region(case: Case, function: Function, args: tuple[Any, ...]) -> Region:
     return lambda: torch.autograd.grad(out, wanted, above, retain_graph=True)
 
 
-def _step(function: Function, args: tuple[Any, ...]) -> None:
+def _step(case: Case, function: Function, args: tuple[Any, ...]) -> None:
     optimizer = args[-1]
-    function(*args).backward()
+    with autocasting(case.workload, DEVICE):
+        loss = function(*args)
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
