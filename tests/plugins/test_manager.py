@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from trilith.plugins import (
     Implementation,
     Manager,
     ModuleSpec,
+    Op,
     OpSpec,
     PluginWarning,
     Registry,
@@ -117,7 +120,7 @@ def test_ten_broken_plugins_of_fifty_leave_forty(manager, registry):
 def test_what_a_plugin_brought_before_it_failed_is_taken_back(manager, registry):
     good = _spec("acme_roll::kept")
     half = Plugin(ops=[_spec("acme_roll::lost"), good])
-    with pytest.warns(PluginWarning, match="already defined by a:first"):
+    with pytest.warns(PluginWarning, match="of b:second is already defined by a:first"):
         manager.load([Entry("a", "first", Plugin(ops=[good])), Entry("b", "second", half)])
     assert registry.op_names() == ["acme_roll::kept"]
     assert manager.failures[0].stage == "trilith_register_ops"
@@ -233,3 +236,156 @@ def test_loading_happens_once_and_threads_wait_for_it(manager):
     second.join(5)
     assert manager.loaded == ["a:slow"]
     assert count == [1]
+
+
+def _dispatcher_knows(name: str) -> bool:
+    return any(torch._C._dispatch_has_kernel(f"{name}_{part}") for part in ("fwd", "bwd"))
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
+
+
+def test_torchs_definitions_of_a_failed_plugin_are_taken_back(manager, registry):
+    bad = Plugin(ops=[_spec("acme_torch::lost")], modules=[None])
+    with pytest.warns(PluginWarning, match="must return a sequence of ModuleSpec, got None"):
+        manager.add("a:bad", lambda: bad)
+    assert not _dispatcher_knows("acme_torch::lost")
+    manager.add("b:good", lambda: Plugin(ops=[_spec("acme_torch::lost")]))
+    assert _dispatcher_knows("acme_torch::lost")
+
+
+def test_an_op_made_by_a_failed_import_leaves_its_name_free(manager, registry):
+    def load() -> Any:
+        Op(_spec("acme_made::op"))
+        raise ImportError("half way")
+
+    with pytest.warns(PluginWarning, match="half way"):
+        manager.add("a:bad", load)
+    manager.add("b:good", lambda: Plugin(ops=[_spec("acme_made::op")]))
+    assert manager.loaded == ["b:good"]
+    assert torch.equal(registry.op("acme_made::op")(torch.ones(2)), torch.full((2,), 2.0))
+
+
+def test_an_op_that_a_failed_plugin_shares_with_a_good_one_still_works(manager, registry):
+    shared: list[Op] = []
+
+    def load_both() -> Any:
+        shared.append(Op(_spec("acme_shared::op")))
+        raise ImportError("the other half")
+
+    with pytest.warns(PluginWarning, match="the other half"):
+        manager.add("a:bad", load_both)
+    manager.add("b:good", lambda: Plugin(ops=shared))
+    assert torch.equal(registry.op("acme_shared::op")(torch.ones(2)), torch.full((2,), 2.0))
+
+
+def test_an_op_cannot_be_made_twice(manager):
+    op = Op(_spec("acme_twice::op"))
+    manager.add("a:first", lambda: Plugin(ops=[op]))
+    with pytest.warns(PluginWarning, match="acme_twice::op is already defined, by a:first"):
+        manager.add("b:second", lambda: Plugin(ops=[Op(_spec("acme_twice::op"))]))
+
+
+def test_two_providers_of_one_name_are_both_named(manager):
+    other = Implementation("acme_two::op", "fast", _double, lambda ctx, dy: (dy,))
+    manager.add("a:ops", lambda: Plugin(ops=[_spec("acme_two::op")]))
+    manager.add("b:fast", lambda: Plugin(implementations=[other]))
+    with pytest.warns(PluginWarning, match="'fast' exists already, of b:fast; c:fast must choose"):
+        manager.add("c:fast", lambda: Plugin(implementations=[other]))
+
+
+def test_a_plugin_may_implement_an_op_of_a_later_one(manager, registry):
+    other = Implementation("acme_later::op", "early", _double, lambda ctx, dy: (dy,))
+    entries = [
+        Entry("a", "implements", Plugin(implementations=[other])),
+        Entry("b", "defines", Plugin(ops=[_spec("acme_later::op")])),
+    ]
+    manager.load(entries)
+    assert manager.loaded == ["b:defines", "a:implements"]
+    assert [i.provider for i in registry.op("acme_later::op").implementations] == [
+        "acme_later",
+        "early",
+    ]
+
+
+def test_an_implementation_of_no_op_says_which_there_are(manager):
+    other = Implementation("acme_none::op", "lost", _double, lambda ctx, dy: (dy,))
+    with pytest.warns(PluginWarning, match="no op 'acme_none::op' to implement; there are: "):
+        manager.load([Entry("a", "implements", Plugin(implementations=[other]))])
+
+
+@pytest.mark.parametrize(
+    ("plugin", "reason"),
+    [
+        (SimpleNamespace(), "no hook found"),
+        (SimpleNamespace(trilith_register_ops=lambda: []), "trilith_register_ops must be marked"),
+        (SimpleNamespace(register=hookimpl(lambda: [])), "unknown hook register"),
+        (SimpleNamespace(trilith_register_ops=hookimpl(lambda what: [])), "what"),
+    ],
+)
+def test_hooks_that_pluggy_would_pass_over_are_refused(manager, plugin, reason):
+    with pytest.warns(PluginWarning, match=reason):
+        assert not manager.add("acme:odd", lambda: plugin)
+    assert manager.failures[0].stage == "hooks"
+
+
+def test_a_plugin_that_exits_stops_nobody(manager):
+    with pytest.warns(PluginWarning, match="SystemExit: no licence"):
+        manager.load(
+            [
+                Entry("a", "exits", lambda: _raise(SystemExit("no licence"))),
+                Entry("b", "good", Plugin()),
+            ]
+        )
+    assert manager.loaded == ["b:good"]
+
+
+@pytest.mark.parametrize("wanted", [(CONTRACT[0], CONTRACT[1] + 1), (CONTRACT[0] - 1, 9)])
+def test_another_contract_is_refused(manager, wanted):
+    plugin = Plugin()
+    plugin.TRILITH_CONTRACT = wanted
+    with pytest.warns(PluginWarning, match="written for plugin contract"):
+        assert not manager.add("acme:other", lambda: plugin)
+
+
+def test_distributions_are_named_as_packaging_names_them(manager, monkeypatch):
+    monkeypatch.setenv("TRILITH_DISABLED_PLUGINS", "Acme_Layers, other")
+    manager.load([Entry("acme-layers", "x", Plugin()), Entry("b", "y", Plugin())])
+    assert manager.loaded == ["b:y"]
+    assert manager.disabled == ["acme-layers:x"]
+
+
+def test_strict_loading_raises_each_time_and_keeps_what_loaded(manager, monkeypatch):
+    monkeypatch.setenv("TRILITH_STRICT_PLUGINS", "1")
+    entries = [Entry("a", "good", Plugin()), Entry("b", "bad", _broken_import)]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="acme_native"):
+            manager.load(entries)
+    assert manager.loaded == ["a:good"]
+    assert len(manager.failures) == 1
+
+
+def test_nothing_is_loaded_under_tracing(manager):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def trace(x: Tensor) -> Tensor:
+        manager.load([Entry("a", "p", Plugin())])
+        return x + 1
+
+    with FakeTensorMode():
+        manager.load([Entry("a", "p", Plugin())])
+    make_fx(trace)(torch.ones(2))
+    assert manager.loaded == []
+    manager.load([Entry("a", "p", Plugin())])
+    assert manager.loaded == ["a:p"]
+
+
+def test_importing_the_library_loads_no_plugin():
+    code = (
+        "import trilith.plugins, trilith.kernels\n"
+        "from trilith.plugins import manager\n"
+        "assert not manager.loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
