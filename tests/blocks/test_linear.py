@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from tests.support.devices import DEVICE
-from trilith.blocks import MLP, GatedMLP
+from trilith.blocks import MLP, GatedMLP, linear
 from trilith.blocks.linear import plain_linear, reset_linear
 
 
@@ -113,6 +113,21 @@ def test_wrapped_and_plain_linear_give_the_same():
     fused = plain(x)
     plain.up.register_forward_hook(lambda *_: None)
     torch.testing.assert_close(plain(x), fused, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernels_run", [True, False])
+def test_bias_is_added_by_the_activation_only_where_kernels_run(kernels_run, monkeypatch):
+    given = []
+
+    def spy(x, bias, activation, **options):
+        given.append(bias)
+        return x
+
+    monkeypatch.setattr(linear, "TRITON_DEVICES", (DEVICE,) if kernels_run else ())
+    monkeypatch.setattr(linear, "bias_act", spy)
+    mlp = make_mlp(False, lambda linear: linear)
+    mlp(torch.zeros(1, 6, device=DEVICE))
+    assert given[0] is (mlp.up.bias if kernels_run else None)
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.25])
