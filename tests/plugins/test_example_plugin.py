@@ -2,62 +2,36 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
+
+from tests.plugins.environments import fresh, run
 
 SOURCE = Path(__file__).parents[2] / "examples" / "plugin"
 
 pytestmark = pytest.mark.slow
 
 
-def _run(*command: str | Path, cwd: Path) -> str:
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("TRITON_INTERPRET", "PYTHONPATH") and not key.startswith("TRILITH_")
-    }
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """The interpreter of a fresh environment that has the wheel, and a copy of the tests.
 
-    It sees this environment's packages, which it takes the place of downloading.
+    It sees this environment's packages, so nothing is downloaded.
     """
     folder = tmp_path_factory.mktemp("example")
     shutil.copytree(SOURCE, folder / "source", ignore=shutil.ignore_patterns("build", "*.egg-info"))
-    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    pip = (sys.executable, "-m", "pip", "--quiet")
     offline = ("--no-deps", "--no-index")
     wheels = folder / "wheels"
-    _run(
+    run(
         *pip, "wheel", *offline, "--no-build-isolation", "-w", wheels, folder / "source", cwd=folder
     )
     (wheel,) = wheels.glob("acme_layers-*.whl")
-    venv = folder / "venv"
-    _run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=folder)
-    python = venv / "bin" / "python"
-    site = Path(
-        _run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder)[:-1]
-    )
-    outside = sysconfig.get_path("purelib")
-    (site / "outside.pth").write_text(f"import site; site.addsitedir({outside!r})\n")
-    _run(*pip, "--python", python, "install", *offline, wheel, cwd=folder)
+    python = fresh(folder)
+    run(*pip, "--python", python, "install", *offline, wheel, cwd=folder)
     tests = folder / "tests"
     shutil.copytree(folder / "source" / "tests", tests)
     shutil.copy(folder / "source" / "pyproject.toml", folder)
@@ -66,17 +40,17 @@ def installed(tmp_path_factory):
 
 def test_it_is_listed_with_what_it_brings(installed):
     python, folder = installed
-    listed = _run(python, "-m", "trilith.plugins", "list", cwd=folder)
+    listed = run(python, "-m", "trilith.plugins", "list", cwd=folder)
     assert "acme-layers:acme 0.1.0" in listed
     for brought in ("acme::relu2_gate", "trilith::rms_norm by acme", "acme.relu2_mlp"):
         assert brought in listed
-    where = _run(python, "-c", "import acme_layers; print(acme_layers.__file__)", cwd=folder)
+    where = run(python, "-c", "import acme_layers; print(acme_layers.__file__)", cwd=folder)
     assert Path(where.strip()).is_relative_to(folder / "venv")
 
 
 def test_its_implementation_runs_by_name_alone(installed):
     python, folder = installed
-    explained = _run(
+    explained = run(
         python, "-m", "trilith.plugins", "explain", "trilith::rms_norm", "--device", "cpu",
         cwd=folder,
     )  # fmt: skip
@@ -86,6 +60,6 @@ def test_its_implementation_runs_by_name_alone(installed):
 
 def test_its_own_tests_pass(installed):
     python, folder = installed
-    out = _run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=folder)
+    out = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=folder)
     assert " failed" not in out
     assert " passed" in out

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.plugins.environments import run
 from trilith.plugins.scaffold import write
 
 
-def _run(*command: str, cwd: Path, **environment: str) -> str:
-    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=cwd,
-        env={**kept, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
-    return done.stdout
+def _run(*command: str, cwd: Path, **variables: str) -> str:
+    return run(sys.executable, "-m", *command, cwd=cwd, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +21,7 @@ def generated(tmp_path_factory):
     folder = write("zeta_labs", into)
     pip = ("pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index")
     _run(*pip, "--target", str(into / "site"), str(folder), cwd=into)
-    return folder, {"PYTHONPATH": str(into / "site"), "OMP_NUM_THREADS": "1"}
+    return folder, {"PYTHONPATH": str(into / "site")}
 
 
 def test_the_files_are_named_and_nothing_is_left_of_the_template(generated):

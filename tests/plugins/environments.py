@@ -1,0 +1,45 @@
+"""Fresh environments that see this one's packages, and commands that run in them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+
+def clean() -> dict[str, str]:
+    """This process's variables without those that decide what Trilith and Triton do."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("TRITON_INTERPRET", "PYTHONPATH") and not key.startswith("TRILITH_")
+    }
+    return {**kept, "OMP_NUM_THREADS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+
+
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
+    """The output of a command that must succeed."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**clean(), **variables},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def fresh(folder: Path) -> Path:
+    """The interpreter of a new environment; no package of this one has to be downloaded."""
+    venv = folder / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=folder)
+    python = venv / "bin" / "python"
+    purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(run(python, "-c", purelib, cwd=folder).strip())
+    outside = sysconfig.get_path("purelib")
+    (site / "outside.pth").write_text(f"import site; site.addsitedir({outside!r})\n")
+    return python
