@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from perf import gate
+from perf.meters.compiled import partitioned
 from perf.meters.dispatch import DIRECTIONS, host_microseconds
 from perf.meters.launches import launches
 from perf.meters.saved import saved_bytes
@@ -48,6 +49,7 @@ from perf.workloads import (
     swiglu,
 )
 from tests.support import interpreter
+from trilith.blocks import TransformerBlock
 
 BASELINE = Path(__file__).parent / "baselines" / "counted.json"
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -72,6 +74,7 @@ OPS = (
     attention(1, 1, 256, 128, causal=False),
 )
 BLOCK_TOKENS, BLOCK_WIDTH, BLOCK_HEADS = 128, 768, 12
+SAVED = "saved bytes per token and width"
 GOALS = {"gpt": 10.1, "gated": 11.4}  # elements saved per token and width
 
 
@@ -102,20 +105,30 @@ def _figures_of(moved: Traffic, minimal: int) -> dict[str, float]:
     }
 
 
-def count_block(kind: str, forward: Callable[..., torch.Tensor]) -> dict[str, float]:
-    """Launches of a block, and what it saves for backward, its own input included."""
+def block_arguments(kind: str) -> tuple[torch.Tensor, TransformerBlock]:
     torch.manual_seed(0)
     made = block(kind, BLOCK_WIDTH, BLOCK_HEADS, BLOCK_TOKENS).to(BF16)
-    x = torch.randn(1, BLOCK_TOKENS, BLOCK_WIDTH, dtype=BF16, requires_grad=True)
+    return torch.randn(1, BLOCK_TOKENS, BLOCK_WIDTH, dtype=BF16, requires_grad=True), made
+
+
+def count_saved(kind: str, forward: Callable[..., torch.Tensor]) -> float:
+    """Bytes per token and width that a block saves for backward, its own input included."""
+    x, made = block_arguments(kind)
     ignored = [*made.parameters(), *made.buffers()]
-    saved = saved_bytes(lambda: forward(x, made), ignored) / (BLOCK_TOKENS * BLOCK_WIDTH)
+    saved = saved_bytes(lambda: forward(x, made), ignored)
+    return round(saved / (BLOCK_TOKENS * BLOCK_WIDTH), 4)
+
+
+def count_block(kind: str, forward: Callable[..., torch.Tensor]) -> dict[str, float]:
+    """Launches of a block, and what it saves."""
+    x, made = block_arguments(kind)
     with launches() as forwards:
         out = forward(x, made)
     above = gradient_for(out)
     with launches() as backwards:
         torch.autograd.grad(out, leaves((x, made)), above)
     return {
-        "saved bytes per token and width": round(saved, 4),
+        SAVED: count_saved(kind, forward),
         "forward launches": forwards.total(),
         "backward launches": backwards.total(),
     }
@@ -130,6 +143,17 @@ def count_all(report: Callable[[str], None]) -> Figures:
         report(f"{kind} block")
         figures[f"{kind} block"] = count_block(kind, lambda x, made: made(x))
     return figures
+
+
+def count_peers() -> Figures:
+    """The same blocks in plain PyTorch, eager and as torch.compile splits them."""
+    peers: Figures = {}
+    for kind in GOALS:
+        peers[f"{kind} eager"] = count_block(kind, eager_block)
+        torch._dynamo.reset()
+        split = partitioned(eager_block)
+        peers[f"{kind} compiled"] = {SAVED: count_saved(kind, split)}
+    return peers
 
 
 def count_binaries() -> Figures:
@@ -164,16 +188,17 @@ def op_table(figures: Figures) -> str:
     return gate.markdown(["op, bf16", *columns], rows)
 
 
-def block_table(figures: Figures, eager: Figures) -> str:
-    head = ["block, bf16", "saved bytes per token and width", "in elements", "eager's", "goal"]
+def block_table(figures: Figures, peers: Figures) -> str:
+    head = ["block, bf16", SAVED, "in elements", "eager's", "torch.compile's", "goal"]
     head += ["forward launches", "eager's", "backward launches", "eager's"]
     rows = []
     for kind, goal in GOALS.items():
-        ours, theirs = figures[f"{kind} block"], eager[f"{kind} block"]
-        saved, *launched = ours
-        row = [f"{ours[saved]:g}", f"{ours[saved] / 2:.2f}", f"{theirs[saved] / 2:.2f}", f"{goal}"]
-        row += [f"{own[key]:g}" for key in launched for own in (ours, theirs)]
-        rows.append([kind, *row])
+        ours, eager = figures[f"{kind} block"], peers[f"{kind} eager"]
+        elements = [f"{p[SAVED] / 2:.2f}" for p in (ours, eager, peers[f"{kind} compiled"])]
+        row = [kind, f"{ours[SAVED]:g}", *elements, f"{goal}"]
+        for key in ("forward launches", "backward launches"):
+            row += [f"{ours[key]:g}", f"{eager[key]:g}"]
+        rows.append(row)
     return gate.markdown(head, rows)
 
 
@@ -206,11 +231,11 @@ def main() -> int:
         cost: dict[str, float] = host_microseconds(direction)
         host[direction] = cost | {"ratio": cost["op"] / cost["plain"]}
     binaries = count_binaries() if options.binaries else {}
-    eager = {f"{kind} block": count_block(kind, eager_block) for kind in GOALS}
-    results: dict[str, Any] = {"figures": figures, "eager": eager, "host": host}
+    peers = count_peers()
+    results: dict[str, Any] = {"figures": figures, "peers": peers, "host": host}
     results |= {"torch": torch.__version__}
     results |= {"binaries": {version("triton"): binaries} if binaries else {}}
-    parts = [op_table(figures), block_table(figures, eager), host_table(host)]
+    parts = [op_table(figures), block_table(figures, peers), host_table(host)]
     parts += [binary_table(binaries)] if binaries else []
     print("\n\n".join(parts))
     print(f"\ncounted in {time.perf_counter() - start:.0f} s")
