@@ -121,13 +121,15 @@ class _Call:
             (0, 0) if key_mask is None else key_mask.stride(),
             (0, 0) if self.slopes is None else self.slopes.stride(),
         )
+        laden = (bias, key_mask, slopes, self.seed)
+        self._is_plain = softcap == 0 and all(t is None for t in laden)
         self._flags = (left >= 0, right >= 0, slopes is not None, softcap > 0)
 
     def options(self, kernel: str) -> dict[str, Any]:
         """The constexprs and launch options of fwd, dkdv, dq or dbias."""
         D, DV = self.sizes[4:]
         block_d, block_dv = (max(16, triton.next_power_of_2(n)) for n in (D, DV))
-        tiles = tiles_for(kernel, self.q, block_d, block_dv)
+        tiles = tiles_for(kernel, self.q, block_d, block_dv, self._is_plain)
         masked = {} if kernel == "dbias" else {"BLOCK_MASKED": tiles.block_masked}
         return {
             **masked,

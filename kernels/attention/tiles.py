@@ -62,6 +62,8 @@ def band_range(
     if HAS_HIGH:
         end = tl.minimum(tl.maximum(stop + high, 0), limit)
         full_end = tl.minimum(tl.maximum(start + high + 1, 0), limit) // BLOCK * BLOCK
+    if HAS_LOW:
+        end = tl.where(start + low < limit, end, begin)
     full_begin = tl.minimum(full_begin, end)
     full_end = tl.maximum(full_end, full_begin)
     return begin, full_begin, full_end, end

@@ -293,15 +293,13 @@ def layouts():
     yield "heads_inside", [randn(2, 37, 2, 16).transpose(1, 2) for _ in range(3)]
     yield "features_apart", [randn(2, 2, 16, 37).mT for _ in range(3)]
     yield "shared", [randn(1, 1, 37, 16).expand(2, 2, 37, 16) for _ in range(3)]
-    yield "misaligned", [randn(2 * 2 * 37 * 16 + 1)[1:].view(2, 2, 37, 16) for _ in range(3)]
-    yield "backwards_batch", [randn(2, 2, 37, 32)[..., ::2] for _ in range(3)]
 
 
 @pytest.mark.parametrize("layout", ["packed", "heads_inside", "features_apart", "shared"])
 def test_layouts_give_the_same_bits(layout):
     views = dict(layouts())[layout]
     dense = [t.contiguous() for t in views]
-    dout, dlse = randn(2, 37, 2, 16).transpose(1, 2), randn(()).expand(2, 2, 37)
+    dout, dlse = randn(2, 37, 2, 16).transpose(1, 2), randn().expand(2, 2, 37)
     plain = run(OP, call(*dense, right=0), dout.contiguous(), dlse.contiguous())
     for a, b in zip(run(OP, call(*views, right=0), dout, dlse), plain, strict=True):
         assert torch.equal(a, b)
