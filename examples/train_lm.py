@@ -37,7 +37,7 @@ except ModuleNotFoundError as error:
     )
     sys.exit(2)
 
-EVAL_WINDOWS, FINAL_WINDOWS, EVAL_BATCH = 64, 1024, 32
+EVAL_WINDOWS, EVAL_BATCH = 512, 32
 SAMPLE_BYTES, PROMPT_BYTES, TEMPERATURE = 400, 32, 0.8
 BAR_EVERY = 10
 
@@ -72,7 +72,7 @@ def run(argv: list[str] | None) -> int:
         f"{corpus.name}: {len(corpus.train):,} bytes to train on, {len(corpus.held_out):,} held "
         f"out; {parameters_of(state.model):,} parameters on {args.device}"
     )
-    windows = data.held_out_windows(corpus.held_out, settings.context, FINAL_WINDOWS)
+    windows = data.held_out_windows(corpus.held_out, settings.context, EVAL_WINDOWS)
     first_step = state.step
     with stop_requests() as stops:
         seconds = train(state, settings, windows, args, checkpoint, stops)
@@ -157,7 +157,6 @@ def train(
 ) -> float:
     """Train to the last step or to a stop request; returns the seconds spent in training steps."""
     device = state.losses.device
-    chosen = windows[:: max(1, len(windows) // EVAL_WINDOWS)]
     seconds = 0.0
     with tqdm(total=settings.steps, initial=state.step, unit="step") as bar:
         while state.step < settings.steps and not stops:
@@ -169,7 +168,7 @@ def train(
             seconds += time.perf_counter() - began
             bar.update()
             if state.step % args.eval_every == 0 and state.step < settings.steps:
-                state.evals.append((state.step, evaluate(state.model, chosen, device)))
+                state.evals.append((state.step, evaluate(state.model, windows, device)))
             if state.step % args.save_every == 0:
                 save(checkpoint, state, settings)
     return seconds

@@ -111,7 +111,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
     add("--save-every", type=_positive, default=200, help="steps between checkpoints")
-    add("--eval-every", type=_positive, default=200, help="steps between validations")
+    add("--eval-every", type=_positive, default=250, help="steps between validations")
     kinds = {"dropout": float, "lr": _learning_rate, "seed": int}
     for name in (*_MODEL_OPTIONS, *_RUN_OPTIONS):
         add(f"--{name}", type=kinds.get(name, _positive), help="instead of the preset's")
