@@ -19,7 +19,7 @@ from trilith.plugins import op as op_module
 from trilith.plugins import selection
 from trilith.plugins.hookspecs import CONTRACT, PROJECT, HookSpecs
 from trilith.plugins.op import Op
-from trilith.plugins.registry import Registry, registry
+from trilith.plugins.registry import Registry, UnknownOpError, registry
 from trilith.plugins.selection import PluginWarning, SelectionKey
 from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec
 from trilith.plugins.trace import Listener, OpCalled, listening
@@ -43,10 +43,6 @@ class PluginError(RuntimeError):
         said = error.args[0] if isinstance(error, KeyError) and error.args else error
         super().__init__(f"{type(error).__name__}: {said}")
         self.stage = stage
-
-
-class UnknownOpError(KeyError):
-    """An implementation of an op that no plugin has registered so far."""
 
 
 class Manager:
@@ -92,10 +88,13 @@ class Manager:
             elif error is not None:
                 self._leave_out(name, error)
         for name, entry_point in early:
-            self.add(name, entry_point.load)
+            error = self._attempt(name, entry_point.load)
+            if error is not None:
+                self._leave_out(name, error)
 
     def add(self, name: str, load: Callable[[], Any]) -> bool:
-        """Load one plugin inside its guard; whether it came in."""
+        """Load one plugin inside its guard, after the installed ones; whether it came in."""
+        self.registry.before_lookup()
         error = self._attempt(name, load)
         if error is not None:
             self._leave_out(name, error)
@@ -112,8 +111,7 @@ class Manager:
 
     def _take_in(self, name: str) -> None:
         self.loaded.append(name)
-        for op in self.registry.ops():
-            op.forget_selections()
+        self.registry.forget_selections()
 
     def _leave_out(self, name: str, error: PluginError) -> None:
         failure = Failure(name, error.stage, str(error))
@@ -134,7 +132,7 @@ class Manager:
                 ("trilith_register_ops", self.registry.add_op, (OpSpec, Op)),
                 (
                     "trilith_register_implementations",
-                    self._add_implementation,
+                    self.registry.add_implementation,
                     (Implementation,),
                 ),
                 ("trilith_register_modules", self.registry.add_module, (ModuleSpec,)),
@@ -145,14 +143,6 @@ class Manager:
             if self._pluggy.is_registered(plugin):
                 self._pluggy.unregister(plugin)
             raise
-
-    def _add_implementation(self, implementation: Implementation, owner: str) -> None:
-        if implementation.op not in self.registry.op_names():
-            raise UnknownOpError(
-                f"no op {implementation.op!r} to implement; there are: "
-                f"{', '.join(self.registry.op_names())}"
-            )
-        self.registry.add_implementation(implementation, owner)
 
     def _accept(self, plugin: Any, name: str) -> None:
         self._pluggy.register(plugin, name)
@@ -295,7 +285,7 @@ def _normal(name: str) -> str:
 
 
 manager = Manager(registry)
-op_module.before_first_choice = registry.before_building = manager.load
+op_module.before_first_choice = registry.before_lookup = manager.load
 
 
 def find_op(name: str) -> Op:

@@ -28,6 +28,9 @@ _KEY = "CompositeExplicitAutograd"
 class Op:
     """A callable op. Takes and returns what the OpSpec's forward does, without the aux tensors."""
 
+    spec: OpSpec
+    abandoned: bool  # brought by a plugin that was left out: the name is free
+
     def __init__(self, spec: OpSpec) -> None:
         previous = _defined.get(spec.name)
         if previous is not None:
@@ -36,7 +39,7 @@ class Op:
                 raise ValueError(f"op {spec.name} is already defined, by {owner}")
             previous.destroy()
         self.spec = spec
-        self.abandoned = False  # brought by a plugin that was left out: the name is free
+        self.abandoned = False
         self.signature = _resolved_signature(spec)
         self.implementations: list[Implementation] = []
         parameters = list(self.signature.parameters.values())

@@ -20,12 +20,19 @@ _WHEN_THE_REFERENCE_RUNS = "for empty tensors, torch.func transforms, double bac
 def _nothing() -> None: ...
 
 
+class UnknownOpError(KeyError):
+    """No plugin has registered an op of this name so far."""
+
+
 class Registry:
-    """Ops and modules by name, and which plugin brought each."""
+    """Ops and modules by name, and which plugin brought each.
+
+    `before_lookup` runs before anything is looked up: the plugin manager loads plugins there.
+    """
 
     def __init__(self) -> None:
         self.vote: Vote | None = None
-        self.before_building: Callable[[], None] = _nothing
+        self.before_lookup: Callable[[], None] = _nothing
         self._ops: dict[str, Op] = {}
         self._modules: dict[tuple[str, str], ModuleSpec] = {}
         self._owners: dict[Any, str] = {}
@@ -49,7 +56,9 @@ class Registry:
         return op
 
     def add_implementation(self, implementation: Implementation, owner: str = "trilith") -> None:
-        self.op(implementation.op).add_implementation(implementation, owner)
+        if implementation.op not in self._ops:
+            raise UnknownOpError(self._unknown(implementation.op))
+        self._ops[implementation.op].add_implementation(implementation, owner)
 
     def add_module(self, spec: ModuleSpec, owner: str = "trilith") -> None:
         key = (spec.slot, spec.name)
@@ -63,28 +72,40 @@ class Registry:
 
     def op(self, name: str) -> Op:
         if name not in self._ops:
-            raise KeyError(f"no op {name!r}; there are: {', '.join(self.op_names())}")
+            self.before_lookup()
+        if name not in self._ops:
+            raise UnknownOpError(self._unknown(name))
         return self._ops[name]
 
+    def _unknown(self, name: str) -> str:
+        return f"no op {name!r}; there are: {', '.join(sorted(self._ops))}"
+
     def op_names(self, owner: str | None = None) -> list[str]:
+        self.before_lookup()
         return sorted(n for n in self._ops if owner is None or self._owners[n] == owner)
 
     def ops(self) -> list[Op]:
         return [self._ops[name] for name in self.op_names()]
 
     def build_module(self, slot: str, name: str, config: Any) -> torch.nn.Module:
-        self.before_building()
+        self.before_lookup()
         spec = self._modules.get((slot, name))
         if spec is None:
             raise KeyError(f"no {slot} {name!r}; there are: {', '.join(self.module_names(slot))}")
         return spec.build(config)
 
     def module_names(self, slot: str, owner: str | None = None) -> list[str]:
+        self.before_lookup()
         return sorted(
             n
             for s, n in self._modules
             if s == slot and (owner is None or self._owners[s, n] == owner)
         )
+
+    def forget_selections(self) -> None:
+        """Every op chooses anew."""
+        for op in self._ops.values():
+            op.forget_selections()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -311,7 +311,7 @@ def test_a_plugin_may_implement_an_op_of_a_later_one(manager, registry):
 
 def test_an_implementation_of_no_op_says_which_there_are(manager):
     other = Implementation("acme_none::op", "lost", _double, lambda ctx, dy: (dy,))
-    with pytest.warns(PluginWarning, match="no op 'acme_none::op' to implement; there are: "):
+    with pytest.warns(PluginWarning, match="no op 'acme_none::op'; there are: "):
         manager.load([Entry("a", "implements", Plugin(implementations=[other]))])
 
 
