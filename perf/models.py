@@ -87,7 +87,7 @@ def _block_cost(x: Tensor, made: nn.Module, n_heads: int) -> Cost:
     return Cost(2 * data + parameters, 3 * data + 2 * parameters, flops, 2 * flops)
 
 
-def eager_block(x: Tensor, made: nn.Module) -> Tensor:
+def eager_block(x: Tensor, made: Any) -> Tensor:
     """A pre-norm block on the parameters of ours, in plain PyTorch."""
     x = x + _eager_attention(_eager_norm(x, made.attention.pre), made.attention.branch)
     return x + _eager_mlp(_eager_norm(x, made.mlp.pre), made.mlp.branch)

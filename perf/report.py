@@ -1,6 +1,6 @@
 """Tables and a roofline plot of benchmark results, also where we lose.
 
-    python -m perf.report RESULTS.json... [--out DIR]
+    python -m perf.report RESULTS... [--out DIR]
 
 Writes report.md, roofline.png and roofline.svg into DIR; without --out the tables go to the
 terminal alone. RESULTS may be folders.

@@ -123,7 +123,7 @@ def rms_norm(m: int, n: int) -> Workload:
 
 
 def bias_act(m: int, n: int, activation: str = "gelu", p: float = 0.0) -> Workload:
-    act = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}[activation]
+    act: Drop = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}[activation]
 
     def eager(x: Tensor, bias: Tensor, drop: Drop = whole) -> Tensor:
         return drop(act(x + bias))

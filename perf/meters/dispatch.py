@@ -44,7 +44,7 @@ class _Plain(torch.autograd.Function):
 
 
 @lru_cache(maxsize=1)
-def subjects() -> dict[str, Callable[[Tensor], Tensor]]:
+def subjects() -> dict[str, Any]:
     """The op and the plain Function, both with a body that only allocates."""
     spec = OpSpec(
         name="perf::nothing",
