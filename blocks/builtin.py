@@ -65,7 +65,7 @@ def _learned(config: LMConfig) -> LearnedPosition:
 
 
 def _sinusoidal(config: LMConfig) -> SinusoidalPosition:
-    return SinusoidalPosition(config.max_len, config.dim, scale=config.position_scale)
+    return SinusoidalPosition(config.max_len, config.dim, scale=config.position_scale * 2**0.5)
 
 
 def _rounded_up(size: float) -> int:

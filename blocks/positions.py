@@ -77,7 +77,12 @@ class LearnedPosition(nn.Module):
 
 
 class SinusoidalPosition(nn.Module):
-    """x (B, T, dim) plus sines and cosines of the position, scaled to root mean square `scale`."""
+    """x (B, T, dim) plus `scale` times the sinusoidal table.
+
+    PE(pos, 2i) = sin(pos / 10000^(2i / dim)) and PE(pos, 2i + 1) = cos of the same angle.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017.
+    """
 
     acts_on = "tokens"
     table: Tensor
@@ -93,8 +98,8 @@ class SinusoidalPosition(nn.Module):
 
     def reset_parameters(self) -> None:
         angles = _angles(self.max_len, self.table.shape[1], 10000.0, self.table.device)
-        table = torch.cat([angles.sin(), angles.cos()], dim=-1)
-        self.table = (table * (self.scale * 2**0.5)).to(self.table.dtype)
+        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        self.table = (table * self.scale).to(self.table.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.table[: _checked_length("SinusoidalPosition", x.shape[-2], self.max_len)]

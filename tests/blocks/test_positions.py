@@ -60,11 +60,15 @@ def test_learned_position_scale():
 
 
 def test_sinusoidal_position():
+    table = SinusoidalPosition(40, 6).table
+    for pos in (0, 3, 39):
+        for pair in range(3):
+            angle = pos / 10000 ** (2 * pair / 6)
+            assert table[pos, 2 * pair].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert table[pos, 2 * pair + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
     position = SinusoidalPosition(40, 6, scale=0.1)
+    torch.testing.assert_close(position.table, 0.1 * table)
     table = position.table
-    torch.testing.assert_close(table.square().mean(-1).sqrt(), torch.full((40,), 0.1))
-    expected = 0.1 * math.sqrt(2) * math.sin(3 * 10000 ** (-2 / 6))
-    assert table[3, 1].item() == pytest.approx(expected, abs=1e-6)
     x = torch.randn(2, 4, 6)
     torch.testing.assert_close(position(x), x + table[:4])
 
