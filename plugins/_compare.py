@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+# Called with the worst error as a share of its bound, at each comparison of numbers.
+observers: list[Callable[[float], None]] = []
 
 _FLOOR = 1e-5
 _FEW = 32  # elements below which the reference's own worst error says little
@@ -34,6 +37,7 @@ def assert_near(what: str, actual: Tensor, expected: Tensor, eager: Tensor) -> N
         floor += 4 * torch.finfo(actual.dtype).eps * size.max().item()
     unit = torch.finfo(actual.dtype).eps * size
     bound = factor * fair.max() + floor + unit
+    _observe(error, bound)
     worst = int((error - bound).argmax())
     assert (error <= bound).all(), (
         f"{what}: {_at(worst, actual)} is {actual.flatten()[worst].item():.6g}, the reference "
@@ -43,6 +47,13 @@ def assert_near(what: str, actual: Tensor, expected: Tensor, eager: Tensor) -> N
     )
     mean = factor * fair.mean() + (floor if actual.numel() < _FEW else floor / 10) + unit.mean() / 2
     assert error.mean() <= mean, f"{what}: mean error {error.mean():.2g}, bound {mean:.2g}"
+
+
+def _observe(error: Tensor, bound: Tensor) -> None:
+    if observers:
+        share = torch.where(error == 0, 0.0, error / bound).max().item()
+        for observe in observers:
+            observe(share)
 
 
 def _assert_pattern(what: str, actual: Tensor, expected: Tensor, ignored: Tensor) -> None:
@@ -76,6 +87,7 @@ def assert_same(what: str, actual: Tensor, expected: Tensor) -> None:
     size = torch.where(finite, expected.double().abs(), 0)
     error = torch.where(finite, (actual.double() - expected.double()).abs(), 0)
     bound = 2 * torch.finfo(actual.dtype).eps * size + 256 * 2.0**-24 * size.max()
+    _observe(error, bound)
     worst = int((error - bound).argmax())
     assert (error <= bound).all(), (
         f"{what}: {_at(worst, actual)} is {actual.flatten()[worst].item():.6g}, expected "

@@ -70,6 +70,26 @@ LAYOUTS = (contiguous, transposed, every_other, padded_rows, misaligned, packed,
 EXPANDED = (expanded, expanded_rows)
 
 
+def far_apart(tensor: Tensor, dim: int) -> Tensor | None:
+    """2**31 elements from the first to the last along one dimension; NaN where an offset would
+    land that wrapped round at 32 bits. None where so much memory cannot be addressed.
+
+    On a CPU the memory is only promised: what is not touched takes no room.
+    """
+    last = tensor.shape[dim] - 1
+    step = -(-(2**31) // last)
+    try:
+        wide = torch.empty(2**32 + 2**20, dtype=tensor.dtype, device=tensor.device)
+    except RuntimeError:
+        return None
+    strides = [step if i == dim else s for i, s in enumerate(contiguous(tensor).stride())]
+    far = wide.as_strided(tensor.shape, strides, 2**31)
+    others = [s for i, s in enumerate(strides) if i != dim]
+    wrapped = 2**31 + last * step - 2**32
+    wide.as_strided(far.select(dim, 0).shape, others, wrapped).fill_(float("nan"))
+    return far.copy_(tensor.detach())
+
+
 def _filled(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     value = float("nan") if tensor.is_floating_point() else 0
     return torch.full(shape, value, dtype=tensor.dtype, device=tensor.device)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trilith.plugins._compare import assert_bits, assert_near, assert_same, poisoned
-from trilith.plugins._layouts import EXPANDED, LAYOUTS, contiguous
+from trilith.plugins._layouts import EXPANDED, LAYOUTS, contiguous, far_apart
 from trilith.plugins.op import Op
 from trilith.plugins.spec import Sample
 
@@ -273,6 +273,34 @@ def upstream_layouts(op: Op, sample: Sample, device: torch.device, dtype: torch.
         if plain is not None:
             expected = _gradients(op, args, plain)
         _assert_all_same(what, op, inputs, _gradients(op, args, moved), expected)
+
+
+@_check
+def offsets_beyond_32_bits(
+    op: Op, sample: Sample, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Every input and gradient with 2**31 elements between its ends, one dimension at a time."""
+    args = _bound(op, sample)
+    inputs = floating(args)
+    dense = [contiguous(a) if i in inputs else a for i, a in enumerate(args)]
+    upstream = [contiguous(g) for g in _fixed_upstream(op, args)]
+    expected = _both(op, dense, upstream)
+    for i, dim, moved in _far_apart(dense):
+        what = f"dimension {dim} of {_name(op, i)} over 2**31 elements"
+        _assert_all_same(what, op, inputs, _both(op, moved, upstream), expected)
+    if not _has_gradient(op, args):
+        return
+    for i, dim, moved in _far_apart(upstream):
+        what = f"dimension {dim} of the gradient of output {i} over 2**31 elements"
+        _assert_all_same(what, op, inputs, _gradients(op, dense, moved), expected)
+
+
+def _far_apart(tensors: Sequence[Any]) -> Iterator[tuple[int, int, list[Any]]]:
+    for i in floating(tensors):
+        for dim, size in enumerate(tensors[i].shape):
+            far = far_apart(tensors[i], dim) if size > 1 else None
+            if far is not None:
+                yield i, dim, [far if j == i else t for j, t in enumerate(tensors)]
 
 
 @_check
@@ -638,6 +666,7 @@ CHECKS: tuple[Check, ...] = (
     unused_outputs,
     input_layouts,
     upstream_layouts,
+    offsets_beyond_32_bits,
     nothing_is_written_to,
     backward_twice,
     runs_are_bit_equal,

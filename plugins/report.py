@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trilith.plugins import selection
+from trilith.plugins import _compare, selection
 from trilith.plugins.conformance import CHECKS, NUMERIC_CHECKS, Check, samples_of
 from trilith.plugins.manager import Manager
 from trilith.plugins.op import Op
@@ -18,6 +18,7 @@ _AT_MOST = {
     "gradient_subsets": 2,
     "input_layouts": 2,
     "upstream_layouts": 2,
+    "offsets_beyond_32_bits": 1,
     "opcheck": 1,
     "compiles": 1,
     "compiles_dynamic": 1,
@@ -32,6 +33,7 @@ HINTS = {
     "unused_outputs": "a gradient may be zeros, or None where materialize_grads=False",
     "input_layouts": "pass strides to the kernel, or call .contiguous() in the launcher",
     "upstream_layouts": "grad may be stride-0 (sum().backward()): use its strides",
+    "offsets_beyond_32_bits": "cast program ids and indices to tl.int64 before times a stride",
     "nothing_is_written_to": "never write to inputs, gradients or ctx.outputs; allocate",
     "backward_twice": "backward must be linear in grad, and keep no state",
     "runs_are_bit_equal": "no atomics; reduce in a fixed order",
@@ -144,11 +146,16 @@ def check_op(op: Op, device: torch.device | None = None) -> Iterator[Row]:
 
 def _row(op: Op, provider: str, check: Check, device: torch.device) -> Row:
     count, reason, begun = 0, "", time.perf_counter()
-    dtypes = checks_for(op, provider, check)
+    shares: list[float] = []
+    _compare.observers.append(shares.append)
     try:
-        for dtype in dtypes:
+        for dtype in checks_for(op, provider, check):
             count += run_check(op, provider, check, device, dtype)
     except Exception as error:
         reason = str(error) or type(error).__name__
-    figure = f"{count} calls, {time.perf_counter() - begun:.1f} s"
+    finally:
+        _compare.observers.remove(shares.append)
+    seconds = time.perf_counter() - begun
+    figure = f"{max(shares):.0%} of bound" if shares else f"{count} samples"
+    figure = f"{figure}, {seconds:.1f} s"
     return Row(op.spec.name, provider, check.__name__, figure, reason)

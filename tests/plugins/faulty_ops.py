@@ -106,6 +106,16 @@ def weight_read_as_dense(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return forward(x, dense(weight))
 
 
+def offsets_in_32_bits(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Reads x by row * stride in int32, as a kernel without a cast does."""
+    stride = x.stride(0) if x.stride(0) < 2**31 else 0
+    rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device) * stride
+    columns = torch.arange(x.shape[1], device=x.device) * x.stride(1)
+    start = x.storage_offset()
+    flat = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+    return forward(flat[start + rows.long()[:, None] + columns], weight)
+
+
 _count = [0]
 
 
@@ -220,6 +230,7 @@ FAULTS = {
         ("forward", noisy, ["runs_are_bit_equal"]),
         ("forward", input_read_as_dense, ["input_layouts"]),
         ("forward", weight_read_as_dense, ["input_layouts"]),
+        ("forward", offsets_in_32_bits, ["offsets_beyond_32_bits"]),
         ("forward", counts_calls, ["runs_are_bit_equal", "inference_mode", "autocast"]),
         ("backward", wrong_factor, ["gradients_match_reference", "functorch_transforms"]),
         ("backward", ignores_upstream, ["gradients_match_reference", "backward_twice"]),

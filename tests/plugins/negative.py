@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trilith.plugins import OpSpec, Sample, hookimpl
+from trilith.kernels import launch
+from trilith.kernels._runtime.language import tl, triton
+from trilith.plugins import TRITON_DEVICES, OpSpec, Sample, hookimpl
 
 EVERYWHERE = ("cpu", "cuda")
 
@@ -154,6 +156,36 @@ OPS: dict[str, tuple[OpSpec, str]] = {
 OPS["mask_mismatch"] = (
     replace(MASK_MISMATCH, name="negative::mask_mismatch"),
     "gradients_match_reference",
+)
+
+
+BLOCK = 16
+
+
+@triton.jit
+def _rows_kernel(x_ptr, weight_ptr, y_ptr, stride, N, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * stride + offs, mask=offs < N, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + offs, mask=offs < N, other=0.0).to(tl.float32)
+    y = tl.where(x <= 0.0, 0.0, x) * weight
+    tl.store(y_ptr + row * N + offs, y, mask=offs < N)
+
+
+def int32_overflow(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """The kernel multiplies a 32-bit program id by a stride."""
+    y = x.new_empty(x.shape)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    rows, columns = x.shape
+    args = (x, weight.contiguous(), y, x.stride(0), columns)
+    launch(_rows_kernel, (rows,), *args, BLOCK=BLOCK)
+    return (y,)
+
+
+OPS["int32_overflow"] = (
+    replace(SOUND, name="negative::int32_overflow", forward=int32_overflow, devices=TRITON_DEVICES),
+    "offsets_beyond_32_bits",
 )
 
 

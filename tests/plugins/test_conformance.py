@@ -21,6 +21,7 @@ AT_MOST_INTERPRETED = {
     "gradient_subsets": 2,
     "input_layouts": 2,
     "upstream_layouts": 2,
+    "offsets_beyond_32_bits": 1,
     "runs_are_bit_equal": 2,
     "backward_twice": 3,
     "autocast": 2,
