@@ -8,6 +8,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from trilith.plugins.conformance import CHECKS, NUMERIC_CHECKS
+
+# Of one op of `new`: every check in float32, those of numbers in two dtypes more, and a training.
+GENERATED_TESTS = len(CHECKS) + 2 * len(NUMERIC_CHECKS) + 1
+
 
 def clean() -> dict[str, str]:
     """This process's variables without those that decide what Trilith and Triton do."""
