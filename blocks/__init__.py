@@ -3,7 +3,6 @@
 if __name__ == "blocks":
     raise ImportError("import trilith.blocks, not blocks: the folder is mapped by the package")
 
-from trilith.blocks import builtin  # noqa: F401
 from trilith.blocks.attention import SelfAttention
 from trilith.blocks.config import LMConfig, build_lm
 from trilith.blocks.mlp import MLP, GatedMLP

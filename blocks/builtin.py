@@ -1,4 +1,4 @@
-"""Our own modules, registered by name like a plugin's."""
+"""The plugin `trilith`: our own ops and modules, brought in through the hooks of any plugin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from trilith.blocks.config import LMConfig, build_position
 from trilith.blocks.mlp import MLP, GatedMLP
 from trilith.blocks.norms import LayerNorm, RMSNorm
 from trilith.blocks.positions import LearnedPosition, Rotary, SinusoidalPosition
-from trilith.plugins import ModuleSpec, registry
+from trilith.kernels import OPS
+from trilith.plugins import ModuleSpec, Op, hookimpl
 
 _HIDDEN_MULTIPLE = 64
 
@@ -83,5 +84,12 @@ MODULES = (
     ModuleSpec(slot="position", name="sinusoidal", build=_sinusoidal),
 )
 
-for _spec in MODULES:
-    registry.add_module(_spec)
+
+@hookimpl
+def trilith_register_ops() -> tuple[Op, ...]:
+    return OPS
+
+
+@hookimpl
+def trilith_register_modules() -> tuple[ModuleSpec, ...]:
+    return MODULES

@@ -7,12 +7,25 @@ if __name__ == "kernels":
     raise ImportError("import trilith.kernels, not kernels: the folder is mapped by the package")
 
 from trilith.kernels._runtime.launch import launch
-from trilith.kernels.activations import bias_act, gated_act
+from trilith.kernels.activations import BIAS_ACT, GATED_ACT, bias_act, gated_act
 from trilith.kernels.attention import attention, scaled_dot_product_attention
-from trilith.kernels.cross_entropy import cross_entropy
-from trilith.kernels.dropout import bias_dropout_add, dropout
-from trilith.kernels.norms import layer_norm, rms_norm
-from trilith.kernels.rotary import rotary
+from trilith.kernels.attention.op import OP as ATTENTION
+from trilith.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
+from trilith.kernels.dropout import BIAS_DROPOUT_ADD, DROPOUT, bias_dropout_add, dropout
+from trilith.kernels.norms import LAYER_NORM, RMS_NORM, layer_norm, rms_norm
+from trilith.kernels.rotary import ROTARY, rotary
+
+OPS = (
+    ATTENTION,
+    BIAS_ACT,
+    BIAS_DROPOUT_ADD,
+    CROSS_ENTROPY,
+    DROPOUT,
+    GATED_ACT,
+    LAYER_NORM,
+    RMS_NORM,
+    ROTARY,
+)
 
 __all__ = [
     "attention",

@@ -39,7 +39,7 @@ from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels._runtime.reduce import column_sum
-from trilith.plugins import BackwardContext, Cost, OpSpec, Sample, registry
+from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 __all__ = ["bias_act", "gated_act"]
 
@@ -296,7 +296,7 @@ def _bias_act_cost(x: Tensor, bias: Tensor | None, *_: object) -> Cost:
     return Cost(forward_bytes=2 * bytes_x + bytes_bias, backward_bytes=3 * bytes_x + 2 * bytes_bias)
 
 
-_BIAS_ACT = registry.add_op(
+BIAS_ACT = Op(
     OpSpec(
         name="trilith::bias_act",
         forward=_bias_act_fwd,
@@ -352,9 +352,9 @@ def bias_act(
         checks.require_shape("bias_act", "bias", bias, x.shape[-1:])
     checks.require_probability("bias_act", "p", p)
     if not training or p == 0.0:
-        return _BIAS_ACT(x, bias, None, activation, 0.0)
-    seed = draw_seed(x) if _BIAS_ACT.runs_kernels(x, bias, None, activation, p) else None
-    return _BIAS_ACT(x, bias, seed, activation, p)
+        return BIAS_ACT(x, bias, None, activation, 0.0)
+    seed = draw_seed(x) if BIAS_ACT.runs_kernels(x, bias, None, activation, p) else None
+    return BIAS_ACT(x, bias, seed, activation, p)
 
 
 def _gated_act_out(gate: Tensor, *_: object) -> tuple[Tensor]:
@@ -433,7 +433,7 @@ def _gated_act_cost(gate: Tensor, up: Tensor, *_: object) -> Cost:
     return Cost(forward_bytes=2 * n_bytes + bytes_up, backward_bytes=3 * n_bytes + 2 * bytes_up)
 
 
-_GATED_ACT = registry.add_op(
+GATED_ACT = Op(
     OpSpec(
         name="trilith::gated_act",
         forward=_gated_act_fwd,
@@ -477,4 +477,4 @@ def gated_act(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     checks.require_floating("gated_act", gate=gate, up=up)
     checks.require_same_device("gated_act", gate, up=up)
     checks.require_shape("gated_act", "up", up, gate.shape)
-    return _GATED_ACT(gate, up, activation)
+    return GATED_ACT(gate, up, activation)

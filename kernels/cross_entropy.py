@@ -36,7 +36,7 @@ from trilith.kernels._runtime.checks import (
 from trilith.kernels._runtime.language import triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.rows import RowTile, row_tile
-from trilith.plugins import BackwardContext, Cost, OpSpec, Sample, registry
+from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 _WIDEST_BLOCK = 4096
 _WIDEST_CAPPED_BLOCK = 2048  # tanh's temporaries spill at 4096 when rows are unaligned
@@ -182,7 +182,7 @@ def _cross_entropy_cost(x: Tensor, target: Tensor, *_: object) -> Cost:
     )
 
 
-_CROSS_ENTROPY = registry.add_op(
+CROSS_ENTROPY = Op(
     OpSpec(
         name="trilith::cross_entropy",
         forward=_cross_entropy_fwd,
@@ -243,14 +243,14 @@ def cross_entropy(
     _check(input, target, weight, reduction, label_smoothing, softcap)
     scalars = (ignore_index, label_smoothing, z_loss, softcap)
     if target.is_floating_point() or not (
-        z_loss or _CROSS_ENTROPY.runs_kernels(input, target, weight, *scalars)
+        z_loss or CROSS_ENTROPY.runs_kernels(input, target, weight, *scalars)
     ):
         loss = _in_plain_pytorch(input, target, weight, reduction, *scalars)
     else:
         class_dim = min(input.dim() - 1, 1)
         labels = target.reshape(-1).to(torch.int64)
         x = input.movedim(class_dim, -1).reshape(labels.shape[0], input.shape[class_dim])
-        loss = _CROSS_ENTROPY(x, labels, weight, *scalars)
+        loss = CROSS_ENTROPY(x, labels, weight, *scalars)
         if reduction == "none":
             loss = loss.reshape(target.shape)
         else:

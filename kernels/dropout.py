@@ -38,7 +38,7 @@ from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels._runtime.reduce import column_sum
-from trilith.plugins import BackwardContext, Cost, OpSpec, Sample, registry
+from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 __all__ = ["bias_dropout_add", "dropout"]
 
@@ -192,7 +192,7 @@ def _dropout_cost(x: Tensor, *_: object) -> Cost:
     return Cost(forward_bytes=n_bytes, backward_bytes=n_bytes)
 
 
-_DROPOUT = registry.add_op(
+DROPOUT = Op(
     OpSpec(
         name="trilith::dropout",
         forward=_dropout_fwd,
@@ -237,8 +237,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     checks.require_probability("dropout", "p", p)
     if not training or p == 0.0:
         return input
-    seed = draw_seed(input) if _DROPOUT.runs_kernels(input, None, p) else None
-    return _DROPOUT(input, seed, p)
+    seed = draw_seed(input) if DROPOUT.runs_kernels(input, None, p) else None
+    return DROPOUT(input, seed, p)
 
 
 def _bias_dropout_add_out(x: Tensor, residual: Tensor, *_: object) -> tuple[Tensor]:
@@ -345,7 +345,7 @@ def _bias_dropout_add_cost(x: Tensor, residual: Tensor, bias: Tensor | None, *re
     )
 
 
-_BIAS_DROPOUT_ADD = registry.add_op(
+BIAS_DROPOUT_ADD = Op(
     OpSpec(
         name="trilith::bias_dropout_add",
         forward=_bias_dropout_add_fwd,
@@ -402,6 +402,6 @@ def bias_dropout_add(
         checks.require_shape("bias_dropout_add", "bias", bias, x.shape[-1:])
     checks.require_probability("bias_dropout_add", "p", p)
     if not training or p == 0.0:
-        return _BIAS_DROPOUT_ADD(x, residual, bias, None, 0.0, x.dtype)
-    runs = _BIAS_DROPOUT_ADD.runs_kernels(x, residual, bias, None, p, x.dtype)
-    return _BIAS_DROPOUT_ADD(x, residual, bias, draw_seed(x) if runs else None, p, x.dtype)
+        return BIAS_DROPOUT_ADD(x, residual, bias, None, 0.0, x.dtype)
+    runs = BIAS_DROPOUT_ADD.runs_kernels(x, residual, bias, None, p, x.dtype)
+    return BIAS_DROPOUT_ADD(x, residual, bias, draw_seed(x) if runs else None, p, x.dtype)

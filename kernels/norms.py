@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trilith.kernels._norm_kernels import norm_backward, norm_forward
 from trilith.kernels._runtime.checks import require_floating, require_same_device
-from trilith.plugins import BackwardContext, Cost, OpSpec, Sample, registry
+from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 
 def _layer_norm_out(
@@ -140,7 +140,7 @@ def _rms_norm_cost(x: Tensor, weight: Tensor | None, eps: float) -> Cost:
     return _norm_cost(x, weight, statistics=1)
 
 
-LAYER_NORM = registry.add_op(
+LAYER_NORM = Op(
     OpSpec(
         name="trilith::layer_norm",
         forward=_layer_norm_fwd,
@@ -152,7 +152,7 @@ LAYER_NORM = registry.add_op(
         cost=_layer_norm_cost,
     )
 )
-RMS_NORM = registry.add_op(
+RMS_NORM = Op(
     OpSpec(
         name="trilith::rms_norm",
         forward=_rms_norm_fwd,

@@ -23,7 +23,7 @@ from trilith.kernels._runtime.checks import require, require_floating, require_s
 from trilith.kernels._runtime.device import multiprocessors
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
-from trilith.plugins import BackwardContext, Cost, OpSpec, Sample, registry
+from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 _TILE = 2048  # elements of one head
 _MOST_HEADS = 16
@@ -199,7 +199,7 @@ def _rotary_cost(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Cost
     return Cost(moved, moved, flops, flops)
 
 
-_ROTARY = registry.add_op(
+ROTARY = Op(
     OpSpec(
         name="trilith::rotary",
         forward=_rotary_fwd,
@@ -240,7 +240,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
         >>> q = rotary(q, angles.cos(), angles.sin())  # q (B, H, T, D)
     """
     _check(x, cos, sin)
-    return _ROTARY(x, cos, sin, interleaved)
+    return ROTARY(x, cos, sin, interleaved)
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:

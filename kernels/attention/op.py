@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trilith.kernels.attention.launchers import attention_bwd, attention_fwd, attention_out
 from trilith.kernels.attention.reference import attention_reference
-from trilith.plugins import Cost, OpSpec, Sample, registry
+from trilith.plugins import Cost, Op, OpSpec, Sample
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     )
 
 
-OP = registry.add_op(
+OP = Op(
     OpSpec(
         name="trilith::attention",
         forward=attention_fwd,

@@ -7,13 +7,14 @@ from torch import nn
 from tests.support.devices import DEVICE
 from trilith import blocks
 from trilith.blocks import LMConfig, build_lm
-from trilith.plugins import ModuleSpec, registry
+from trilith.plugins import ModuleSpec, manager, registry
 
 SIZES = {"vocab_size": 20, "dim": 16, "n_layers": 1, "n_heads": 2, "max_len": 8}
 
 
 @pytest.fixture
 def own_registry(monkeypatch):
+    manager.load()
     monkeypatch.setattr(registry, "_modules", dict(registry._modules))
     return registry
 

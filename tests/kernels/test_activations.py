@@ -70,7 +70,7 @@ def test_bias_act_without_a_bias_is_the_activation_in_every_regime(activation, d
     x = regimes(dtype).requires_grad_()
     dy = randn(*x.shape, dtype=dtype)
     y = bias_act(x, activation=activation)
-    y64, (dx64,) = oracle(family._BIAS_ACT, (x, None, None, activation, 0.0), dy)
+    y64, (dx64,) = oracle(family.BIAS_ACT, (x, None, None, activation, 0.0), dy)
     assert_one_rounding(y, y64, scale=output_scale(activation, x))
     (dx,) = torch.autograd.grad(y, x, dy)
     assert_one_rounding(dx, dx64, scale=dy.double().abs())
@@ -84,7 +84,7 @@ def test_infinities_nan_and_extremes_come_out_as_torch_has_them(activation, dtyp
     y = bias_act(x, activation=activation)
     for g in (1.0, INF) if activation in SELECTING else (1.0,):
         dy = torch.full_like(x, g)
-        y64, (dx64,) = oracle(family._BIAS_ACT, (x, None, None, activation, 0.0), dy)
+        y64, (dx64,) = oracle(family.BIAS_ACT, (x, None, None, activation, 0.0), dy)
         (dx,) = torch.autograd.grad(y, x, dy, retain_graph=True)
         assert_one_rounding(dx, dx64, scale=1.0)
     finite = x.double().abs().nan_to_num(1.0, 1.0)
@@ -96,7 +96,7 @@ def test_tiny_arguments_keep_their_digits(activation):
     x = torch.logspace(-30, -1, 200, device=DEVICE)
     x = torch.cat([x, -x])
     y = bias_act(x, activation=activation)
-    y64, _ = oracle(family._BIAS_ACT, (x.clone().requires_grad_(), None, None, activation, 0.0), y)
+    y64, _ = oracle(family.BIAS_ACT, (x.clone().requires_grad_(), None, None, activation, 0.0), y)
     assert ((y.double() - y64) / y64).abs().max() < 8 * 2.0**-24
 
 
@@ -108,7 +108,7 @@ def test_bias_act_adds_the_bias_before_the_activation(activation, dtype, bias_dt
     bias = randn(x.shape[-1], dtype=bias_dtype or dtype).requires_grad_()
     dy = randn(*x.shape, dtype=dtype)
     y = bias_act(x, bias, activation)
-    y64, (dx64, db64) = oracle(family._BIAS_ACT, (x, bias, None, activation, 0.0), dy)
+    y64, (dx64, db64) = oracle(family.BIAS_ACT, (x, bias, None, activation, 0.0), dy)
     z = x.detach().double().abs() + bias.detach().double().abs()
     assert_one_rounding(y, y64, scale=z)
     dx, db = torch.autograd.grad(y, (x, bias), dy)
@@ -125,7 +125,7 @@ def test_the_bias_gradient_sums_every_row_once(m, n):
     bias = randn(n).requires_grad_()
     dy = randn(m, n)
     y = bias_act(x, bias, "silu")
-    y64, (dx64, db64) = oracle(family._BIAS_ACT, (x, bias, None, "silu", 0.0), dy)
+    y64, (dx64, db64) = oracle(family.BIAS_ACT, (x, bias, None, "silu", 0.0), dy)
     dx, db = torch.autograd.grad(y, (x, bias), dy)
     z = x.detach().double().abs() + bias.detach().double().abs()
     assert_one_rounding(y, y64, scale=z)
@@ -140,7 +140,7 @@ def test_programs_that_own_several_tiles_of_rows_sum_all_of_them(monkeypatch):
     x, bias = randn(600, 20).requires_grad_(), randn(20).requires_grad_()
     dy = randn(600, 20)
     y = bias_act(x, bias)
-    _, (dx64, db64) = oracle(family._BIAS_ACT, (x, bias, None, "gelu", 0.0), dy)
+    _, (dx64, db64) = oracle(family.BIAS_ACT, (x, bias, None, "gelu", 0.0), dy)
     dx, db = torch.autograd.grad(y, (x, bias), dy)
     assert_one_rounding(dx, dx64, scale=8 * dy.double().abs())
     assert_one_rounding(db, db64, scale=8 * dy.double().abs().amax(0), terms=600)
@@ -187,10 +187,10 @@ def test_dropout_inside_drops_the_same_elements_both_ways(dtype, with_bias):
     seed = torch.tensor([77], device=DEVICE)
     dy = randn(*x.shape, dtype=dtype)
     args = (x, bias, seed, "gelu", 0.4)
-    y = family._BIAS_ACT(*args)
+    y = family.BIAS_ACT(*args)
     inputs = [x] if bias is None else [x, bias]
     grads = torch.autograd.grad(y, inputs, dy)
-    y64, grads64 = oracle(family._BIAS_ACT, args, dy)
+    y64, grads64 = oracle(family.BIAS_ACT, args, dy)
     assert torch.equal(y64 == 0, y == 0) or (y64[y == 0].abs() < 1e-7).all()
     z = x.detach().double().abs() + (0 if bias is None else bias.detach().double().abs())
     scale = 2 * dy.double().abs() * (1 + z.clamp_max(30))
@@ -221,7 +221,7 @@ def test_gated_act_and_its_gradients(activation, dtype):
     up = randn(*gate.shape, dtype=dtype).requires_grad_()
     dy = randn(*gate.shape, dtype=dtype)
     y = gated_act(gate, up, activation)
-    y64, (dgate64, dup64) = oracle(family._GATED_ACT, (gate, up, activation), dy)
+    y64, (dgate64, dup64) = oracle(family.GATED_ACT, (gate, up, activation), dy)
     dgate, dup = torch.autograd.grad(y, (gate, up), dy)
     a, b, g = (t.detach().double().abs() for t in (gate, up, dy))
     size = 1.0 if activation == "sigmoid" else a
@@ -237,7 +237,7 @@ def test_gated_act_with_infinities_and_nan(activation):
     up = torch.full_like(gate, 0.5).requires_grad_()
     dy = torch.full_like(gate, -2.0)
     y = gated_act(gate, up, activation)
-    y64, (dgate64, dup64) = oracle(family._GATED_ACT, (gate, up, activation), dy)
+    y64, (dgate64, dup64) = oracle(family.GATED_ACT, (gate, up, activation), dy)
     dgate, dup = torch.autograd.grad(y, (gate, up), dy)
     scale = gate.detach().double().abs().nan_to_num(1.0, 1.0)
     assert_one_rounding(y, y64, scale=scale)
@@ -289,7 +289,7 @@ def test_a_scalar_and_a_vector_are_accepted():
 def test_the_identity_is_a_copy():
     x = randn(4, 8)
     assert bias_act(x, activation="identity").data_ptr() != x.data_ptr()
-    assert family._BIAS_ACT.spec.reference(x, None, None, "identity", 0.0) is not x
+    assert family.BIAS_ACT.spec.reference(x, None, None, "identity", 0.0) is not x
 
 
 @pytest.mark.parametrize("function", [bias_act, gated_act])
@@ -309,7 +309,7 @@ def test_an_unknown_activation_is_answered_with_the_names(function):
         (lambda x: gated_act(x, x[:1]), ValueError, r"up must have shape \(2, 8\), got \(1, 8\)"),
         (lambda x: gated_act(x, x.int()), TypeError, "up must be a floating-point tensor"),
         (
-            lambda x: family._BIAS_ACT(x, None, None, "gelu", 0.5),
+            lambda x: family.BIAS_ACT(x, None, None, "gelu", 0.5),
             ValueError,
             "seed must be given where p > 0",
         ),
