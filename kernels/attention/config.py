@@ -25,7 +25,7 @@ _INTERPRETED = Tiles(32, 32, 16, 4, 1)
 _CACHE_BYTES = 24 << 20
 
 # By kernel and head dim, for plain scores, and for scores with a bias, mask, slope, cap or dropout,
-# which hold more registers. Every entry compiles without spilling.
+# which hold more registers.
 _HALF_SM80 = {
     "fwd": {
         64: (Tiles(128, 64, 64, 8, 3), Tiles(128, 64, 64, 8, 3)),
@@ -40,7 +40,7 @@ _HALF_SM80 = {
     "dq": {
         64: (Tiles(128, 64, 64, 8, 2), Tiles(128, 64, 64, 8, 2)),
         128: (Tiles(64, 64, 64, 8, 2), Tiles(64, 64, 64, 8, 2)),
-        256: (Tiles(64, 32, 32, 8, 2), Tiles(64, 16, 16, 8, 2)),
+        256: (Tiles(64, 32, 32, 8, 2), Tiles(64, 32, 32, 8, 2)),
     },
     "dbias": {
         64: (Tiles(64, 64, 64, 8, 2),) * 2,
@@ -75,22 +75,22 @@ _HALF_GFX942 = {
     "fwd": {
         64: (Tiles(128, 64, 64, 8, 1), Tiles(128, 64, 64, 8, 1)),
         128: (Tiles(128, 64, 64, 8, 1), Tiles(128, 32, 32, 8, 1)),
-        256: (Tiles(128, 32, 32, 8, 1), Tiles(64, 32, 32, 8, 1)),
+        256: (Tiles(128, 32, 32, 8, 1), Tiles(64, 32, 32, 4, 1)),
     },
     "dkdv": {
-        64: (Tiles(64, 64, 32, 8, 1), Tiles(32, 64, 32, 8, 1)),
+        64: (Tiles(32, 128, 32, 8, 1), Tiles(32, 128, 32, 8, 1)),
         128: (Tiles(16, 64, 16, 8, 1), Tiles(16, 64, 16, 8, 1)),
-        256: (Tiles(16, 32, 16, 8, 1), Tiles(16, 32, 16, 8, 1)),
+        256: (Tiles(16, 64, 16, 8, 1), Tiles(16, 64, 16, 8, 1)),
     },
     "dq": {
-        64: (Tiles(128, 64, 64, 8, 1), Tiles(64, 64, 64, 8, 1)),
+        64: (Tiles(128, 64, 64, 8, 1), Tiles(64, 64, 64, 4, 1)),
         128: (Tiles(64, 32, 32, 8, 1), Tiles(64, 32, 32, 4, 1)),
-        256: (Tiles(64, 16, 16, 8, 1), Tiles(32, 16, 16, 8, 1)),
+        256: (Tiles(64, 16, 16, 8, 1), Tiles(64, 16, 16, 8, 1)),
     },
     "dbias": {
-        64: (Tiles(64, 32, 32, 8, 1),) * 2,
-        128: (Tiles(64, 32, 32, 8, 1),) * 2,
-        256: (Tiles(32, 32, 32, 8, 1),) * 2,
+        64: (Tiles(64, 64, 64, 8, 1),) * 2,
+        128: (Tiles(64, 64, 64, 8, 1),) * 2,
+        256: (Tiles(16, 16, 16, 4, 1),) * 2,
     },
 }
 # IEEE products of float32 have no matrix instruction: small tiles, the same on every architecture.
