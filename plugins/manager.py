@@ -24,6 +24,9 @@ from trilith.plugins.selection import PluginWarning, SelectionKey
 from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec
 from trilith.plugins.trace import Listener, OpCalled, listening
 
+# Our own entry point, for where a stale *.egg-info beside the sources hides that of the install.
+OWN = EntryPoint(name=PROJECT, value="trilith.blocks.builtin", group=PROJECT)
+
 _HOOKS = frozenset(hook for hook in dir(HookSpecs) if hook.startswith("trilith_"))
 
 
@@ -71,7 +74,7 @@ class Manager:
                 return
             self._loading = True
             try:
-                self._load_all(entry_points(group=PROJECT) if found is None else found)
+                self._load_all(_installed() if found is None else found)
                 self._done = True
             finally:
                 self._loading = False
@@ -251,11 +254,22 @@ def _check_contract(plugin: Any) -> None:
         raise RuntimeError(f"written for plugin contract {wanted}, this library has {CONTRACT}")
 
 
+def _installed() -> list[EntryPoint]:
+    found = list(entry_points(group=PROJECT))
+    return found if any(_distribution(e) == PROJECT for e in found) else [OWN, *found]
+
+
+def _distribution(entry_point: EntryPoint) -> str:
+    if entry_point is OWN:
+        return PROJECT
+    return entry_point.dist.name if entry_point.dist else ""
+
+
 def _in_order(found: Iterable[EntryPoint]) -> tuple[list[tuple[str, EntryPoint]], list[str]]:
     """Ours first, then by distribution and name; and the names that the environment leaves out."""
     named: dict[tuple[bool, str, str], EntryPoint] = {}
     for entry_point in found:
-        distribution = entry_point.dist.name if entry_point.dist else ""
+        distribution = _distribution(entry_point)
         named.setdefault((distribution != PROJECT, distribution, entry_point.name), entry_point)
     chosen, left_out = [], []
     for (is_foreign, distribution, name), entry_point in sorted(named.items()):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +28,10 @@ from trilith.plugins import (
     Sample,
     hookimpl,
 )
+from trilith.plugins.manager import OWN
+
+manager_module = import_module("trilith.plugins.manager")
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 pytestmark = pytest.mark.filterwarnings("error::trilith.plugins.PluginWarning")
 
@@ -382,9 +389,28 @@ def test_nothing_is_loaded_under_tracing(manager):
     assert manager.loaded == ["a:p"]
 
 
+def test_our_own_plugin_is_the_one_that_the_project_declares():
+    (declared,) = re.findall(
+        r"\[project.entry-points.trilith\]\ntrilith = \"(.*)\"", PYPROJECT.read_text()
+    )
+    assert declared == OWN.value
+
+
+def test_our_own_plugin_needs_no_metadata(monkeypatch):
+    monkeypatch.setattr(manager_module, "entry_points", lambda group: ())
+    own = Manager(Registry())
+    try:
+        own.load()
+        assert own.loaded == ["trilith:trilith"]
+        assert own.registry.module_names("norm") == ["layer_norm", "rms_norm"]
+    finally:
+        for op in own.registry.ops():
+            op.adopt("trilith:trilith", manager_module.registry.vote)
+
+
 def test_importing_the_library_loads_no_plugin():
     code = (
-        "import trilith.plugins, trilith.kernels\n"
+        "import trilith.plugins, trilith.kernels, trilith.blocks\n"
         "from trilith.plugins import manager\n"
         "assert not manager.loaded\n"
     )
