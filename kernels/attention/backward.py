@@ -19,9 +19,9 @@ from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels.attention.tiles import (
     NOT_SPECIALIZED,
     band_range,
-    base2_lse,
     head_terms,
     kept_by_dropout,
+    load_lse2,
     load_rows,
     scores,
     store_rows,
@@ -33,7 +33,7 @@ from trilith.kernels.attention.tiles import (
 def attention_delta_kernel(
     out_ptr,
     dout_ptr,
-    dlse_ptr,
+    dlse2_ptr,
     delta_ptr,
     out_strides,
     dout_strides,
@@ -57,10 +57,10 @@ def attention_delta_kernel(
     out = load_rows(out_ptr, out_strides, offs_m, offs_dv, T, DV, True, True)
     dout = load_rows(dout_ptr, dout_strides, offs_m, offs_dv, T, DV, True, True)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    if dlse_ptr is not None:
-        dlse_ptr += b * dlse_strides[0] + h * dlse_strides[1]
-        dlse_ptrs = dlse_ptr + offs_m.to(tl.int64) * dlse_strides[2]
-        delta -= tl.load(dlse_ptrs, mask=offs_m < T, other=0.0)
+    if dlse2_ptr is not None:
+        dlse2_ptr += b * dlse_strides[0] + h * dlse_strides[1]
+        dlse2_ptrs = dlse2_ptr + offs_m.to(tl.int64) * dlse_strides[2]
+        delta -= tl.load(dlse2_ptrs, mask=offs_m < T, other=0.0)
     tl.store(delta_ptr + bh * T + offs_m, delta, mask=offs_m < T)
 
 
@@ -72,7 +72,7 @@ def _keys_loop(
     v,
     q_ptr,
     dout_ptr,
-    lse_ptr,
+    lse2_ptr,
     delta_ptr,
     seed_ptr,
     term_ptrs,
@@ -116,7 +116,7 @@ def _keys_loop(
         head_q_ptr = q_ptr + b * q_strides[0] + h * q_strides[1]
         head_dout_ptr = dout_ptr + b * dout_strides[0] + h * dout_strides[1]
         q = load_rows(head_q_ptr, q_strides, offs_m, offs_d, T, D, MASKED, PAD_D)
-        lse = base2_lse(lse_ptr + bh * T, offs_m, T, MASKED)
+        lse = load_lse2(lse2_ptr + bh * T, offs_m, T, MASKED)
         dots = tl.dot(k, tl.trans(q), input_precision="ieee")
         x, slope_of_cap = scores(
             dots,
@@ -160,7 +160,7 @@ def attention_bwd_dkdv_kernel(
     slopes_ptr,
     seed_ptr,
     dout_ptr,
-    lse_ptr,
+    lse2_ptr,
     delta_ptr,
     dk_ptr,
     dv_ptr,
@@ -234,7 +234,7 @@ def attention_bwd_dkdv_kernel(
                 v,
                 q_ptr,
                 dout_ptr,
-                lse_ptr,
+                lse2_ptr,
                 delta_ptr,
                 seed_ptr,
                 term_ptrs,

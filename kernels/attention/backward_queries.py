@@ -13,9 +13,9 @@ from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels.attention.tiles import (
     NOT_SPECIALIZED,
     band_range,
-    base2_lse,
     head_terms,
     kept_by_dropout,
+    load_lse2,
     load_rows,
     scores,
     store_rows,
@@ -144,7 +144,7 @@ def attention_bwd_dq_kernel(
     slopes_ptr,
     seed_ptr,
     dout_ptr,
-    lse_ptr,
+    lse2_ptr,
     delta_ptr,
     dq_ptr,
     dslope_ptr,
@@ -207,7 +207,7 @@ def attention_bwd_dq_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     q = load_rows(q_ptr, q_strides, offs_m, offs_d, T, D, True, PAD_D)
     dout = load_rows(dout_ptr, dout_strides, offs_m, offs_dv, T, DV, True, PAD_DV)
-    lse = base2_lse(lse_ptr + bh * T, offs_m, T, True)
+    lse = load_lse2(lse2_ptr + bh * T, offs_m, T, True)
     delta = tl.load(delta_ptr + bh * T + offs_m, mask=offs_m < T, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
@@ -261,7 +261,7 @@ def attention_bwd_dbias_kernel(
     slopes_ptr,
     seed_ptr,
     dout_ptr,
-    lse_ptr,
+    lse2_ptr,
     delta_ptr,
     dbias_ptr,
     q_strides,
@@ -335,7 +335,7 @@ def attention_bwd_dbias_kernel(
             load_rows(head_k_ptr, k_strides, offs_n, offs_d, S, D, True, PAD_D),
             load_rows(head_v_ptr, v_strides, offs_n, offs_dv, S, DV, True, PAD_DV),
             load_rows(head_dout_ptr, dout_strides, offs_m, offs_dv, T, DV, True, PAD_DV),
-            base2_lse(lse_ptr + bh * T, offs_m, T, True),
+            load_lse2(lse2_ptr + bh * T, offs_m, T, True),
             tl.load(delta_ptr + bh * T + offs_m, mask=offs_m < T, other=0.0),
             offs_m,
             offs_n,

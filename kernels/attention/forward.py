@@ -9,6 +9,8 @@ and per tile of scores x in base 2, with the running maximum m, total l and outp
 B batch, H query heads, G query heads per key head, T queries, S keys, D and DV head dims.
 Numerics: scores, probabilities' sums and outputs accumulate in fp32; probabilities are rounded to
 v's dtype for the second product. A row that sees no key gives output 0 and lse -inf.
+For backward lse is kept in base 2 as well, where a dominating score gives a probability of exactly
+1, and as +inf for rows that saw no key, where every probability is then 0.
 
 Source: Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al.,
 "FlashAttention", NeurIPS 2022, and its sequel of 2023.
@@ -123,6 +125,7 @@ def attention_fwd_kernel(
     seed_ptr,
     out_ptr,
     lse_ptr,
+    lse2_ptr,
     q_strides,
     k_strides,
     v_strides,
@@ -227,5 +230,7 @@ def attention_fwd_kernel(
     out = acc * (scalars[3] / safe)[:, None]
     offs_dv = tl.arange(0, BLOCK_DV)
     store_rows(out_ptr, out_strides, offs_m, offs_dv, T, DV, out)
-    lse = tl.where(total == 0.0, -float("inf"), (m + tl.log2(safe)) * LN2)
-    tl.store(lse_ptr + bh * T + offs_m, lse, mask=offs_m < T)
+    lse2 = m + tl.log2(safe)
+    rows = bh * T + offs_m
+    tl.store(lse_ptr + rows, tl.where(total == 0.0, -float("inf"), lse2 * LN2), mask=offs_m < T)
+    tl.store(lse2_ptr + rows, tl.where(total == 0.0, float("inf"), lse2), mask=offs_m < T)

@@ -20,9 +20,11 @@ from trilith.kernels.attention.reference import diagonal_of
 from trilith.plugins import BackwardContext
 
 
-def attention_out(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def attention_out(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse, and the lse in base 2 that backward reads."""
     out = q.new_empty((*q.shape[:3], v.shape[3]))
-    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse, lse2 = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+    return out, lse, lse2
 
 
 def attention_fwd(
@@ -40,14 +42,14 @@ def attention_fwd(
     alignment: str,
     left: int,
     right: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(q, k, v, bias, key_mask, slopes, seed, scale, softcap, p, alignment, left, right)
-    out, lse = attention_out(q, v)
+    out, lse, lse2 = attention_out(q, v)
     options = call.options("fwd")
     launch(
         attention_fwd_kernel,
         (call.BH * triton.cdiv(call.T, options["BLOCK_M"]),),
-        *(q, k, v, call.bias, key_mask, call.slopes, sinks, call.seed, out, lse),
+        *(q, k, v, call.bias, key_mask, call.slopes, sinks, call.seed, out, lse, lse2),
         *call.strides,
         0 if sinks is None else sinks.stride(0),
         out.stride(),
@@ -56,7 +58,7 @@ def attention_fwd(
         NEGATIVE_SCALE=scale < 0,
         **options,
     )
-    return out, lse
+    return out, lse, lse2
 
 
 def attention_bwd(
@@ -64,6 +66,7 @@ def attention_bwd(
 ) -> tuple[Tensor | None, ...]:
     q, k, v, bias, key_mask, slopes, sinks, seed, *rest = ctx.inputs
     out, lse = ctx.outputs
+    (lse2,) = ctx.aux
     needs_q, needs_k, needs_v, needs_bias, _, needs_slopes, needs_sinks = ctx.needs_input_grad[:7]
     if dout is None:
         dout = out.new_zeros(()).expand(out.shape)
@@ -71,11 +74,11 @@ def attention_bwd(
     delta = call.delta(out, dout, dlse)
     dq = dk = dv = dbias = dslopes = dsinks = None
     if needs_q or needs_slopes:
-        dq, dslopes = call.query_gradients(dout, lse, delta, slopes if needs_slopes else None)
+        dq, dslopes = call.query_gradients(dout, lse2, delta, slopes if needs_slopes else None)
     if needs_k or needs_v:
-        dk, dv = call.key_gradients(dout, lse, delta)
+        dk, dv = call.key_gradients(dout, lse2, delta)
     if needs_bias:
-        dbias = call.bias_gradient(bias, dout, lse, delta)
+        dbias = call.bias_gradient(bias, dout, lse2, delta)
     if needs_sinks:
         share = torch.exp(sinks.float()[:, None] - lse)
         dsinks = -torch.where(lse == -torch.inf, 0.0, share * delta).sum((0, 2)).to(sinks.dtype)
@@ -161,7 +164,7 @@ class _Call:
         return delta
 
     def query_gradients(
-        self, dout: Tensor, lse: Tensor, delta: Tensor, slopes: Tensor | None
+        self, dout: Tensor, lse2: Tensor, delta: Tensor, slopes: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """dq, and where `slopes` are given their gradient, summed over the rows here."""
         dq = self.q.new_empty(self.q.shape)
@@ -170,7 +173,7 @@ class _Call:
         launch(
             attention_bwd_dq_kernel,
             (self.BH * triton.cdiv(self.T, options["BLOCK_M"]),),
-            *self._tensors(dout, lse, delta),
+            *self._tensors(dout, lse2, delta),
             *(dq, dslopes),
             *(*self.strides, dout.stride(), dq.stride()),
             *(self.BH, *self.sizes, heads_together(self.k, self.v)),
@@ -181,13 +184,13 @@ class _Call:
             dslopes = dslopes.sum(2).sum_to_size(slopes.shape).to(slopes.dtype)
         return dq, dslopes
 
-    def key_gradients(self, dout: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    def key_gradients(self, dout: Tensor, lse2: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         dk, dv = self.k.new_empty(self.k.shape), self.v.new_empty(self.v.shape)
         options = self.options("dkdv")
         launch(
             attention_bwd_dkdv_kernel,
             (self.BH // self.sizes[1] * triton.cdiv(self.S, options["BLOCK_N"]),),
-            *self._tensors(dout, lse, delta),
+            *self._tensors(dout, lse2, delta),
             *(dk, dv),
             *(*self.strides, dout.stride(), dk.stride(), dv.stride()),
             *(self.BH, *self.sizes, heads_together(self.q, dout, self.sizes[1])),
@@ -196,7 +199,7 @@ class _Call:
         )
         return dk, dv
 
-    def bias_gradient(self, bias: Tensor, dout: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    def bias_gradient(self, bias: Tensor, dout: Tensor, lse2: Tensor, delta: Tensor) -> Tensor:
         """Summed over the sharing batches and heads by the kernel, over T or S of 1 here."""
         B, H = self.q.shape[:2]
         bias_b, bias_h = bias.shape[:2]
@@ -208,7 +211,7 @@ class _Call:
         launch(
             attention_bwd_dbias_kernel,
             (bias_b * bias_h * tiles,),
-            *self._tensors(dout, lse, delta),
+            *self._tensors(dout, lse2, delta),
             dbias,
             *(*self.strides, dout.stride(), dbias.stride()),
             *(bias_h, B // bias_b, H // bias_h, *self.sizes),
@@ -217,6 +220,6 @@ class _Call:
         )
         return dbias.sum(short, keepdim=True).to(bias.dtype) if short else dbias
 
-    def _tensors(self, dout: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor | None, ...]:
+    def _tensors(self, dout: Tensor, lse2: Tensor, delta: Tensor) -> tuple[Tensor | None, ...]:
         terms = (self.bias, self.key_mask, self.slopes, self.seed)
-        return (self.q, self.k, self.v, *terms, dout, lse, delta)
+        return (self.q, self.k, self.v, *terms, dout, lse2, delta)

@@ -25,7 +25,7 @@ from trilith.kernels.attention.reference import attention_reference
 from trilith.plugins import Cost, Op, OpSpec, Sample
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return attention_out(q, v)
 
 

@@ -184,10 +184,9 @@ def kept_by_dropout(seed_ptr, row_offset, rows, first_col, S, p, BLOCK_N: tl.con
 
 
 @triton.jit
-def base2_lse(ptr, offs_m, T, CHECK: tl.constexpr):
-    """lse of rows in base 2; +inf for rows that saw no key or are none, so that p is 0 there."""
+def load_lse2(ptr, offs_m, T, CHECK: tl.constexpr):
+    """lse of rows in base 2; +inf for rows that are none, so that their probabilities are 0."""
     if CHECK:
-        lse = tl.load(ptr + offs_m, mask=offs_m < T, other=float("inf"))
+        return tl.load(ptr + offs_m, mask=offs_m < T, other=float("inf"))
     else:
-        lse = tl.load(ptr + offs_m)
-    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
+        return tl.load(ptr + offs_m)
