@@ -210,7 +210,7 @@ REGIMES = {
     "mean_1e4": (lambda x: x + 1e4, 1e4),
     "std_1e-4": (lambda x: x * 1e-4, 1.0),
     "constant": (lambda x: torch.ones_like(x) * 3, 1.0),
-    "confident": (lambda x: x * 6, 1.0),
+    "confident": (lambda x: x * 2.5, 1.0),
     "largest_half": (lambda x: torch.sign(x) * 6e4, 6e4),
 }
 
