@@ -4,7 +4,8 @@
 
 Each may be a folder of results. A benchmark is a regression only if a bootstrap confidence interval
 of the ratio of medians excludes no change and the effect is above 5 %. Exits with 1 if there is
-one, with 2 if the results cannot be compared: another GPU, another version of PyTorch or Triton.
+one, with 2 if the results cannot be compared: another GPU or processor, another version of PyTorch
+or Triton.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SMALLEST_EFFECT = 0.05
 CONFIDENCE = 0.99
 _RESAMPLES = 4000
 _SEED = 0
-_MUST_MATCH = ("device", "gpu", "torch", "triton")
+_MUST_MATCH = ("device", "gpu", "processor", "torch", "triton")
 
 
 class Incomparable(Exception):

@@ -229,6 +229,7 @@ def main() -> int:
     options = parser.parse_args()
 
     start = time.perf_counter()
+    torch.set_num_threads(1)
     interpreter.apply()
     figures = count_all(lambda name: print(name, file=sys.stderr))
     host: Figures = {}

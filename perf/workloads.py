@@ -123,7 +123,8 @@ def rms_norm(m: int, n: int) -> Workload:
 
 
 def bias_act(m: int, n: int, activation: str = "gelu", p: float = 0.0) -> Workload:
-    act: Drop = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}[activation]
+    activations: dict[str, Function] = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
+    act = activations[activation]
 
     def eager(x: Tensor, bias: Tensor, drop: Drop = whole) -> Tensor:
         return drop(act(x + bias))
