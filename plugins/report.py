@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trilith.plugins import _compare, selection
+from trilith.plugins import _compare, _interpreter, selection
 from trilith.plugins.conformance import CHECKS, NUMERIC_CHECKS, Check, samples_of
 from trilith.plugins.manager import Manager
 from trilith.plugins.op import Op
@@ -119,6 +119,7 @@ def run_check(op: Op, provider: str, check: Check, device: torch.device, dtype: 
 
     A sample that the implementation's `supports` refuses is passed over.
     """
+    _interpreter.apply()
     samples = samples_of(op, device, dtype)
     if not samples:
         raise AssertionError(f"{op.spec.name}: samples() gave none for {dtype}")

@@ -1,0 +1,69 @@
+"""Makes Triton's interpreter treat bfloat16 as a GPU does.
+
+It keeps bfloat16 as uint16 bit patterns, truncates on fp32 -> bf16, and multiplies bit patterns in
+`tl.dot`. With `apply()` casts round to nearest even and dots take the values in fp32. Arithmetic on
+bfloat16 tiles stays wrong: kernels convert to fp32 before any.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def apply() -> None:
+    """Patch the interpreter, if it is in use. Idempotent; for triton 3.6 and 3.7."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    try:
+        import triton.language as tl
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    except ImportError:
+        return
+    import numpy as np
+
+    if getattr(InterpreterBuilder, "_rounds_bfloat16", False):
+        return
+    cast, dot, fp_to_fp = (
+        InterpreterBuilder.cast_impl,
+        InterpreterBuilder.create_dot,
+        InterpreterBuilder.create_fp_to_fp,
+    )
+
+    def widened(data: Any) -> Any:
+        data = np.ascontiguousarray(data)
+        return (data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+    def rounded(data: Any) -> Any:
+        bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
+        even = (bits >> np.uint32(16)) & np.uint32(1)
+        nearest = ((bits + np.uint32(0x7FFF) + even) >> np.uint32(16)).astype(np.uint16)
+        return np.where(np.isnan(data), np.uint16(0x7FC0), nearest).reshape(np.shape(data))
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        old, new = src.dtype.scalar, dst_type.scalar
+        if old == tl.float32 and new == tl.bfloat16:
+            return TensorHandle(rounded(src.data), new)
+        if old == tl.bfloat16 and new != tl.bfloat16:
+            wide = TensorHandle(widened(src.data).reshape(np.shape(src.data)), tl.float32)
+            return wide if new == tl.float32 else cast(self, wide, dst_type)
+        if new == tl.bfloat16 and old != tl.bfloat16:
+            return cast_impl(self, cast(self, src, tl.float32), dst_type)
+        return cast(self, src, dst_type)
+
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        nearest = str(rounding_mode).rpartition(".")[2] == "RTNE"
+        if nearest and src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            return cast_impl(self, src, dst_type)
+        return fp_to_fp(self, src, dst_type, rounding_mode)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (
+            cast_impl(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
+        )
+        return dot(self, a, b, *rest)
+
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder._rounds_bfloat16 = True
