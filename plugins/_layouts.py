@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_SPARE = 4
+
 
 def contiguous(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -74,12 +76,19 @@ def far_apart(tensor: Tensor, dim: int) -> Tensor | None:
     """2**31 elements from the first to the last along one dimension; NaN where an offset would
     land that wrapped round at 32 bits. None where so much memory cannot be addressed.
 
-    On a CPU the memory is only promised: what is not touched takes no room.
+    On a CPU the memory is only promised: what is not touched takes no room. On a GPU it is taken,
+    if four times as much is free.
     """
     last = tensor.shape[dim] - 1
     step = -(-(2**31) // last)
+    size = 2**32 + 2**20
+    if (
+        tensor.is_cuda
+        and torch.cuda.mem_get_info(tensor.device)[0] < _SPARE * size * tensor.itemsize
+    ):
+        return None
     try:
-        wide = torch.empty(2**32 + 2**20, dtype=tensor.dtype, device=tensor.device)
+        wide = torch.empty(size, dtype=tensor.dtype, device=tensor.device)
     except RuntimeError:
         return None
     strides = [step if i == dim else s for i, s in enumerate(contiguous(tensor).stride())]

@@ -280,7 +280,14 @@ def offsets_beyond_32_bits(
     op: Op, sample: Sample, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Every input and gradient with 2**31 elements between its ends, one dimension at a time."""
-    args = _bound(op, sample)
+    try:
+        _check_far_apart(op, _bound(op, sample))
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _check_far_apart(op: Op, args: list[Any]) -> None:
     inputs = floating(args)
     dense = [contiguous(a) if i in inputs else a for i, a in enumerate(args)]
     upstream = [contiguous(g) for g in _fixed_upstream(op, args)]

@@ -309,10 +309,14 @@ def find_op(name: str) -> Op:
 
 
 def explain(
-    name: str, device: str | torch.device = "cuda", dtype: torch.dtype = torch.bfloat16
+    name: str, device: str | torch.device | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> str:
-    """Which implementation a call of this op takes on a device and dtype, and why."""
+    """Which implementation a call of this op takes on a device and dtype, and why.
+
+    The device is the GPU by default, the CPU where there is none.
+    """
     manager.load()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return registry.explain(name, torch.device(device), dtype)
 
 
@@ -336,7 +340,8 @@ def use_implementation(op: str | Op, provider: str) -> AbstractContextManager[No
         >>> with use_implementation("trilith::rms_norm", "reference"):
         ...     y = rms_norm(x, (512,))
     """
-    return selection.forced(find_op(op) if isinstance(op, str) else op, provider)
+    manager.load()
+    return selection.forced(registry.op(op) if isinstance(op, str) else op, provider)
 
 
 def trace() -> AbstractContextManager[list[OpCalled]]:

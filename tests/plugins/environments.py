@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from trilith.plugins.conformance import CHECKS, NUMERIC_CHECKS
@@ -45,6 +44,7 @@ def fresh(folder: Path) -> Path:
     python = venv / "bin" / "python"
     purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(run(python, "-c", purelib, cwd=folder).strip())
-    outside = sysconfig.get_path("purelib")
-    (site / "outside.pth").write_text(f"import site; site.addsitedir({outside!r})\n")
+    outside = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    lines = [f"import site; site.addsitedir({path!r})\n" for path in outside]
+    (site / "outside.pth").write_text("".join(lines))
     return python
