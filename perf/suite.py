@@ -21,6 +21,7 @@ from perf.timing import (
     timing_stream,
 )
 from perf.workloads import Function, Workload
+from trilith.kernels._runtime.launch import observers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIRECTIONS = ("forward", "backward", "both")
@@ -75,12 +76,34 @@ def measure(benchmark: Any, case: Case) -> None:
     with timing_stream(DEVICE):
         _check(case, function)
         args = seeded_arguments(workload, DEVICE, case.dtype)
-        prepared = prepare(_region(case, function, args), DEVICE)
+        region = _region(case, function, args)
+        prepared = prepare(region, DEVICE)
+        kernels = launched(region)
         benchmark.pedantic(_advance, args=(prepared.sample,), rounds=prepared.rounds)
     if benchmark.stats is not None:
         seconds = benchmark.stats.stats.median
-        benchmark.extra_info.update(_described(case), **prepared.facts)
+        benchmark.extra_info.update(_described(case), kernels=kernels, **prepared.facts)
         benchmark.extra_info.update(_work(case, args, seconds))
+
+
+def launched(region: Region) -> list[str]:
+    """Our kernels that the region starts, with grid and chosen configuration."""
+    found: list[str] = []
+
+    def observe(kernel: Any, grid: Any, args: Any, options: dict[str, Any]) -> None:
+        config = " ".join(f"{name}={_brief(value)}" for name, value in options.items())
+        found.append(f"{kernel.fn.__name__} grid={grid} {config}")
+
+    observers.append(observe)
+    try:
+        region()
+    finally:
+        observers.remove(observe)
+    return found
+
+
+def _brief(value: Any) -> Any:
+    return getattr(getattr(value, "fn", None), "__name__", value)
 
 
 def _advance(sample: Any) -> None:

@@ -1,6 +1,7 @@
 """The benchmark suite: its oracle, its providers, its clock."""
 
 import dataclasses
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ import torch.nn.functional as F
 from perf.models import block_workload, train_step
 from perf.oracle import Wrong, check
 from perf.providers import Unavailable, function_of, providers_of
+from perf.suite import launched
 from perf.timing import VirtualClock, prepare
 from perf.workloads import attention, bias_act, cross_entropy, dropout, layer_norm, rotary
+from tests.support.devices import INTERPRETING
 
 CPU = torch.device("cpu")
 NORM = layer_norm(8, 64)
@@ -68,6 +71,16 @@ def test_whole_blocks_and_losses_are_checked_too():
 
 def test_what_trilith_computes_is_right_on_this_path():
     checked(NORM.trilith)
+
+
+@pytest.mark.skipif(not INTERPRETING or find_spec("triton") is None, reason="needs kernels on CPU")
+def test_the_chosen_configuration_is_noted():
+    x = torch.randn(4, 64)
+    (norm,) = launched(lambda: NORM.trilith(x, x[0], x[1]))
+    assert norm.startswith("_norm_fwd_kernel grid=(")
+    assert "num_warps=" in norm
+    (act,) = launched(lambda: bias_act(4, 64).trilith(x, x[0]))
+    assert "gelu" in act and "object at" not in act
 
 
 @pytest.mark.parametrize("provider", ["compile", "liger"])
