@@ -471,7 +471,7 @@ def _second(
     by = [*wanted, *pulled]
     if not terms:
         return [torch.zeros_like(t) for t in by]
-    found = torch.autograd.grad(sum(terms), by, allow_unused=True)
+    found = torch.autograd.grad(functools.reduce(torch.add, terms), by, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, by, strict=True)]
 
 
@@ -501,7 +501,8 @@ def functorch_transforms(op: Op, sample: Sample, device: torch.device, dtype: to
 
     def scalar(*tensors: Tensor) -> Tensor:
         results = call(*tensors)
-        return sum((results[i].float() * upstream[i].float()).sum() for i in used)
+        products = [(results[i].float() * upstream[i].float()).sum() for i in used]
+        return functools.reduce(torch.add, products)
 
     found = torch.func.grad(scalar, argnums=tuple(range(len(own))))(*own)
     for i, f, p in zip(inputs, found, plain, strict=True):
