@@ -89,6 +89,8 @@ class Op:
             return self._call_in_autocast(lead.device.type, args)
         provider = self._provider(lead, args)
         if provider is None:
+            if torch.compiler.is_dynamo_compiling():
+                return self.spec.reference(*args)  # no guard on what `wire` swaps
             return self._reference(*args)
         if torch.is_grad_enabled() and self._wants_gradient(args):
             return self._function.apply(provider, *args)

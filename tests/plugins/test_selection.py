@@ -130,6 +130,23 @@ def test_use_implementation_finds_ops_by_name():
     assert [event.provider for event in events] == ["reference"]
 
 
+def test_compiled_public_functions_follow_the_scope():
+    from trilith.kernels.norms import rms_norm
+
+    torch._dynamo.reset()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    compiled = torch.compile(lambda x: rms_norm(x, (4,)), fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 4, device=device)
+    for _ in range(3):
+        for provider, runs in (("trilith", 1), ("reference", 0)):
+            with (
+                trilith.trace() as events,
+                trilith.use_implementation("trilith::rms_norm", provider),
+            ):
+                compiled(x)
+            assert [event.provider for event in events] == ["trilith"] * runs
+
+
 def test_backward_takes_its_forwards_implementation(manager):
     op = _op(manager, _other("acme_sel::op"))
     x = torch.zeros(3, requires_grad=True)

@@ -51,6 +51,19 @@ def test_compiled_code_is_seen():
     assert [e.direction for e in events] == ["forward", "backward"]
 
 
+def test_compiled_code_is_not_compiled_again():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: rms_norm(x, (8,)), fullgraph=True, backend="eager")
+    wide = torch.randn(2, 8, dtype=torch.float64)
+    for x in (torch.randn(2, 8, device=_device()), wide):
+        compiled(x)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(2):
+                with trilith.trace():
+                    compiled(x)
+                compiled(x)
+
+
 def test_outside_nothing_is_wired():
     before = dict(vars(RMS_NORM))
     with trilith.trace() as outer:
