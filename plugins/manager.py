@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from inspect import getmembers, isroutine
 from typing import Any
 
 import pluggy
@@ -151,7 +152,7 @@ class Manager:
         self._pluggy.register(plugin, name)
         own = self._pluggy.get_hookcallers(plugin) or []
         marked = {caller.name for caller in own}
-        named = {hook for hook in dir(plugin) if hook.startswith("trilith_")}
+        named = {name for name, _ in getmembers(plugin, isroutine) if name.startswith("trilith_")}
         unknown = sorted((marked | named) - _HOOKS)
         if unknown:
             raise ValueError(

@@ -337,6 +337,12 @@ def test_hooks_that_pluggy_would_pass_over_are_refused(manager, plugin, reason):
     assert manager.failures[0].stage == "hooks"
 
 
+def test_a_package_named_like_a_hook_is_none(manager):
+    plugin = Plugin()
+    plugin.trilith_acme = SimpleNamespace()
+    assert manager.add("trilith-acme:acme", lambda: plugin)
+
+
 def test_a_plugin_that_exits_stops_nobody(manager):
     with pytest.warns(PluginWarning, match="SystemExit: no licence"):
         manager.load(
