@@ -614,7 +614,11 @@ def compiles_dynamic(op: Op, sample: Sample, device: torch.device, dtype: torch.
 def compiles_with_inductor(
     op: Op, sample: Sample, device: torch.device, dtype: torch.dtype
 ) -> None:
-    _compiled_equals_eager(op, sample, dynamic=False, backend="inductor")
+    """Without Inductor's caches on disk: their keys do not see that a fake has changed."""
+    import torch._inductor.config as inductor
+
+    with inductor.patch(force_disable_caches=True):
+        _compiled_equals_eager(op, sample, dynamic=False, backend="inductor")
 
 
 @_check

@@ -21,8 +21,12 @@ from trilith.plugins import BackwardContext
 
 
 def attention_out(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse, and the lse in base 2 that backward reads."""
-    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    """out, lse, and the lse in base 2 that backward reads.
+
+    out lies in memory as (B, T, H, Dv), so that merging the heads is a view.
+    """
+    B, H, T, _ = q.shape
+    out = q.new_empty((B, T, H, v.shape[3])).transpose(1, 2)
     lse, lse2 = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     return out, lse, lse2
 
