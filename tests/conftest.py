@@ -15,6 +15,11 @@ if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
 
 import pytest
 
+if "TRILITH_MUTANT" in os.environ:
+    from tests.support import mutants
+
+    mutants.install(os.environ["TRILITH_MUTANT"])
+
 from tests.support import interpreter
 
 interpreter.apply()

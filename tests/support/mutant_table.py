@@ -16,7 +16,12 @@ _DROPOUT_TESTS = "tests/kernels/test_dropout.py"
 _ATTENTION_TILES = "trilith.kernels.attention.tiles"
 _ATTENTION_FORWARD = "trilith.kernels.attention.forward"
 _ATTENTION_BACKWARD = "trilith.kernels.attention.backward"
+_ATTENTION_QUERIES = "trilith.kernels.attention.backward_queries"
 _ATTENTION_TESTS = "tests/kernels/test_attention.py"
+_ROTARY = "trilith.kernels.rotary"
+_OP = "trilith.plugins.op"
+_OP_TESTS = "tests/plugins/test_op.py"
+_CONFORMANCE = "tests/plugins/test_conformance.py"
 
 MUTANTS = (
     Mutant(
@@ -99,8 +104,8 @@ MUTANTS = (
     Mutant(
         "gate_read_with_the_strides_of_up",
         _ACT,
-        "gate = tl.load(gate_ptr + offsets(rows, cols, inner, gate_strides, ALIGN)",
-        "gate = tl.load(gate_ptr + offsets(rows, cols, inner, up_strides, ALIGN)",
+        "gate_strides, ALIGN), mask=mask, other=0.0)\n    up =",
+        "up_strides, ALIGN), mask=mask, other=0.0)\n    up =",
         _ACT_TESTS,
     ),
     Mutant(
@@ -161,14 +166,14 @@ MUTANTS = (
     ),
     Mutant(
         "rotary_backward_turns_the_same_way",
-        "trilith.kernels.rotary",
+        _ROTARY,
         "sin = -sin",
         "sin = sin",
         "tests/kernels/test_rotary.py",
     ),
     Mutant(
         "rotary_pairs_swapped",
-        "trilith.kernels.rotary",
+        _ROTARY,
         "y1 = (x1 * cos - x2 * sin)",
         "y1 = (x1 * cos + x2 * sin)",
         "tests/kernels/test_rotary.py",
@@ -179,5 +184,203 @@ MUTANTS = (
         "cols <= rows + high",
         "cols < rows + high",
         _ATTENTION_TESTS,
+    ),
+    Mutant(
+        "norm_last_row_unwritten",
+        _NORMS,
+        "tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)",
+        "mask = mask & (rows < M - 1)[:, None]\n"
+        "    tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)",
+        _NORM_TESTS,
+    ),
+    Mutant(
+        "norm_strided_columns_read_as_dense",
+        _NORMS,
+        "x_offsets = row_offsets(rows, inner, x_strides)[:, None] + (cols * x_strides[2])[None, :]",
+        "x_offsets = row_offsets(rows, inner, x_strides)[:, None] + cols[None, :]",
+        _NORM_TESTS,
+    ),
+    Mutant(
+        "norm_gradient_written_over_the_input",
+        _NORMS,
+        "dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None",
+        "dx = x if needs[0] else None",
+        _CONFORMANCE + " -k 'layer_norm-fp32-nothing_is_written_to'",
+    ),
+    Mutant(
+        "offsets_of_32_bits",
+        "trilith.kernels._runtime.rows",
+        "rows = rows.to(tl.int64)",
+        "rows = rows.to(tl.int32)",
+        _CONFORMANCE + " -k 'layer_norm-fp32-offsets_beyond'",
+    ),
+    Mutant(
+        "inner_rows_numbered_by_the_outer_stride",
+        "trilith.kernels._runtime.rows",
+        "(rows - outer * inner) * strides[1]",
+        "(rows - outer * inner) * strides[0]",
+        "tests/kernels/test_rows.py",
+    ),
+    Mutant(
+        "cross_entropy_gradient_rounded_before_subtracting_1",
+        _CE,
+        "missing = weight * expm1(chosen - peak - log_sum)",
+        "rounded = tl.exp(chosen - peak - log_sum).to(dx_ptr.dtype.element_ty)\n"
+        "    missing = weight * (rounded.to(tl.float32) - 1.0)",
+        _CE_TESTS,
+    ),
+    Mutant(
+        "cross_entropy_gradient_of_ignored_rows",
+        _CE,
+        "mask = live[:, None] & (cols < N)[None, :]\n    x_rows",
+        "mask = (rows < M)[:, None] & (cols < N)[None, :]\n    x_rows",
+        _CE_TESTS,
+    ),
+    Mutant(
+        "cross_entropy_gradient_written_over_the_logits",
+        "trilith.kernels.cross_entropy",
+        "dx = x.new_empty(x.shape)",
+        "dx = x",
+        _CONFORMANCE + " -k 'cross_entropy-fp32-nothing_is_written_to'",
+    ),
+    Mutant(
+        "attention_padded_keys_scored_0",
+        _ATTENTION_TILES,
+        'x = tl.where(meets, x, -float("inf"))',
+        'x = tl.where(meets | (cols >= S), x, -float("inf"))',
+        _ATTENTION_TESTS + " -k 'test_lengths'",
+    ),
+    Mutant(
+        "attention_scale_of_the_padded_head_dim",
+        "trilith.kernels.attention.functions",
+        "1 / math.sqrt(max(1, q.shape[3]))",
+        "1 / math.sqrt(1 << (q.shape[3] - 1).bit_length())",
+        _ATTENTION_TESTS,
+    ),
+    Mutant(
+        "drop_in_scale_of_the_padded_head_dim",
+        "trilith.kernels.attention.functions",
+        "1 / math.sqrt(query.shape[-1])",
+        "1 / math.sqrt(1 << (query.shape[-1] - 1).bit_length())",
+        _ATTENTION_TESTS + " -k 'drop_in'",
+    ),
+    Mutant(
+        "attention_backward_mask_differs",
+        _ATTENTION_BACKWARD,
+        "band = (low, high, diagonal)",
+        "band = (low, high + 1, diagonal)",
+        _ATTENTION_TESTS + " -k 'test_bands'",
+    ),
+    Mutant(
+        "attention_delta_left_out",
+        _ATTENTION_BACKWARD,
+        "delta = tl.sum(",
+        "delta = 0.0 * tl.sum(",
+        _ATTENTION_TESTS + " -k 'test_lengths'",
+    ),
+    Mutant(
+        "attention_gradient_of_lse_ignored",
+        _ATTENTION_BACKWARD,
+        "delta -= tl.load(",
+        "delta -= 0.0 * tl.load(",
+        _ATTENTION_TESTS + " -k 'lse'",
+    ),
+    Mutant(
+        "attention_dk_without_the_scale",
+        _ATTENTION_BACKWARD,
+        "dk * scalars[0]",
+        "dk",
+        _ATTENTION_TESTS + " -k 'test_lengths'",
+    ),
+    Mutant(
+        "attention_dk_of_the_first_head_of_a_group",
+        _ATTENTION_BACKWARD,
+        "for i in range(tiles * G):",
+        "for i in range(tiles):",
+        _ATTENTION_TESTS + " -k 'grouped'",
+    ),
+    Mutant(
+        "attention_dropout_of_backward_elsewhere",
+        _ATTENTION_BACKWARD,
+        "offs_m, start_n, sizes[1], scalars[2]",
+        "offs_m + 1, start_n, sizes[1], scalars[2]",
+        _ATTENTION_TESTS + " -k 'dropout'",
+    ),
+    Mutant(
+        "attention_dq_dropout_elsewhere",
+        _ATTENTION_QUERIES,
+        "offs_m, start_n, sizes[1], scalars[2]",
+        "offs_m + 1, start_n, sizes[1], scalars[2]",
+        _ATTENTION_TESTS + " -k 'dropout'",
+    ),
+    Mutant(
+        "attention_lse_in_base_2",
+        _ATTENTION_FORWARD,
+        "* LN2",
+        "* 1.0",
+        _ATTENTION_TESTS + " -k 'test_lengths or lse'",
+    ),
+    Mutant(
+        "attention_output_not_rescaled_to_the_new_maximum",
+        _ATTENTION_FORWARD,
+        "acc * shrink[:, None]",
+        "acc",
+        _ATTENTION_TESTS + " -k 'test_lengths'",
+    ),
+    Mutant(
+        "attention_sink_not_counted",
+        _ATTENTION_FORWARD,
+        'tl.where(sink == -float("inf"), 0.0, 1.0)',
+        "0.0",
+        _ATTENTION_TESTS + " -k 'sink'",
+    ),
+    Mutant(
+        "attention_bias_gradient_of_the_last_sharer",
+        _ATTENTION_QUERIES,
+        "dbias += ds",
+        "dbias = ds",
+        _ATTENTION_TESTS + " -k 'bias'",
+    ),
+    Mutant(
+        "attention_gradient_without_the_caps_slope",
+        _ATTENTION_BACKWARD,
+        "ds = p * (dp - delta[None, :]) * slope_of_cap",
+        "ds = p * (dp - delta[None, :])",
+        _ATTENTION_TESTS + " -k 'softcap'",
+    ),
+    Mutant(
+        "attention_alignment_lost_by_alibi",
+        _ATTENTION_TILES,
+        "tl.abs(rows + diagonal - cols)",
+        "tl.abs(rows - cols)",
+        _ATTENTION_TESTS + " -k 'slopes'",
+    ),
+    Mutant(
+        "double_backward_takes_the_kernels_gradient",
+        _OP,
+        "if torch.is_grad_enabled() and not torch.compiler.is_compiling():",
+        "if False:",
+        _OP_TESTS,
+    ),
+    Mutant(
+        "needed_gradients_shifted_by_one",
+        _OP,
+        "needs = ctx.needs_input_grad[1:]",
+        "needs = (*ctx.needs_input_grad[2:], False)",
+        _OP_TESTS,
+    ),
+    Mutant(
+        "saved_tensors_in_another_order",
+        _OP,
+        "for i, value in zip(saved, kept, strict=False):",
+        "for i, value in zip(saved[::-1], kept, strict=False):",
+        _CONFORMANCE + " -k 'gated_act-fp32-gradients'",
+    ),
+    Mutant(
+        "autocast_reaches_the_kernels",
+        _OP,
+        'if self.spec.autocast == "low":',
+        "if True:",
+        _OP_TESTS + " -k TestAutocast",
     ),
 )

@@ -6,7 +6,8 @@
 
 A mutant replaces a piece of source text while its module is imported; no file is changed. It runs
 in a process of its own with the tests that should notice it, and is killed if one of them fails.
-A mutant whose text is no longer in the source is an error, not a success.
+A mutant whose text is not in the source exactly once, or whose module or tests do not run, is an
+error, not a success.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import argparse
 import importlib.util
 import linecache
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
@@ -27,7 +31,13 @@ from types import CodeType, ModuleType
 
 VARIABLE = "TRILITH_MUTANT"
 ROOT = Path(__file__).resolve().parents[2]
-TESTS_FAILED = 1
+TESTS_PASSED, TESTS_FAILED = 0, 1
+# What a mutant that is no longer valid Python or Triton fails with: no test noticed anything.
+_BROKEN = re.compile(r"^E +\S*(SyntaxError|NameError|CompilationError|StaleMutant)", re.M)
+
+
+class StaleMutant(Exception):
+    """The text that a mutant replaces is not in the source exactly once."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,12 @@ class Mutant:
     new: str
     tests: str
 
+    def applied_to(self, source: str) -> str:
+        found = source.count(self.old)
+        if found != 1:
+            raise StaleMutant(f"{self.name}: its text is {found} times in {self.module}")
+        return source.replace(self.old, self.new)
+
 
 class _Loader(SourceFileLoader):
     def __init__(self, fullname: str, path: str, mutant: Mutant) -> None:
@@ -49,11 +65,7 @@ class _Loader(SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
         source = self.get_source(fullname)
         assert source is not None
-        if self.mutant.old not in source:
-            raise RuntimeError(
-                f"mutant {self.mutant.name}: its text is not in {self.mutant.module}"
-            )
-        source = source.replace(self.mutant.old, self.mutant.new)
+        source = self.mutant.applied_to(source)
         # Triton reads a kernel's source through linecache, which looks up files that exist again.
         filename = f"<mutant {self.mutant.name}> {self.path}"
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
@@ -96,31 +108,52 @@ def _by_name() -> dict[str, Mutant]:
     return {mutant.name: mutant for mutant in MUTANTS}
 
 
-def _run(mutant: Mutant) -> tuple[Mutant, str, float]:
-    start = time.perf_counter()
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        + mutant.tests.split(),
+def stale(mutant: Mutant) -> str | None:
+    """What is wrong where the mutant's text must be found anew."""
+    found = importlib.util.find_spec(mutant.module)
+    assert found is not None
+    assert found.origin is not None
+    try:
+        mutant.applied_to(Path(found.origin).read_text())
+    except StaleMutant as error:
+        return str(error)
+    return None
+
+
+def run(mutant: Mutant) -> tuple[str, str]:
+    """The verdict (killed, SURVIVED or ERROR), and the test that noticed or what went wrong."""
+    wrong = stale(mutant)
+    if wrong is not None:
+        return "ERROR", wrong
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=short"]
+        + shlex.split(mutant.tests),
         cwd=ROOT,
-        env={**os.environ, VARIABLE: mutant.name, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, VARIABLE: mutant.name, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
     )
-    seconds = time.perf_counter() - start
-    if run.returncode == TESTS_FAILED and "its text is not in" not in run.stdout:
-        return mutant, "killed", seconds
-    if run.returncode == 0:
-        return mutant, "SURVIVED", seconds
-    return mutant, "ERROR\n" + run.stdout[-2000:] + run.stderr[-2000:], seconds
+    if done.returncode == TESTS_PASSED:
+        return "SURVIVED", mutant.tests
+    noticed = re.search(r"^FAILED (\S+)", done.stdout, re.M)
+    if done.returncode != TESTS_FAILED or noticed is None or _BROKEN.search(done.stdout):
+        return "ERROR", done.stdout[-2000:] + done.stderr[-2000:]
+    return "killed", noticed.group(1).rpartition("/")[2]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _timed(mutant: Mutant) -> tuple[Mutant, str, str, float]:
+    start = time.perf_counter()
+    verdict, told = run(mutant)
+    return mutant, verdict, told, time.perf_counter() - start
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", help="mutants to run; none for all")
     parser.add_argument("--list", action="store_true", help="only list them")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     known = _by_name()
     unknown = [name for name in options.names if name not in known]
     if unknown:
@@ -128,13 +161,13 @@ def main() -> int:
     chosen = [known[name] for name in options.names] or list(known.values())
     if options.list:
         for mutant in chosen:
-            print(f"{mutant.name:40} {mutant.module}")
+            print(f"{mutant.name:48} {mutant.module}")
         return 0
     killed = 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        for mutant, verdict, seconds in pool.map(_run, chosen):
+        for mutant, verdict, told, seconds in pool.map(_timed, chosen):
             killed += verdict == "killed"
-            print(f"{mutant.name:40} {seconds:6.1f} s  {verdict}", flush=True)
+            print(f"{mutant.name:48} {seconds:6.1f} s  {verdict}: {told}", flush=True)
     print(f"{len(chosen)} mutants, {killed} killed")
     return 0 if killed == len(chosen) else 1
 
