@@ -262,6 +262,20 @@ def test_halves_of_a_packed_projection_are_read_in_place():
     assert torch.equal(y, gated_act(gate.contiguous(), up.contiguous()))
 
 
+@pytest.mark.parametrize("which", ["gate", "up"])
+def test_gate_and_up_of_different_strides(which):
+    gate, up, dy = (randn(6, 40) for _ in range(3))
+    expected = [t.requires_grad_() for t in (gate.clone(), up.clone())]
+    y = gated_act(*expected)
+    moved = {"gate": gate, "up": up}
+    moved[which] = moved[which].mT.contiguous().mT
+    moved = [t.requires_grad_() for t in moved.values()]
+    assert torch.equal(gated_act(*moved), y)
+    found = torch.autograd.grad(gated_act(*moved), moved, dy)
+    for actual, plain in zip(found, torch.autograd.grad(y, expected, dy), strict=True):
+        assert torch.equal(actual, plain)
+
+
 def test_gradients_of_packed_halves_are_contiguous():
     packed = randn(3, 64)
     gate, up = (t.detach().requires_grad_() for t in packed.chunk(2, dim=-1))

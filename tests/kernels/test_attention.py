@@ -198,6 +198,14 @@ def test_head_dims(D, Dv, dtype):
     check(call(*qkv(33, 34, D, Dv, B=1, Hkv=1, dtype=dtype), right=0))
 
 
+@pytest.mark.parametrize("function", [attention, scaled_dot_product_attention])
+@pytest.mark.parametrize("D", [1, 3, 17, 40])
+def test_the_default_scale_is_of_the_head_dim(function, D):
+    q, k, v = qkv(5, 7, D)
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    torch.testing.assert_close(function(q, k, v).double(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("Hkv", [1, 2, 6])
 def test_grouped_heads_equal_repeated_ones(Hkv):
     q, k, v = qkv(7, 40, H=6, Hkv=Hkv)

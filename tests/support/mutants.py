@@ -120,32 +120,50 @@ def stale(mutant: Mutant) -> str | None:
     return None
 
 
+def _pytest(arguments: Sequence[str], mutant: str | None) -> subprocess.CompletedProcess[str]:
+    variables = {"OMP_NUM_THREADS": "1"} | ({} if mutant is None else {VARIABLE: mutant})
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def _failed(output: str) -> list[str]:
+    return re.findall(r"^FAILED (.+?)(?: - .*)?$", output, re.M)
+
+
 def run(mutant: Mutant) -> tuple[str, str]:
     """The verdict (killed, SURVIVED or ERROR), and the test that noticed or what went wrong."""
     wrong = stale(mutant)
     if wrong is not None:
         return "ERROR", wrong
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=short"]
-        + shlex.split(mutant.tests),
-        cwd=ROOT,
-        env={**os.environ, VARIABLE: mutant.name, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    done = _pytest(["-x", *shlex.split(mutant.tests)], mutant.name)
     if done.returncode == TESTS_PASSED:
         return "SURVIVED", mutant.tests
-    noticed = re.search(r"^FAILED (\S+)", done.stdout, re.M)
-    if done.returncode != TESTS_FAILED or noticed is None or _BROKEN.search(done.stdout):
+    noticed = _failed(done.stdout)
+    if done.returncode != TESTS_FAILED or not noticed or _BROKEN.search(done.stdout):
         return "ERROR", done.stdout[-2000:] + done.stderr[-2000:]
-    return "killed", noticed.group(1).rpartition("/")[2]
+    return "killed", noticed[0]
 
 
-def _timed(mutant: Mutant) -> tuple[Mutant, str, str, float]:
+def failing_anyway(tests: Sequence[str]) -> set[str]:
+    """Those of the tests that fail without any mutant, and so notice nothing."""
+    if not tests:
+        return set()
+    done = _pytest(list(dict.fromkeys(tests)), None)
+    if done.returncode not in (TESTS_PASSED, TESTS_FAILED):
+        raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
+    return set(_failed(done.stdout))
+
+
+def _timed(mutant: Mutant) -> tuple[str, str, float]:
     start = time.perf_counter()
     verdict, told = run(mutant)
-    return mutant, verdict, told, time.perf_counter() - start
+    return verdict, told, time.perf_counter() - start
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,13 +179,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [known[name] for name in options.names] or list(known.values())
     if options.list:
         for mutant in chosen:
-            print(f"{mutant.name:48} {mutant.module}")
+            print(f"{mutant.name:52} {mutant.module}")
         return 0
-    killed = 0
+    noticed: dict[str, str] = {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        for mutant, verdict, told, seconds in pool.map(_timed, chosen):
-            killed += verdict == "killed"
-            print(f"{mutant.name:48} {seconds:6.1f} s  {verdict}: {told}", flush=True)
+        for mutant, (verdict, told, seconds) in zip(chosen, pool.map(_timed, chosen), strict=True):
+            if verdict == "killed":
+                noticed[mutant.name] = told
+            print(f"{mutant.name:52} {seconds:5.1f} s  {verdict}: {told}", flush=True)
+    failing = failing_anyway(list(noticed.values()))
+    for name, test in noticed.items():
+        if test in failing:
+            print(f"{name}: ERROR: without the mutant {test} fails too")
+    killed = sum(test not in failing for test in noticed.values())
     print(f"{len(chosen)} mutants, {killed} killed")
     return 0 if killed == len(chosen) else 1
 
