@@ -148,6 +148,7 @@ def scaled_dot_product_attention(
     """
     batch = _common_batch(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if batch is None:
+        _require_one_length(key, value)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -162,6 +163,17 @@ def scaled_dot_product_attention(
         *("top_left", -1, 0 if is_causal else -1, False),
     )
     return out.reshape(*batch, *out.shape[2:])
+
+
+def _require_one_length(key: Tensor, value: Tensor) -> None:
+    """torch's own function does not check it on the CPU, and reads past the end of the values."""
+    tensors = [t for t in (key, value) if isinstance(t, Tensor) and t.ndim >= 2 and not t.is_nested]
+    lengths = [t.shape[-2] for t in tensors]
+    if len(set(lengths)) > 1:
+        raise RuntimeError(
+            f"scaled_dot_product_attention: key and value must have one length, got {lengths[0]} "
+            f"and {lengths[1]}"
+        )
 
 
 def _attend(

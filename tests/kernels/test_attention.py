@@ -218,7 +218,7 @@ REGIMES = {
     "mean_1e4": (lambda x: x + 1e4, 1e4),
     "std_1e-4": (lambda x: x * 1e-4, 1.0),
     "constant": (lambda x: torch.ones_like(x) * 3, 1.0),
-    "confident": (lambda x: x * 2.5, 1.0),
+    "confident": (lambda x: x * 6, 1.0),
     "largest_half": (lambda x: torch.sign(x) * 6e4, 6e4),
 }
 
@@ -233,6 +233,28 @@ def regimes():
                     )
 
 
+@pytest.fixture
+def sums_in_one_order(monkeypatch):
+    """A product the other way round has the same bits, as on a GPU, which sums along the inner dim.
+
+    numpy does not, and where scores are large, a key that has all the weight then no longer has
+    exactly 1 in backward.
+    """
+    if DEVICE != "cpu":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def dot(self, a, b, c, *options):
+        total = c.data.copy()
+        for i in range(a.data.shape[1]):
+            column, row = a.data[:, i, None], b.data[None, i]
+            total += column.astype(total.dtype) * row.astype(total.dtype)
+        return TensorHandle(total, c.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+
+
+@pytest.mark.usefixtures("sums_in_one_order")
 @pytest.mark.parametrize(("regime", "which", "dtype"), list(regimes()))
 def test_regimes(regime, which, dtype):
     """Scores stay in exp's range and score gradients in fp16's: the rest has any magnitude."""
@@ -511,7 +533,6 @@ DEVIATIONS = {
     "mask_shape": lambda q, k, v: ((q, k, v, torch.ones(3, 3)), {}),
     "probability": lambda q, k, v: ((q, k, v, None, 1.5), {}),
     "heads": lambda q, k, v: ((q, k[:, :2], v[:, :2]), {"enable_gqa": True}),
-    "lengths": lambda q, k, v: ((q, k, v[:, :, :3]), {}),
     "head_dims": lambda q, k, v: ((q, k[..., :3], v), {}),
     "no_tensor": lambda q, k, v: ((q, 3, v), {}),
     "integers": lambda q, k, v: ((q.int(), k.int(), v.int()), {}),
@@ -527,6 +548,13 @@ def test_drop_in_raises_what_torch_raises(deviation):
         F.scaled_dot_product_attention(*args, **given)
     with pytest.raises(torchs.type):
         scaled_dot_product_attention(*args, **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
+def test_drop_in_never_reads_past_the_values(dtype):
+    q, k, v = qkv(5, 7, dtype=dtype)
+    with pytest.raises(RuntimeError, match="must have one length, got 7 and 3"):
+        scaled_dot_product_attention(q, k, v[:, :, :3])
 
 
 BAD_CALLS = {
