@@ -8,8 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from trilith.plugins import _compare, _interpreter, selection
-from trilith.plugins.conformance import CHECKS, NUMERIC_CHECKS, Check, samples_of
+from trilith.plugins import selection
+from trilith.plugins.conformance import (
+    CHECKS,
+    NUMERIC_CHECKS,
+    Check,
+    compare,
+    interpreter,
+    samples_of,
+)
 from trilith.plugins.manager import Manager
 from trilith.plugins.op import Op
 
@@ -119,7 +126,7 @@ def run_check(op: Op, provider: str, check: Check, device: torch.device, dtype: 
 
     A sample that the implementation's `supports` refuses is passed over.
     """
-    _interpreter.apply()
+    interpreter.apply()
     samples = samples_of(op, device, dtype)
     if not samples:
         raise AssertionError(f"{op.spec.name}: samples() gave none for {dtype}")
@@ -148,14 +155,14 @@ def check_op(op: Op, device: torch.device | None = None) -> Iterator[Row]:
 def _row(op: Op, provider: str, check: Check, device: torch.device) -> Row:
     count, reason, begun = 0, "", time.perf_counter()
     shares: list[float] = []
-    _compare.observers.append(shares.append)
+    compare.observers.append(shares.append)
     try:
         for dtype in checks_for(op, provider, check):
             count += run_check(op, provider, check, device, dtype)
     except Exception as error:
         reason = str(error) or type(error).__name__
     finally:
-        _compare.observers.remove(shares.append)
+        compare.observers.remove(shares.append)
     seconds = time.perf_counter() - begun
     figure = f"{max(shares):.0%} of bound" if shares else f"{count} samples"
     figure = f"{figure}, {seconds:.1f} s"

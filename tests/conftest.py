@@ -36,7 +36,7 @@ def seeded():
 @pytest.fixture
 def poison():
     """`torch.empty` and its kin give NaN (integers: their maximum) in this test."""
-    from trilith.plugins._compare import poisoned
+    from trilith.plugins.conformance.compare import poisoned
 
     with poisoned():
         yield

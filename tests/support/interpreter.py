@@ -1,5 +1,5 @@
 """Triton's interpreter with the conformance kit's corrections."""
 
-from trilith.plugins._interpreter import apply
+from trilith.plugins.conformance.interpreter import apply
 
 __all__ = ["apply"]

@@ -1,6 +1,6 @@
 """The layouts that an argument may come in, as functions of a tensor."""
 
-from trilith.plugins._layouts import (
+from trilith.plugins.conformance.layouts import (
     EXPANDED,
     LAYOUTS,
     contiguous,

@@ -1,0 +1,73 @@
+"""The checks that every op passes, ours and third parties': numbers, gradients, layouts, tracing.
+
+Each check is a function of (op, sample, device, dtype) that raises AssertionError with the op, the
+sample and what was wrong; `CHECKS` holds all of them. A check that does not apply to a sample
+returns. The reference in float64 is the measure; the same reference in the sample's dtypes is the
+yardstick for how much rounding is fair.
+
+Example:
+    for sample in samples_of(op, device, dtype):
+        for check in CHECKS:
+            check(op, sample, device, dtype)
+"""
+
+from trilith.plugins.conformance.memory import (
+    every_element_is_written,
+    input_layouts,
+    nothing_is_written_to,
+    offsets_beyond_32_bits,
+    upstream_layouts,
+)
+from trilith.plugins.conformance.numbers import (
+    backward_twice,
+    double_backward,
+    empty_tensors,
+    forward_matches_reference,
+    gradient_subsets,
+    gradients_match_reference,
+    runs_are_bit_equal,
+    unused_outputs,
+)
+from trilith.plugins.conformance.support import Check, backward_arguments, floating, samples_of
+from trilith.plugins.conformance.transforms import (
+    autocast,
+    checkpointing,
+    compiles,
+    compiles_dynamic,
+    compiles_with_inductor,
+    fakes_are_exact,
+    functorch_transforms,
+    inference_mode,
+    opcheck,
+)
+
+__all__ = ["CHECKS", "NUMERIC_CHECKS", "Check", "backward_arguments", "floating", "samples_of"]
+
+NUMERIC_CHECKS: tuple[Check, ...] = (
+    forward_matches_reference,
+    gradients_match_reference,
+    every_element_is_written,
+)
+
+CHECKS: tuple[Check, ...] = (
+    *NUMERIC_CHECKS,
+    gradient_subsets,
+    unused_outputs,
+    input_layouts,
+    upstream_layouts,
+    offsets_beyond_32_bits,
+    nothing_is_written_to,
+    backward_twice,
+    runs_are_bit_equal,
+    empty_tensors,
+    double_backward,
+    functorch_transforms,
+    fakes_are_exact,
+    autocast,
+    checkpointing,
+    inference_mode,
+    opcheck,
+    compiles,
+    compiles_dynamic,
+    compiles_with_inductor,
+)

@@ -1,0 +1,216 @@
+"""Checks of values: outputs and gradients against the reference, and against themselves."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trilith.plugins.conformance.compare import assert_bits, assert_near, assert_same
+from trilith.plugins.conformance.support import (
+    as_tuple,
+    assert_all_same,
+    both,
+    bound,
+    differentiable,
+    fixed_upstream,
+    floating,
+    gradients_of,
+    has_gradient,
+    in_float64,
+    name_of,
+    named_check,
+    with_grad,
+)
+from trilith.plugins.op import Op
+from trilith.plugins.spec import Sample
+
+_COMBINED_AT_MOST = 4
+
+
+@named_check
+def forward_matches_reference(
+    op: Op, sample: Sample, device: torch.device, dtype: torch.dtype
+) -> None:
+    args = bound(op, sample)
+    expected = as_tuple(op.spec.reference(*in_float64(args)))
+    eager = as_tuple(op.spec.reference(*args))
+    actual = as_tuple(op(*args))
+    assert len(actual) == len(expected), f"{len(actual)} outputs, the reference has {len(expected)}"
+    for i, (a, e, p) in enumerate(zip(actual, expected, eager, strict=True)):
+        assert a.dtype == p.dtype, f"output {i}: dtype {a.dtype}, the reference gives {p.dtype}"
+        assert a.device == p.device, f"output {i}: on {a.device}, the reference on {p.device}"
+        assert_near(f"output {i}", a, e, p)
+
+
+@named_check
+def gradients_match_reference(
+    op: Op, sample: Sample, device: torch.device, dtype: torch.dtype
+) -> None:
+    args = bound(op, sample)
+    if not has_gradient(op, args):
+        return
+    upstream = fixed_upstream(op, args)
+    _, expected = gradients_of(op.spec.reference, in_float64(args), upstream)
+    _, eager = gradients_of(op.spec.reference, args, upstream)
+    _, actual = gradients_of(op, args, upstream)
+    for i, a, e, p in zip(floating(args), actual, expected, eager, strict=True):
+        what = f"gradient of {name_of(op, i)}"
+        assert a.dtype == args[i].dtype, f"{what}: dtype {a.dtype}, the input has {args[i].dtype}"
+        assert_near(what, a, e, p)
+
+
+@named_check
+def gradient_subsets(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    args = bound(op, sample)
+    if not has_gradient(op, args):
+        return
+    inputs = floating(args)
+    upstream = fixed_upstream(op, args)
+    outputs, full = gradients_of(op, args, upstream)
+    gradient = dict(zip(inputs, full, strict=True))
+    sizes = range(len(inputs)) if len(inputs) <= _COMBINED_AT_MOST else (0, 1, len(inputs) - 1)
+    for size in sizes:
+        for wanted in itertools.combinations(inputs, size):
+            actual = gradients_of(op, args, upstream, wanted)
+            names = ", ".join(name_of(op, i) for i in wanted) or "nothing"
+            expected = outputs, [gradient[i] for i in wanted]
+            assert_all_same(f"only {names} requires grad", op, wanted, actual, expected)
+
+
+@named_check
+def unused_outputs(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """Where only some of the outputs reach the loss, the others count as zero."""
+    args = bound(op, sample)
+    if not has_gradient(op, args) or op.spec.outputs == 1:
+        return
+    inputs = floating(args)
+    upstream = fixed_upstream(op, args)
+    for used in range(op.spec.outputs):
+        leaves = with_grad(args, inputs)
+        output = as_tuple(op(*leaves))[used]
+        if not output.requires_grad:
+            continue
+        wanted = [leaves[i] for i in inputs]
+        actual = torch.autograd.grad(output, wanted, upstream[used], allow_unused=True)
+        silent = [g if i == used else torch.zeros_like(g) for i, g in enumerate(upstream)]
+        _, expected = gradients_of(op.spec.reference, args, silent)
+        for i, a, e in zip(inputs, actual, expected, strict=True):
+            a = torch.zeros_like(e) if a is None else a
+            assert_same(f"only output {used} is used: gradient of {name_of(op, i)}", a, e)
+
+
+@named_check
+def backward_twice(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """With retain_graph: the same again is bit-equal, and twice the upstream gives twice."""
+    args = bound(op, sample)
+    if not has_gradient(op, args):
+        return
+    inputs = floating(args)
+    leaves = with_grad(args, inputs)
+    outputs = as_tuple(op(*leaves))
+    used = differentiable(outputs)
+    if not used:
+        return
+    upstream = [torch.randn_like(outputs[i]) for i in used]
+
+    def pull(scale: float) -> list[Tensor]:
+        found = torch.autograd.grad(
+            [outputs[i] for i in used],
+            [leaves[i] for i in inputs],
+            [scale * g for g in upstream],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        zeros = [torch.zeros_like(args[i]) for i in inputs]
+        return [z if g is None else g.clone() for g, z in zip(found, zeros, strict=True)]
+
+    first, half, again = pull(1.0), pull(0.5), pull(1.0)
+    for i, f, h, a in zip(inputs, first, half, again, strict=True):
+        assert_bits(f"gradient of {name_of(op, i)} in a second backward", a, f)
+        assert_same(f"gradient of {name_of(op, i)} at half the upstream", 2 * h, f)
+
+
+@named_check
+def runs_are_bit_equal(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    args = bound(op, sample)
+    upstream = fixed_upstream(op, args)
+    first = both(op, args, upstream)
+    for _ in range(50 if device.type == "cuda" else 2):
+        again = both(op, args, upstream)
+        for i, (a, f) in enumerate(zip(again[0], first[0], strict=True)):
+            assert_bits(f"output {i}, from run to run,", a, f)
+        for i, a, f in zip(floating(args), again[1], first[1], strict=True):
+            assert_bits(f"gradient of {name_of(op, i)}, from run to run,", a, f)
+
+
+@named_check
+def empty_tensors(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """With a leading dimension of 0: the reference's outputs, and gradients exactly 0."""
+    args = bound(op, sample)
+    lead = op._lead(tuple(args))
+    if lead.ndim < 2 or lead.shape[0] < 2:
+        return
+    inputs = floating(args)
+    emptied = [
+        a[:0] if isinstance(a, Tensor) and a.ndim and a.shape[0] == lead.shape[0] else a
+        for a in args
+    ]
+    try:
+        expected = as_tuple(op.spec.reference(*emptied))
+    except (RuntimeError, ValueError, IndexError):
+        return
+    outputs, gradients = both(op, emptied, [torch.ones_like(o) for o in expected])
+    for i, (o, e) in enumerate(zip(outputs, expected, strict=True)):
+        assert_same(f"output {i} of empty tensors", o, e)
+    for i, g in zip(inputs, gradients, strict=True):
+        what = f"gradient of {name_of(op, i)} of empty tensors"
+        assert g.shape == emptied[i].shape, f"{what}: shape {g.shape}, not {emptied[i].shape}"
+        assert (g == 0).all(), f"{what} must be 0, got {g.flatten()[:4].tolist()}"
+
+
+@named_check
+def double_backward(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """Second derivatives: those of the reference in float64."""
+    args = bound(op, sample)
+    if not has_gradient(op, args):
+        return
+    upstream = fixed_upstream(op, args)
+    weights = [torch.randn_like(args[i]) for i in floating(args)]
+    expected = _second(op.spec.reference, in_float64(args), upstream, weights)
+    eager = _second(op.spec.reference, args, upstream, weights)
+    actual = _second(op, args, upstream, weights)
+    names = [name_of(op, i) for i in floating(args)]
+    names += [f"grad_output {i}" for i in range(len(actual) - len(names))]
+    for name, a, e, p in zip(names, actual, expected, eager, strict=True):
+        assert_near(f"second derivative by {name}", a, e, p)
+
+
+def _second(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    upstream: Sequence[Tensor],
+    weights: Sequence[Tensor],
+) -> list[Tensor]:
+    """Gradients of sum(weights * first gradients), by the inputs and by the upstream."""
+    inputs = floating(args)
+    leaves = with_grad(args, inputs)
+    outputs = as_tuple(function(*leaves))
+    used = differentiable(outputs)
+    pulled = [upstream[i].to(outputs[i].dtype).detach().requires_grad_() for i in used]
+    wanted = [leaves[i] for i in inputs]
+    first = torch.autograd.grad(
+        [outputs[i] for i in used], wanted, pulled, create_graph=True, allow_unused=True
+    )
+    terms = [
+        (g * w).sum() for g, w in zip(first, weights, strict=True) if g is not None and g.grad_fn
+    ]
+    by = [*wanted, *pulled]
+    if not terms:
+        return [torch.zeros_like(t) for t in by]
+    found = torch.autograd.grad(functools.reduce(torch.add, terms), by, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, by, strict=True)]

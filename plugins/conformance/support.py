@@ -1,0 +1,155 @@
+"""What checks are made of: an op's samples, calls and gradients, and failures that say where."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trilith.plugins.conformance.compare import assert_same
+from trilith.plugins.op import Op
+from trilith.plugins.spec import Sample
+
+Check = Callable[[Op, Sample, torch.device, torch.dtype], None]
+
+
+def samples_of(op: Op, device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    """The op's samples, the same ones each time."""
+    torch.manual_seed(0)
+    return list(op.spec.samples(device, dtype))
+
+
+def backward_arguments(
+    op: Op, args: Sequence[Any], provider: str, results: Sequence[Tensor], grads: Sequence[Any]
+) -> tuple[Any, ...]:
+    """What `op.backward_op` is called with after a forward that gave `results`."""
+    spec = op.spec
+    inputs = [None if i in op._tensors and i not in op._saved else a for i, a in enumerate(args)]
+    kept = list(results if spec.save_outputs else results[spec.outputs :])
+    needs = [i in floating(args) for i in range(len(args))]
+    sources = {} if spec.shared_gradients is None else spec.shared_gradients(*inputs)
+    return (*grads, *inputs, kept, provider, op._asked(needs, sources))
+
+
+def floating(args: Sequence[Any]) -> list[int]:
+    """Positions of the floating-point tensors."""
+    return [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+
+
+def named_check(function: Check) -> Check:
+    """Names the op, the sample and the check in whatever goes wrong."""
+
+    @functools.wraps(function)
+    def checked(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+        torch.manual_seed(1)
+        try:
+            function(op, sample, device, dtype)
+        except Exception as error:
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            raise AssertionError(
+                f"{op.spec.name}({sample}): {function.__name__}: {kind}{error}"
+            ) from error
+
+    return checked
+
+
+def bound(op: Op, sample: Sample) -> list[Any]:
+    return list(op._bind(sample.args, sample.kwargs))
+
+
+def as_tuple(outputs: Any) -> tuple[Any, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def with_grad(args: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
+    """The arguments, those wanted as leaves that require grad, all in their own layouts."""
+    return [a.detach().requires_grad_() if i in wanted else a for i, a in enumerate(args)]
+
+
+def differentiable(outputs: Sequence[Tensor]) -> list[int]:
+    return [i for i, o in enumerate(outputs) if o.is_floating_point() and o.requires_grad]
+
+
+def random_like(outputs: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.randn_like(o) if o.is_floating_point() else o for o in outputs]
+
+
+def gradients_of(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    upstream: Sequence[Tensor] | None = None,
+    wanted: Sequence[int] | None = None,
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Outputs, and one gradient per wanted input (zeros where there is none)."""
+    wanted = floating(args) if wanted is None else wanted
+    leaves = with_grad(args, wanted)
+    outputs = as_tuple(function(*leaves))
+    used = differentiable(outputs)
+    if upstream is None:
+        upstream = random_like(outputs)
+    if not used or not wanted:
+        return outputs, [torch.zeros_like(args[i]) for i in wanted]
+    found = torch.autograd.grad(
+        [outputs[i] for i in used],
+        [leaves[i] for i in wanted],
+        [upstream[i].to(outputs[i].dtype) for i in used],
+        allow_unused=True,
+    )
+    zeros = (torch.zeros_like(args[i]) for i in wanted)
+    gradients = [z if g is None else g for g, z in zip(found, zeros, strict=True)]
+    return tuple(o.detach() for o in outputs), gradients
+
+
+def in_float64(args: Sequence[Any]) -> list[Any]:
+    chosen = floating(args)
+    return [a.detach().double() if i in chosen else a for i, a in enumerate(args)]
+
+
+def fixed_upstream(op: Op, args: Sequence[Any]) -> list[Tensor]:
+    """Gradients of the outputs: the same for the op and its reference."""
+    with torch.no_grad():
+        return random_like(as_tuple(op(*args)))
+
+
+def both(op: Op, args: Sequence[Any], upstream: Sequence[Tensor]) -> Any:
+    if has_gradient(op, args):
+        return gradients_of(op, args, upstream)
+    return as_tuple(op(*args)), [torch.zeros_like(args[i]) for i in floating(args)]
+
+
+def both_of(
+    function: Callable[..., Any], op: Op, args: Sequence[Any], upstream: Sequence[Tensor]
+) -> Any:
+    if has_gradient(op, args):
+        return gradients_of(function, args, upstream)
+    return as_tuple(function(*args)), [torch.zeros_like(args[i]) for i in floating(args)]
+
+
+def replaced(args: Sequence[Any], positions: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    merged = list(args)
+    for i, value in zip(positions, values, strict=True):
+        merged[i] = value
+    return merged
+
+
+def assert_all_same(what: str, op: Op, wanted: Sequence[int], actual: Any, expected: Any) -> None:
+    """Compares (outputs, gradients) with (outputs, gradients)."""
+    for i, (a, e) in enumerate(zip(actual[0], expected[0], strict=True)):
+        assert_same(f"{what}: output {i}", a, e)
+    for i, a, e in zip(wanted, actual[1], expected[1], strict=True):
+        assert_same(f"{what}: gradient of {name_of(op, i)}", a, e)
+
+
+def name_of(op: Op, position: int) -> str:
+    return list(op.signature.parameters)[position]
+
+
+def provider_of(op: Op, args: Sequence[Any]) -> str | None:
+    return op._provider(op._lead(tuple(args)), tuple(args))
+
+
+def has_gradient(op: Op, args: Sequence[Any]) -> bool:
+    return op.spec.backward is not None and bool(floating(args))

@@ -1,0 +1,216 @@
+"""Checks of PyTorch around an op: functorch, fake tensors, compile, autocast, checkpoint."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trilith.plugins.conformance.compare import assert_bits, assert_same
+from trilith.plugins.conformance.support import (
+    as_tuple,
+    assert_all_same,
+    backward_arguments,
+    both,
+    both_of,
+    bound,
+    fixed_upstream,
+    floating,
+    gradients_of,
+    has_gradient,
+    name_of,
+    named_check,
+    provider_of,
+    replaced,
+)
+from trilith.plugins.op import Op
+from trilith.plugins.spec import Sample
+
+
+@named_check
+def functorch_transforms(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """torch.func.grad and vmap give what plain calls give."""
+    args = bound(op, sample)
+    inputs = floating(args)
+    if not inputs:
+        return
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return as_tuple(op(*replaced(args, inputs, tensors)))
+
+    own = tuple(args[i] for i in inputs)
+    others = tuple(t.flip(0) if t.ndim else 2 * t for t in own)
+    stacked = tuple(torch.stack(pair) for pair in zip(own, others, strict=True))
+    for i, (batched, *plain) in enumerate(
+        zip(torch.vmap(call)(*stacked), call(*own), call(*others), strict=True)
+    ):
+        assert_same(f"output {i} under vmap", batched, torch.stack(plain))
+    if not has_gradient(op, args):
+        return
+    upstream = fixed_upstream(op, args)
+    outputs, plain = gradients_of(op, args, upstream)
+    used = [i for i, o in enumerate(outputs) if o.is_floating_point()]
+
+    def scalar(*tensors: Tensor) -> Tensor:
+        results = call(*tensors)
+        products = [(results[i].float() * upstream[i].float()).sum() for i in used]
+        return functools.reduce(torch.add, products)
+
+    found = torch.func.grad(scalar, argnums=tuple(range(len(own))))(*own)
+    for i, f, p in zip(inputs, found, plain, strict=True):
+        assert_same(f"gradient of {name_of(op, i)} under torch.func.grad", f, p)
+
+
+@named_check
+def fakes_are_exact(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """Shapes, dtypes and strides of what the ops return, and of what their fakes say."""
+    args = bound(op, sample)
+    provider = provider_of(op, args)
+    if provider is None:
+        return
+    results = op.forward_op(*args, provider)
+    _compare_with_fake("forward result", op.forward_op, (*args, provider), results)
+    if not has_gradient(op, args):
+        return
+    outputs = results[: op.spec.outputs]
+    grads = [torch.randn_like(o) if o.is_floating_point() else None for o in outputs]
+    call = backward_arguments(op, args, provider, results, grads)
+    gradients = op.backward_op(*call)
+    _compare_with_fake("gradient", op.backward_op, call, gradients)
+    asked = [i for i, ask in enumerate(call[-1]) if ask]
+    for i, gradient in zip(asked, gradients, strict=True):
+        what, like = f"gradient of {name_of(op, i)}", args[i]
+        assert gradient.dtype == like.dtype, f"{what}: dtype {gradient.dtype}, not {like.dtype}"
+        assert gradient.shape == like.shape, f"{what}: shape {gradient.shape}, not {like.shape}"
+
+
+def _compare_with_fake(
+    what: str, function: Any, args: Sequence[Any], real: Sequence[Tensor]
+) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = function(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, tuple(args)))
+    assert len(fake) == len(real), f"{what}s: {len(real)}, the fake says {len(fake)}"
+    for i, (f, r) in enumerate(zip(fake, real, strict=True)):
+        for aspect in ("shape", "dtype", "device"):
+            said, is_ = getattr(f, aspect), getattr(r, aspect)
+            assert said == is_, f"{what} {i}: {aspect} {is_}, the fake says {said}"
+        assert f.stride() == r.stride(), (
+            f"{what} {i} of shape {tuple(r.shape)}: strides {r.stride()}, the fake says "
+            f"{f.stride()}"
+        )
+
+
+@named_check
+def opcheck(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """torch.library.opcheck on the forward and the backward op."""
+    args = [a.detach() if isinstance(a, Tensor) else a for a in bound(op, sample)]
+    provider = provider_of(op, args)
+    if provider is None:
+        return
+    torch.library.opcheck(op.forward_op, (*args, provider))
+    if not has_gradient(op, args):
+        return
+    results = op.forward_op(*args, provider)
+    grads = [torch.randn_like(o) if o.is_floating_point() else None for o in results]
+    call = backward_arguments(op, args, provider, results, grads[: op.spec.outputs])
+    torch.library.opcheck(op.backward_op, call)
+
+
+def _compiled_equals_eager(op: Op, sample: Sample, **options: Any) -> None:
+    args = bound(op, sample)
+    inputs = floating(args)
+    upstream = fixed_upstream(op, args)
+
+    def call(*tensors: Any) -> tuple[Tensor, ...]:
+        return as_tuple(op(*replaced(args, inputs, tensors)))
+
+    def eager(*every: Any) -> tuple[Tensor, ...]:
+        return call(*[every[i] for i in inputs])
+
+    torch._dynamo.reset()
+    compiled_call = torch.compile(call, fullgraph=True, **options)
+
+    def compiled(*every: Any) -> tuple[Tensor, ...]:
+        return compiled_call(*[every[i] for i in inputs])
+
+    with torch.no_grad():
+        expected, actual = eager(*args), compiled(*args)
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert_same(f"compiled output {i} without gradients", a, e)
+    if has_gradient(op, args):
+        pairs = [gradients_of(f, args, upstream) for f in (compiled, eager)]
+        assert_all_same("compiled", op, inputs, *pairs)
+    torch._dynamo.reset()
+
+
+@named_check
+def compiles(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """torch.compile(fullgraph=True) up to the backend's input, static shapes."""
+    _compiled_equals_eager(op, sample, dynamic=False, backend="aot_eager")
+
+
+@named_check
+def compiles_dynamic(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """The same with every size a symbol."""
+    _compiled_equals_eager(op, sample, dynamic=True, backend="aot_eager")
+
+
+@named_check
+def compiles_with_inductor(
+    op: Op, sample: Sample, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Without Inductor's caches on disk: their keys do not see that a fake has changed."""
+    import torch._inductor.config as inductor
+
+    with inductor.patch(force_disable_caches=True):
+        _compiled_equals_eager(op, sample, dynamic=False, backend="inductor")
+
+
+@named_check
+def autocast(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """Under autocast to bfloat16 the op does what its spec says, inputs' gradients included."""
+    args = bound(op, sample)
+    inputs = floating(args)
+    lowered = args
+    if op.spec.autocast == "low":
+        low = [i for i in inputs if args[i].dtype != torch.float64]
+        lowered = replaced(args, low, [args[i].to(torch.bfloat16) for i in low])
+    upstream = fixed_upstream(op, lowered)
+
+    def cast(*every: Any) -> Any:
+        with torch.autocast(device.type, torch.bfloat16):
+            return op(*every)
+
+    actual = both_of(cast, op, args, upstream)
+    outputs, gradients = both(op, lowered, upstream)
+    gradients = [g.to(args[i].dtype) for i, g in zip(inputs, gradients, strict=True)]
+    assert_all_same("under autocast", op, inputs, actual, (outputs, gradients))
+
+
+@named_check
+def checkpointing(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """Recomputing the forward in backward gives the same bits."""
+    from torch.utils.checkpoint import checkpoint
+
+    args = bound(op, sample)
+    if not has_gradient(op, args):
+        return
+    upstream = fixed_upstream(op, args)
+    _, expected = gradients_of(op, args, upstream)
+    _, actual = gradients_of(lambda *a: checkpoint(op, *a, use_reentrant=False), args, upstream)
+    for i, a, e in zip(floating(args), actual, expected, strict=True):
+        assert_bits(f"gradient of {name_of(op, i)} by recomputation", a, e)
+
+
+@named_check
+def inference_mode(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    args = bound(op, sample)
+    expected = as_tuple(op(*args))
+    with torch.inference_mode():
+        actual = as_tuple(op(*args))
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert_same(f"output {i} in inference mode", a, e)
