@@ -16,8 +16,8 @@ _FLOOR = 1e-5
 _FEW = 32  # elements below which the reference's own worst error says little
 
 
-def assert_near(what: str, actual: Tensor, expected: Tensor, eager: Tensor) -> None:
-    """Errors within twice those of the reference in the same dtype (float32: ten times)."""
+def assert_near(what: str, actual: Tensor, expected: Tensor, *yardsticks: Tensor) -> None:
+    """Errors within twice those of the yardsticks (float32: ten times)."""
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
     if not actual.is_floating_point():
         assert torch.equal(actual, expected.to(actual.dtype)), f"{what}: differs from the reference"
@@ -30,12 +30,13 @@ def assert_near(what: str, actual: Tensor, expected: Tensor, eager: Tensor) -> N
     if not finite.any():
         return
     error = torch.where(finite, (actual.double() - expected).abs(), 0)
-    fair = torch.where(finite & eager.isfinite(), (eager.double() - expected).abs(), 0)
+    fair = torch.zeros_like(error)
+    for yardstick in yardsticks:
+        off = torch.where(finite & yardstick.isfinite(), (yardstick.double() - expected).abs(), 0)
+        fair = torch.maximum(fair, off)
     size = torch.where(finite, expected.abs(), 0)
     factor = 10 if actual.dtype == torch.float32 else 2
     floor = _FLOOR * min(1.0, size.max().item())
-    if actual.numel() < _FEW and actual.dtype != torch.float32:
-        floor += 4 * torch.finfo(actual.dtype).eps * size.max().item()
     unit = torch.finfo(actual.dtype).eps * size
     bound = factor * fair.max() + floor + unit
     _observe(error, bound)
