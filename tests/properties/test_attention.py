@@ -7,11 +7,29 @@ from hypothesis import strategies as st
 
 from tests.kernels.test_attention import eager
 from tests.support import strategies as draw
-from tests.support.compare import assert_like_eager
 from tests.support.devices import DEVICE
 from trilith.kernels import attention, scaled_dot_product_attention
 from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels.attention.op import OP
+
+ROUNDINGS = {torch.float32: 10.0, torch.float16: 2.0, torch.bfloat16: 2.0}
+
+
+def assert_fair(actual, expected, eager):
+    """Errors within twice eager's worst (float32: ten times); of few elements that says little."""
+    assert (actual.shape, actual.dtype) == (expected.shape, eager.dtype)
+    dtype, finite = actual.dtype, expected.isfinite()
+    assert torch.equal(actual.isfinite(), finite)
+    assert torch.equal(actual[~finite].double(), expected[~finite])
+    actual, expected, eager = (t.double()[finite] for t in (actual, expected, eager.to(actual)))
+    if not actual.numel():
+        return
+    bound = ROUNDINGS[dtype] * (eager - expected).abs().max() + 1e-5 * max(1, expected.abs().max())
+    if actual.numel() < 64:
+        bound += 4 * torch.finfo(dtype).eps * expected.abs().max()
+    error = (actual - expected).abs().max()
+    assert error <= bound, f"error {error:.3g}, bound {bound:.3g}"
+
 
 lengths = st.sampled_from((1, 2, 3, 16, 17, 31, 33, 47, 65))
 dims = st.sampled_from((1, 3, 8, 16, 17, 24, 40, 64))
@@ -91,9 +109,9 @@ def test_attention(data, call, bhk, T, S, D, Dv):
 
     assert (result[0] if wants_lse else result).dtype == dtype
     for actual, e, fair in zip(outputs, outputs64, (out, lse), strict=False):
-        assert_like_eager(actual.detach(), e.detach(), fair)
+        assert_fair(actual.detach(), e.detach(), fair)
     for actual, e, fair in zip(found, expected, yardsticks, strict=True):
-        assert_like_eager(actual, e.reshape(actual.shape), fair.reshape(actual.shape))
+        assert_fair(actual, e.reshape(actual.shape), fair.reshape(actual.shape))
 
 
 @draw.bounded(16)
@@ -128,4 +146,4 @@ def test_scaled_dot_product_attention(data, call, lead, T, S, D, mask, grouped, 
         for output, inputs in ((actual, tensors), (expected, wide[:3]), (fair, tensors))
     ]
     for a, e, f in zip(*results, strict=True):
-        assert_like_eager(a, e, f)
+        assert_fair(a, e, f)

@@ -1,11 +1,15 @@
 """The harness itself: comparison rules, layouts, poison, and the interpreter's bfloat16."""
 
+import re
+
 import pytest
 import torch
 
+from tests.support import mutants
 from tests.support.compare import assert_like_eager, assert_one_rounding, ulp
 from tests.support.devices import DEVICE, DTYPES, INTERPRETING, dtype_name
 from tests.support.layouts import EXPANDED, LAYOUTS, contiguous
+from tests.support.mutant_table import MUTANTS
 from trilith.kernels._runtime.language import tl, triton
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -217,3 +221,44 @@ class TestBfloat16:
         y = torch.empty(32, 32, device=DEVICE)
         _dot_kernel[(1,)](x, y, N=32)
         torch.testing.assert_close(y, x.float() @ x.float(), rtol=1e-3, atol=1e-3)
+
+
+class TestMutants:
+    @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+    def test_its_text_is_in_the_source_once(self, mutant):
+        assert mutants.stale(mutant) is None
+        assert mutant.old != mutant.new
+
+    def test_names_differ(self):
+        assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 28
+
+    @pytest.mark.parametrize("text", ["no such text", "import"], ids=["none", "several"])
+    def test_a_text_that_is_not_there_once_is_an_error(self, text):
+        mutant = mutants.Mutant("stale", "trilith.kernels.norms", text, "", "tests/kernels")
+        verdict, told = mutants.run(mutant)
+        assert verdict == "ERROR"
+        assert re.match(r"stale: its text is \d+ times in trilith.kernels.norms", told)
+
+    def test_a_module_that_is_imported_already_cannot_be_mutated(self):
+        import trilith.kernels._norm_kernels  # noqa: F401
+
+        with pytest.raises(RuntimeError, match="_norm_kernels is imported already"):
+            mutants.install(MUTANTS[0].name)
+
+    @pytest.mark.parametrize(
+        ("verdict", "failing", "status", "last"),
+        [
+            ("killed", set(), 0, "1 mutants, 1 killed"),
+            ("SURVIVED", set(), 1, "1 mutants, 0 killed"),
+            ("ERROR", set(), 1, "1 mutants, 0 killed"),
+            ("killed", {"a test"}, 1, "1 mutants, 0 killed"),
+        ],
+        ids=["killed", "survived", "error", "its test fails anyway"],
+    )
+    def test_only_mutants_that_a_sound_test_kills_pass(
+        self, verdict, failing, status, last, monkeypatch, capsys
+    ):
+        monkeypatch.setattr(mutants, "run", lambda mutant: (verdict, "a test"))
+        monkeypatch.setattr(mutants, "failing_anyway", lambda tests: failing)
+        assert mutants.main([MUTANTS[0].name]) == status
+        assert capsys.readouterr().out.splitlines()[-1] == last
