@@ -12,7 +12,7 @@ TABLES := --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint bench counted gpu env clean
+.PHONY: train test lint bench counted mutants gpu env clean
 
 train: env
 	$(RUN) -m examples.train_lm $(ARGS)
@@ -33,6 +33,9 @@ bench: env
 
 counted: env
 	$(RUN) -m perf.counted --check $(ARGS)
+
+mutants: env
+	$(RUN) -m tests.support.mutants $(ARGS)
 
 # Results are written family by family: `make gpu FAMILY="attention block"` runs only those.
 gpu: env
