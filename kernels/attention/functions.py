@@ -106,7 +106,10 @@ def attention(
         *(q, k, v, bias, key_padding_mask, slopes, sinks),
         *(scale, softcap or 0.0, dropout_p, alignment, left, right, return_lse),
     )
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 def scaled_dot_product_attention(
@@ -192,7 +195,10 @@ def _attend(
     right: int,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The op; where no kernel runs and the lse is not wanted, torch's function for what it can."""
+    """The op; where no kernel runs and the lse is not wanted, torch's function for what it can.
+
+    Not for float64, which asks for second derivatives: torch's CPU kernel has none.
+    """
     terms = (key_mask, slopes, sinks)
     rest = (scale, softcap, p, alignment, left, right)
     if OP.runs_kernels(q, k, v, bias, *terms, None, *rest):
@@ -204,6 +210,7 @@ def _attend(
         seed = draw_seed(q) if p > 0 else None
         return OP(q, k, v, bias, *terms, seed, *rest)
     plain = all(t is None for t in terms) and softcap == 0 and left < 0 and right <= 0
+    plain = plain and q.dtype != torch.float64
     from_top = right < 0 or alignment == "top_left" or q.shape[2] == k.shape[2]
     if plain and from_top and not return_lse and not (right == 0 and bias is not None):
         gqa = q.shape[1] != k.shape[1]
