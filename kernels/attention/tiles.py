@@ -9,6 +9,7 @@ Scores are kept in base 2, that is times log2(e), so that probabilities are plai
 
 from __future__ import annotations
 
+from trilith.kernels._runtime.functors import ACTIVATIONS
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.random import keep_mask
 
@@ -16,6 +17,7 @@ from trilith.kernels._runtime.random import keep_mask
 NOT_SPECIALIZED = ("BH", "H", "heads_together", "low", "high", "diagonal")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+_tanh = ACTIVATIONS["tanh"].f
 
 
 @triton.jit
@@ -91,21 +93,6 @@ def store_rows(ptr, strides, rows, cols, M, N, value):
 
 
 @triton.jit
-def tanh(x):
-    """To 2**-22 of the value: a series near 0, where 1 - exp(-2|x|) would cancel."""
-    t = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - t) / (1.0 + t)
-    far = tl.where(x < 0, -far, far)
-    u = x * x
-    series = 2.1869488536e-2
-    series = -5.3968253968e-2 + u * series
-    series = 1.3333333333e-1 + u * series
-    series = -3.3333333333e-1 + u * series
-    near = x + x * u * series
-    return tl.where(u < 0.0625, near, far)
-
-
-@triton.jit
 def head_terms(pointers, strides, b, h):
     """The terms of `scores` at one batch entry and head, from (bias, key mask, slopes)."""
     bias_ptr, key_mask_ptr, slopes_ptr = pointers
@@ -144,7 +131,7 @@ def scores(
     T, S, D, DV = sizes
     low, high, diagonal = band
     if FLAGS[3]:
-        t = tanh(dots * (scalars[0] / scalars[1]))
+        t = _tanh(dots * (scalars[0] / scalars[1]))
         x = t * (scalars[1] * LOG2E)
         slope_of_cap = 1.0 - t * t
     else:
