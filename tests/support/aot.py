@@ -208,6 +208,13 @@ def _specialised(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) ->
     return compute_cache_key(key_cache, specialization, rest)
 
 
+def _innermost(error: BaseException) -> str:
+    """Triton wraps an error once for each function around it; the first one says what is wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"[:500]
+
+
 def examine(launch: Launch) -> Report:
     """Compile one launch and read its binary."""
     start = time.perf_counter()
@@ -217,7 +224,7 @@ def examine(launch: Launch) -> Report:
         with contextlib.redirect_stderr(sys.stdout):
             compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
     except Exception as error:
-        report.problems.append(f"does not compile: {type(error).__name__}: {error}"[:500])
+        report.problems.append(f"does not compile: {_innermost(error)}")
         return report
     report.shared = compiled.metadata.shared
     report.needs_mma = _needs_mma(compiled.asm["ttir"])
