@@ -7,6 +7,7 @@ the figures.
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,15 @@ from trilith.plugins import registry
 
 ROOT = Path(__file__).parents[1]
 
-# (kernel, architecture) -> (most bytes spilled, what was tried).
-SPILLS_ALLOWED: dict[tuple[str, str], tuple[int, str]] = {}
+# (kernel, architecture) -> (pattern of the variant, most bytes spilled, what was tried).
+_FP32_KEYS = (
+    "four IEEE products over 256 head dims, whose operands ptxas loads far ahead: fewer with tiles "
+    "of 16 and 8 warps than with 4 or 16 warps, tiles of 8 or 32, or keys and values loaded anew"
+)
+SPILLS_ALLOWED: dict[tuple[str, str], tuple[str, int, str]] = {
+    ("attention_bwd_dkdv_kernel", arch): (r"fp32\S* .*BLOCK_D=256 ", 400, _FP32_KEYS)
+    for arch in ("sm_80", "sm_90", "sm_100")
+}
 # (kernel, architecture) -> why no tensor-core instruction is there.
 NO_MMA_ALLOWED: dict[tuple[str, str], str] = {}
 
@@ -49,7 +57,8 @@ def survey(arch, report, *options):
 def excused(report, problem):
     key = (report["kernel"], report["arch"])
     if problem.startswith("spills"):
-        return report["spilled"] <= SPILLS_ALLOWED.get(key, (-1, ""))[0]
+        variants, most, _ = SPILLS_ALLOWED.get(key, ("", -1, ""))
+        return re.match(variants, report["variant"]) is not None and report["spilled"] <= most
     return problem.startswith("no MMA") and key in NO_MMA_ALLOWED
 
 

@@ -122,6 +122,7 @@ def _keys_loop(
             dots,
             offs_m[None, :],
             offs_n[:, None],
+            term_ptrs,
             terms,
             term_strides,
             sizes,

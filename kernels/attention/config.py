@@ -38,7 +38,7 @@ _HALF_SM80 = {
         256: (Tiles(16, 64, 16, 8, 2), Tiles(32, 32, 32, 8, 2)),
     },
     "dq": {
-        64: (Tiles(128, 64, 64, 8, 2), Tiles(128, 64, 64, 8, 2)),
+        64: (Tiles(128, 64, 64, 8, 2), Tiles(64, 64, 64, 8, 2)),
         128: (Tiles(64, 64, 64, 8, 2), Tiles(64, 64, 64, 8, 2)),
         256: (Tiles(64, 32, 32, 8, 2), Tiles(64, 32, 32, 8, 2)),
     },
@@ -72,9 +72,9 @@ _HALF_SM90 = {
 }
 _HALF_SM100 = {
     "fwd": {
-        64: (Tiles(128, 128, 64, 8, 2), Tiles(128, 128, 64, 8, 2)),
-        128: (Tiles(128, 128, 64, 8, 2), Tiles(128, 128, 64, 8, 2)),
-        256: (Tiles(128, 64, 32, 8, 2), Tiles(128, 32, 32, 8, 2)),
+        64: (Tiles(128, 128, 64, 8, 2), Tiles(128, 64, 64, 8, 2)),
+        128: (Tiles(128, 128, 64, 8, 2), Tiles(64, 64, 32, 8, 2)),
+        256: (Tiles(128, 64, 32, 8, 2), Tiles(64, 32, 16, 8, 2)),
     },
     "dkdv": {
         64: (Tiles(32, 128, 32, 8, 2), Tiles(32, 128, 32, 8, 2)),
@@ -114,7 +114,7 @@ _HALF_GFX942 = {
         256: (Tiles(16, 16, 16, 4, 1),) * 2,
     },
 }
-# IEEE products of float32 have no matrix instruction: small tiles, the same on every architecture.
+# IEEE products of float32 have no matrix instruction on NVIDIA, where all take the same tiles.
 _SINGLE = {
     "fwd": {
         64: (Tiles(64, 32, 32, 8, 1), Tiles(64, 32, 32, 8, 1)),
@@ -128,14 +128,19 @@ _SINGLE = {
     },
     "dq": {
         64: (Tiles(32, 32, 32, 4, 1), Tiles(32, 32, 32, 8, 1)),
-        128: (Tiles(32, 16, 16, 8, 1), Tiles(32, 32, 32, 8, 1)),
+        128: (Tiles(16, 16, 16, 8, 1), Tiles(32, 16, 16, 8, 1)),
         256: (Tiles(16, 16, 16, 8, 1), Tiles(16, 16, 16, 8, 1)),
     },
     "dbias": {
         64: (Tiles(32, 32, 32, 8, 1),) * 2,
-        128: (Tiles(32, 32, 32, 8, 1),) * 2,
+        128: (Tiles(16, 16, 16, 4, 1),) * 2,
         256: (Tiles(16, 16, 16, 4, 1),) * 2,
     },
+}
+_SINGLE_GFX942 = {
+    **_SINGLE,
+    "dkdv": {**_SINGLE["dkdv"], 256: (Tiles(16, 16, 16, 4, 1),) * 2},
+    "dq": {**_SINGLE["dq"], 256: (Tiles(16, 16, 16, 4, 1),) * 2},
 }
 _HALF = {"sm_80": _HALF_SM80, "sm_90": _HALF_SM90, "sm_100": _HALF_SM100, "gfx942": _HALF_GFX942}
 
@@ -144,7 +149,11 @@ def tiles_for(kernel: str, q: Tensor, block_d: int, block_dv: int, is_plain: boo
     """The tiles of `kernel` (fwd, dkdv, dq, dbias) for q's device and dtype."""
     if INTERPRETING and q.device.type == "cpu":
         return _INTERPRETED
-    table = _SINGLE if q.dtype == torch.float32 else _HALF[architecture(q.device)]
+    arch = architecture(q.device)
+    if q.dtype == torch.float32:
+        table = _SINGLE_GFX942 if arch == "gfx942" else _SINGLE
+    else:
+        table = _HALF[arch]
     plain, laden = table[kernel][max(64, block_d, block_dv)]
     return plain if is_plain else laden
 

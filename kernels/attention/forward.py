@@ -50,6 +50,7 @@ def _forward_loop(
     begin,
     end,
     row_offset,
+    term_ptrs,
     terms,
     term_strides,
     sizes,
@@ -70,8 +71,8 @@ def _forward_loop(
         and not NEGATIVE_SCALE
         and not FLAGS[2]
         and not FLAGS[3]
-        and terms[0] is None
-        and terms[1] is None
+        and term_ptrs[0] is None
+        and term_ptrs[1] is None
     )
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -89,6 +90,7 @@ def _forward_loop(
                 dots,
                 offs_m[:, None],
                 offs_n[None, :],
+                term_ptrs,
                 terms,
                 term_strides,
                 sizes,
@@ -211,6 +213,7 @@ def attention_fwd_kernel(
                 begin if phase == 0 else (full_begin if phase == 1 else full_end),
                 full_begin if phase == 0 else (full_end if phase == 1 else end),
                 bh * T,
+                term_ptrs,
                 terms,
                 term_strides,
                 sizes,

@@ -153,7 +153,7 @@ class _Call:
 
     def delta(self, out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
         block_dv = max(16, triton.next_power_of_2(out.shape[3]))
-        block_m = max(16, 4096 // block_dv)
+        block_m = max(16, 2048 // block_dv)
         delta = out.new_empty(out.shape[:3], dtype=torch.float32)
         launch(
             attention_delta_kernel,

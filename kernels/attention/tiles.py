@@ -94,16 +94,14 @@ def store_rows(ptr, strides, rows, cols, M, N, value):
 
 @triton.jit
 def head_terms(pointers, strides, b, h):
-    """The terms of `scores` at one batch entry and head, from (bias, key mask, slopes)."""
-    bias_ptr, key_mask_ptr, slopes_ptr = pointers
-    slope = 0.0
-    if bias_ptr is not None:
-        bias_ptr += b * strides[0][0] + h * strides[0][1]
-    if key_mask_ptr is not None:
-        key_mask_ptr += b * strides[1][0]
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + b * strides[2][0] + h * strides[2][1]).to(tl.float32)
-    return bias_ptr, key_mask_ptr, slope
+    """Where the bias and key mask of one batch entry and head begin, and its slope.
+
+    Offsets, for Triton 3.6 returns no tuple with a pointer that is None.
+    """
+    slope = b.to(tl.float32) * 0.0
+    if pointers[2] is not None:
+        slope = tl.load(pointers[2] + b * strides[2][0] + h * strides[2][1]).to(tl.float32)
+    return b * strides[0][0] + h * strides[0][1], b * strides[1][0], slope
 
 
 @triton.jit
@@ -111,6 +109,7 @@ def scores(
     dots,
     rows,
     cols,
+    pointers,
     terms,
     strides,
     sizes,
@@ -121,12 +120,13 @@ def scores(
 ):
     """(scores in base 2, d score / d (scale * dot)) of a tile of dot products q . k.
 
-    Only a MASKED tile looks at the band and at the end of the keys. `terms` is (bias pointer, key
-    mask pointer, slope) from `head_terms`, `strides` those of bias, key mask and slopes; `sizes` is
+    Only a MASKED tile looks at the band and at the end of the keys. `pointers` and `strides` are
+    those of bias, key mask and slopes, `terms` comes from `head_terms`; `sizes` is
     (T, S, D, DV), `band` (low, high, diagonal), `scalars` (scale, softcap, p, 1 / (1 - p)),
     FLAGS (HAS_LOW, HAS_HIGH, HAS_SLOPE, HAS_SOFTCAP).
     """
-    bias_ptr, key_mask_ptr, slope = terms
+    bias_ptr, key_mask_ptr, slopes_ptr = pointers
+    bias_start, key_mask_start, slope = terms
     bias_strides, key_mask_strides, slopes_strides = strides
     T, S, D, DV = sizes
     low, high, diagonal = band
@@ -141,14 +141,16 @@ def scores(
         x -= (slope * LOG2E) * tl.abs(rows + diagonal - cols).to(tl.float32)
     if bias_ptr is not None:
         offsets = rows.to(tl.int64) * bias_strides[2] + cols.to(tl.int64) * bias_strides[3]
-        bias = tl.load(bias_ptr + offsets, mask=(rows < T) & (cols < S), other=0)
+        bias = tl.load(bias_ptr + bias_start + offsets, mask=(rows < T) & (cols < S), other=0)
         if bias_ptr.dtype.element_ty == tl.int1:
             x = tl.where(bias, x, -float("inf"))
         else:
             x += bias.to(tl.float32) * LOG2E
     if key_mask_ptr is not None:
         kept = tl.load(
-            key_mask_ptr + cols.to(tl.int64) * key_mask_strides[1], mask=cols < S, other=0
+            key_mask_ptr + key_mask_start + cols.to(tl.int64) * key_mask_strides[1],
+            mask=cols < S,
+            other=0,
         )
         x = tl.where(kept, x, -float("inf"))
     if MASKED:
