@@ -15,8 +15,11 @@ from trilith.kernels.attention.op import OP
 ROUNDINGS = {torch.float32: 10.0, torch.float16: 2.0, torch.bfloat16: 2.0}
 
 
-def assert_fair(actual, expected, eager):
-    """Errors within twice eager's worst (float32: ten times); of few elements that says little."""
+def assert_fair(actual, expected, eager, rows=1):
+    """Errors within twice eager's worst (float32: ten times).
+
+    Of few elements that says little, least where they are sums over `rows` rows that cancel.
+    """
     assert (actual.shape, actual.dtype) == (expected.shape, eager.dtype)
     dtype, finite = actual.dtype, expected.isfinite()
     assert torch.equal(actual.isfinite(), finite)
@@ -26,7 +29,7 @@ def assert_fair(actual, expected, eager):
         return
     bound = ROUNDINGS[dtype] * (eager - expected).abs().max() + 1e-5 * max(1, expected.abs().max())
     if actual.numel() < 64:
-        bound += 4 * torch.finfo(dtype).eps * expected.abs().max()
+        bound += torch.finfo(dtype).eps * max(4 * expected.abs().max(), rows**0.5)
     error = (actual - expected).abs().max()
     assert error <= bound, f"error {error:.3g}, bound {bound:.3g}"
 
@@ -111,7 +114,7 @@ def test_attention(data, call, bhk, T, S, D, Dv):
     for actual, e, fair in zip(outputs, outputs64, (out, lse), strict=False):
         assert_fair(actual.detach(), e.detach(), fair)
     for actual, e, fair in zip(found, expected, yardsticks, strict=True):
-        assert_fair(actual, e.reshape(actual.shape), fair.reshape(actual.shape))
+        assert_fair(actual, e.reshape(actual.shape), fair.reshape(actual.shape), rows=B * H * T)
 
 
 @draw.bounded(16)
