@@ -11,6 +11,7 @@ from tests.support.aot import import_kernels
 from tests.support.devices import DEVICE, DTYPES, INTERPRETING, dtype_name
 from trilith.plugins import Op, registry
 from trilith.plugins.conformance import CHECKS, NUMERIC_CHECKS, samples_of
+from trilith.plugins.conformance.transforms import has_cpp_compiler
 
 import_kernels()
 
@@ -35,6 +36,13 @@ AT_MOST = {
     "compiles_with_inductor": 1,
     **(AT_MOST_INTERPRETED if INTERPRETING else {}),
 }
+
+
+@pytest.fixture(autouse=True)
+def compiler(request):
+    inductor = "compiles_with_inductor" in request.node.name
+    if inductor and DEVICE.type == "cpu" and not has_cpp_compiler():
+        pytest.skip("Inductor needs a C++ compiler for CPU tensors, and none is on the PATH")
 
 
 @functools.cache
