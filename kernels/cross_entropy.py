@@ -237,6 +237,9 @@ def cross_entropy(
     Numerics: fp32 from the load on, one rounding of the result and one of the gradient; input's and
     weight's dtypes may differ. Deterministic.
 
+    Source: Szegedy et al., "Rethinking the Inception Architecture", 2016 (label smoothing); Milakov
+        and Gimelshein, "Online normalizer calculation for softmax", 2018.
+
     Example:
         >>> loss = cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), z_loss=1e-4)
     """
