@@ -29,12 +29,17 @@ def assert_one_rounding(
         actual: the kernel's result.
         expected64: the reference in float64 on the same, already rounded, inputs.
         scale: the largest intermediate magnitude before the last subtraction; broadcasts.
-        terms: the length of the sums that enter an element.
+        terms: the length of the sums that enter an element. A sum's own magnitude counts too: its
+            terms may be equal, and then their roundings are.
         c: how many fp32 roundings of `scale` are granted.
     """
     expected = _checked(actual, expected64)
     scale = torch.as_tensor(scale, dtype=torch.float64, device=actual.device)
-    bound = 2 * ulp(expected, actual.dtype) + c * 2.0**-24 * terms**0.5 * scale
+    magnitude = terms**0.5 * scale
+    if terms > 1:
+        own = torch.where(expected.isfinite(), expected.abs(), 0)
+        magnitude = torch.maximum(magnitude, own)
+    bound = 2 * ulp(expected, actual.dtype) + c * 2.0**-24 * magnitude
     _assert_patterns(actual, expected, bound)
     finite = actual.isfinite() & expected.isfinite()
     bound = bound.expand(expected.shape)
