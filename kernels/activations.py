@@ -1,4 +1,3 @@
-# ruff: noqa: ANN001, ANN202
 """Activations, alone, after a bias, before dropout, or as a gate: one pass over memory each way.
 
     bias_act   y = dropout(act(x + bias))      gated_act   y = act(gate) * up

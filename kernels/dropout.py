@@ -1,4 +1,3 @@
-# ruff: noqa: ANN001, ANN202
 """Dropout, alone or on the way into a residual stream: one pass over memory each way.
 
     dropout            y = keep * x / (1 - p)

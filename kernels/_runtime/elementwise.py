@@ -1,4 +1,3 @@
-# ruff: noqa: ANN001, ANN202
 """Tiles of elementwise kernels: a tensor (..., N) as M rows of N columns, or as one long row.
 
 Programs are numbered along a single grid axis, columns first. A tensor without gaps whose columns

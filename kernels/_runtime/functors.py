@@ -1,4 +1,3 @@
-# ruff: noqa: ANN001, ANN202
 """Activations as pairs of functors on fp32 tiles, for kernels that take them as constexprs.
 
     f(z) = act(z)        df(z, g) = g * act'(z)

@@ -11,8 +11,6 @@ Letters and source as in forward.py. Numerics: fp32, but p and ds are rounded to
 before their products.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202
-
 from __future__ import annotations
 
 from trilith.kernels._runtime.language import tl, triton

@@ -5,8 +5,6 @@
 Letters, formulas and source as in backward.py.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202
-
 from __future__ import annotations
 
 from trilith.kernels._runtime.language import tl, triton

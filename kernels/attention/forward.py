@@ -16,8 +16,6 @@ Source: Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018;
 "FlashAttention", NeurIPS 2022, and its sequel of 2023.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202
-
 from __future__ import annotations
 
 from trilith.kernels._runtime.language import tl, triton

@@ -5,8 +5,6 @@ elements, shaped to broadcast against it, as [BLOCK_M, 1] and [1, BLOCK_N] or th
 Scores are kept in base 2, that is times log2(e), so that probabilities are plain exp2.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202
-
 from __future__ import annotations
 
 from trilith.kernels._runtime.functors import ACTIVATIONS
