@@ -7,7 +7,7 @@ from tests.support.devices import DEVICE, DTYPES, dtype_name
 from trilith.kernels._runtime.launch import observers
 from trilith.kernels.norms import layer_norm, rms_norm
 
-LENGTHS = (1, 2, 3, 17, 64, 127, 128, 129, 1000, 1024, 4097, 8193, 16387)
+LENGTHS = (1, 2, 3, 17, 64, 127, 128, 129, 1000, 1024, 4097, 8193, 16387, 131072)
 RESIDENT, SPLIT, LOOPED = 129, 8195, 16387
 EPS = 1e-5
 
