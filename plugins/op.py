@@ -23,6 +23,7 @@ from trilith.plugins.spec import BackwardContext, Implementation, OpSpec
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _KEY = "CompositeExplicitAutograd"
+_NEEDS = "needs_input_grad"
 
 
 class Op:
@@ -40,7 +41,7 @@ class Op:
             previous.destroy()
         self.spec = spec
         self.abandoned = False
-        self.signature = _resolved_signature(spec)
+        self.signature, self._informed = _without_needs(_resolved_signature(spec))
         self.implementations: list[Implementation] = []
         parameters = list(self.signature.parameters.values())
         self._arity = len(parameters)
@@ -243,8 +244,9 @@ class Op:
             for t, p in zip(types, parameters, strict=True)
         ]
         grads = [f"Tensor? grad_{i}" for i in range(self.spec.outputs)]
+        needs = [f"bool[] {_NEEDS}=[]"] if self._informed else []
         for suffix, schema, body, fake in (
-            ("fwd", [*inputs, "str provider"], self._run_forward, self._fake_forward),
+            ("fwd", [*inputs, "str provider", *needs], self._run_forward, self._fake_forward),
             (
                 "bwd",
                 [*grads, *optional, "Tensor[] kept", "str provider", "bool[] needs"],
@@ -260,13 +262,22 @@ class Op:
         self.backward_op = getattr(ops, f"{name}_bwd").default
 
     def _run_forward(self, *args: Any) -> list[Tensor]:
-        if self._open_scopes and self.scope.get() != args[-1]:
-            self._check_scope(args)
-        return _as_list(self._running[args[-1]].forward(*args[:-1]))
+        provider = args[self._arity]
+        if self._open_scopes and self.scope.get() != provider:
+            self._check_scope(args, provider)
+        return _as_list(self._running[provider].forward(*self._forward_arguments(args)))
 
-    def _check_scope(self, args: Sequence[Any]) -> None:
+    def _forward_arguments(self, args: Sequence[Any]) -> Sequence[Any]:
+        """What an implementation's forward takes, of the forward op's arguments."""
+        own = args[: self._arity]
+        if not self._informed:
+            return own
+        needs = args[self._arity + 1] if len(args) > self._arity + 1 else ()
+        return (*own, tuple(needs) or (False,) * self._arity)
+
+    def _check_scope(self, args: Sequence[Any], provider: str) -> None:
         """Another thread's `use_implementation` must not decide what compiled code runs here."""
-        lead, provider = self._lead(tuple(args)), args[-1]
+        lead = self._lead(tuple(args))
         chosen = self.selection(lead.device, lead.dtype)
         if provider not in chosen.possible:
             raise RuntimeError(
@@ -275,7 +286,7 @@ class Op:
             )
 
     def _fake_forward(self, *args: Any) -> list[Tensor]:
-        return _as_list((self.spec.fake or self.spec.forward)(*args[:-1]))
+        return _as_list((self.spec.fake or self.spec.forward)(*self._forward_arguments(args)))
 
     def _run_backward(self, *args: Any) -> list[Tensor]:
         grads, context = self._backward_arguments(args)
@@ -361,13 +372,15 @@ class Op:
 def _autograd_function(op: Op) -> type[torch.autograd.Function]:
     spec = op.spec
     n_outputs, saved, n_saved = spec.outputs, op._saved, len(op._saved)
+    informed = op._informed
     constant = tuple(i not in op._tensors for i in range(op._arity))
     unsaved = tuple(i for i in op._tensors if i not in saved)
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, provider: str, *args: Any) -> Any:
-            results = op.forward_op(*args, provider)
+            wanted = (ctx.needs_input_grad[1:],) if informed else ()
+            results = op.forward_op(*args, provider, *wanted)
             outputs = results[:n_outputs]
             kept = results if spec.save_outputs else results[n_outputs:]
             ctx.save_for_backward(*[args[i] for i in saved], *kept)
@@ -451,6 +464,12 @@ def _resolved_signature(spec: OpSpec) -> inspect.Signature:
         parameters=[p.replace(annotation=hints[p.name]) for p in signature.parameters.values()],
         return_annotation=inspect.Signature.empty,
     )
+
+
+def _without_needs(signature: inspect.Signature) -> tuple[inspect.Signature, bool]:
+    """The parameters that a call gives, and whether forward also asks which want a gradient."""
+    given = [p for p in signature.parameters.values() if p.name != _NEEDS]
+    return signature.replace(parameters=given), len(given) < len(signature.parameters)
 
 
 def _schema_type(annotation: Any) -> str:

@@ -113,6 +113,10 @@ class OpSpec:
         name: "namespace::op".
         forward: `(*parameters) -> outputs + aux`. Its annotations make the schema: Tensor,
             `Tensor | None`, float, int, bool, str, `float | None`, Sequence[int], torch.dtype.
+            A last parameter `needs_input_grad: Sequence[bool]` is not of the call: it says which
+            parameters' gradients a backward will be asked for, so that forward can make them where
+            that is cheaper, and return them as aux. All False where no gradient is recorded;
+            backward must not rely on it.
         backward: `(ctx: BackwardContext, *grad_outputs) -> gradients`, one per parameter of forward
             in order, None where there is none; trailing Nones may be left out.
         reference: the meaning in plain differentiable PyTorch; same parameters, returns the outputs

@@ -1,6 +1,7 @@
 """The machinery that makes an op of an OpSpec, on small ops that need no Triton."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -545,3 +546,69 @@ class TestRegistration:
         assert op.spec.name in repr(op)
         assert "scale: float = 1.0" in repr(op)
         assert op.__doc__ == "relu(x) squared."
+
+
+def informed_forward(
+    x: Tensor, bias: Tensor, scale: float, needs_input_grad: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Makes the gradient of x along with the output, where one will be asked for."""
+    calls.append(f"forward {list(needs_input_grad)}")
+    slope = x.new_empty((0,))
+    if needs_input_grad[0]:
+        slope = 2 * torch.relu(x) * scale
+    return torch.relu(x).square() * scale + bias, slope
+
+
+def informed_backward(ctx, dy):
+    x, _, scale = ctx.inputs
+    (slope,) = ctx.aux
+    calls.append("made" if slope.numel() else "missing")
+    return (slope if slope.numel() else 2 * torch.relu(x) * scale) * dy, dy
+
+
+INFORMED = OpSpec(
+    name="test_op::informed",
+    forward=informed_forward,
+    backward=informed_backward,
+    reference=lambda x, bias, scale: torch.relu(x).square() * scale + bias,
+    samples=samples,
+    devices=EVERYWHERE,
+    save_outputs=False,
+)
+
+
+class TestForwardThatIsToldWhatBackwardNeeds:
+    def test_it_is_not_an_argument_of_the_call(self, make):
+        assert list(make(INFORMED).signature.parameters) == ["x", "bias", "scale"]
+
+    @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+    def test_it_says_which_inputs_want_a_gradient(self, make, wanted):
+        x, bias = (randn(3, 5, grad=want) for want in wanted)
+        make(INFORMED)(x, bias, 2.0).sum().backward()
+        assert calls == [f"forward {[*wanted, False]}", "made" if wanted[0] else "missing"]
+        if wanted[0]:
+            assert torch.equal(x.grad, 4 * torch.relu(x))
+
+    def test_without_gradients_nothing_is_wanted(self, make):
+        with torch.no_grad():
+            make(INFORMED)(randn(3, 5), randn(3, 5), 2.0)
+        make(INFORMED)(randn(3, 5, grad=False), randn(3, 5, grad=False), 2.0)
+        assert calls == ["forward [False, False, False]"] * 2
+
+    def test_backward_runs_after_a_forward_that_was_not_told(self, make):
+        op = make(INFORMED)
+        x = randn(3, 5, grad=False)
+        outputs = op.forward_op(x, x, 2.0, "test_op")
+        grads = op.backward_op(x, x, x, 2.0, outputs[1:], "test_op", [True, False, False])
+        assert torch.equal(grads[0], 4 * torch.relu(x) * x)
+
+    @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
+    def test_compiled_code_tells_it_too(self, make, wanted):
+        op = make(INFORMED)
+        x, bias = (randn(3, 5, grad=want) for want in wanted)
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda x, bias: op(x, bias, 2.0), fullgraph=True, backend="aot_eager"
+        )
+        compiled(x, bias).sum().backward()
+        assert calls[-2:] == [f"forward {[*wanted, False]}", "made" if wanted[0] else "missing"]
