@@ -40,13 +40,15 @@ def forward_matches_reference(
     args = bound(op, sample)
     expected = as_tuple(op.spec.reference(*in_float64(args)))
     eager = as_tuple(op.spec.reference(*args))
-    nudged = as_tuple(op.spec.reference(*in_float64(_nudged(args))))
+    nudged = eager
+    if _rounds_inside(op):
+        nudged = as_tuple(op.spec.reference(*in_float64(_nudged(args))))
     actual = as_tuple(op(*args))
     assert len(actual) == len(expected), f"{len(actual)} outputs, the reference has {len(expected)}"
     for i, (a, e, p, n) in enumerate(zip(actual, expected, eager, nudged, strict=True)):
         assert a.dtype == p.dtype, f"output {i}: dtype {a.dtype}, the reference gives {p.dtype}"
         assert a.device == p.device, f"output {i}: on {a.device}, the reference on {p.device}"
-        assert_near(f"output {i}", a, e, p, n)
+        assert_near(f"output {i}", a, e, p, n, rounds_once=not _rounds_inside(op))
 
 
 @named_check
@@ -59,12 +61,19 @@ def gradients_match_reference(
     upstream = fixed_upstream(op, args)
     _, expected = gradients_of(op.spec.reference, in_float64(args), upstream)
     _, eager = gradients_of(op.spec.reference, args, upstream)
-    _, nudged = gradients_of(op.spec.reference, in_float64(_nudged(args)), _nudged(upstream))
+    nudged = eager
+    if _rounds_inside(op):
+        _, nudged = gradients_of(op.spec.reference, in_float64(_nudged(args)), _nudged(upstream))
     _, actual = gradients_of(op, args, upstream)
     for i, a, e, p, n in zip(floating(args), actual, expected, eager, nudged, strict=True):
         what = f"gradient of {name_of(op, i)}"
         assert a.dtype == args[i].dtype, f"{what}: dtype {a.dtype}, the input has {args[i].dtype}"
-        assert_near(what, a, e, p, n)
+        assert_near(what, a, e, p, n, rounds_once=not _rounds_inside(op))
+
+
+def _rounds_inside(op: Op) -> bool:
+    """Whether it has matrix products in 16 bits, as the ops have that autocast lowers."""
+    return op.spec.autocast == "low"
 
 
 def _nudged(args: Sequence[Any]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.support.mutants import Mutant
+from tests.support.rounding_mutants import ROUNDING
 
 _NORMS = "trilith.kernels._norm_kernels"
 _NORM_TESTS = "tests/kernels/test_norms.py"
@@ -383,4 +384,82 @@ MUTANTS = (
         "if True:",
         _OP_TESTS + " -k TestAutocast",
     ),
+    Mutant(
+        "dropout_lanes_of_a_quad_swapped",
+        "trilith.kernels._runtime.random",
+        "lanes = tl.join(even, odd)",
+        "lanes = tl.join(odd, even)",
+        _DROPOUT_TESTS + " -k position_alone",
+    ),
+    Mutant(
+        "dropout_positions_of_32_bits",
+        "trilith.kernels._runtime.random",
+        "high = (quads >> 32).to(tl.uint32)",
+        "high = (quads >> 32).to(tl.uint32) * 0",
+        _DROPOUT_TESTS,
+    ),
+    Mutant(
+        "launch_of_an_empty_grid",
+        "trilith.kernels._runtime.launch",
+        "if 0 in grid:",
+        "if False:",
+        "tests/kernels/test_launch.py",
+    ),
+    Mutant(
+        "launch_on_the_current_device",
+        "trilith.kernels._runtime.launch",
+        "first.device.index != torch.cuda.current_device()",
+        "first.device.index is None",
+        "tests/kernels/test_launch.py",
+    ),
+    Mutant(
+        "architecture_of_another_generation",
+        "trilith.kernels._runtime.device",
+        '{8: "sm_80", 9: "sm_90"}.get(major,',
+        '{8: "sm_80"}.get(major,',
+        "tests/kernels/test_launch.py",
+    ),
+    Mutant(
+        "tensors_of_another_device_let_through",
+        "trilith.kernels._runtime.checks",
+        "tensor.device != lead.device",
+        "tensor.device is None",
+        "tests/kernels -k 'error or wrong'",
+    ),
+    Mutant(
+        "attention_slope_gradient_of_the_first_batch",
+        "trilith.kernels.attention.launchers",
+        "dslopes.sum(2).sum_to_size(slopes.shape)",
+        "dslopes.sum(2)[: slopes.shape[0]]",
+        _ATTENTION_TESTS + " -k slopes",
+    ),
+    Mutant(
+        "attention_sink_gradient_without_its_sign",
+        "trilith.kernels.attention.launchers",
+        "dsinks = -torch.where",
+        "dsinks = torch.where",
+        _ATTENTION_TESTS + " -k sink",
+    ),
+    Mutant(
+        "attention_gradient_of_an_unseen_head_dim",
+        "trilith.kernels.attention.config",
+        "[max(64, block_d, block_dv)]",
+        "[max(64, block_d)]",
+        "tests/kernels/test_launch.py",
+    ),
+    Mutant(
+        "attention_cost_of_all_pairs",
+        "trilith.kernels.attention.op",
+        "(2 if right >= 0 else 1)",
+        "1",
+        "tests/kernels/test_launch.py -k cost",
+    ),
+    Mutant(
+        "attention_reference_alignment",
+        "trilith.kernels.attention.reference",
+        'return keys - queries if alignment == "bottom_right" else 0',
+        "return 0",
+        _ATTENTION_TESTS + " -k test_bands",
+    ),
+    *ROUNDING,
 )

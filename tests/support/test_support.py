@@ -93,6 +93,22 @@ def test_one_bad_row_shows():
         assert_like_eager(bad, exact, eager)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+def test_a_second_rounding_shows_in_the_mean(dtype):
+    exact = torch.randn(64, 64, dtype=torch.float64)
+    assert_one_rounding((exact * 3).to(dtype), exact * 3, scale=0.0)
+    twice = (exact.to(dtype).double() * 3).to(dtype)
+    with pytest.raises(AssertionError, match="mean error of the tensor.*one rounding's"):
+        assert_one_rounding(twice, exact * 3, scale=0.0)
+
+
+def test_a_truncation_shows_in_the_mean():
+    exact = torch.randn(64, 64, dtype=torch.float64)
+    truncated = (exact.float().view(torch.int32) & -65536).view(torch.float32).bfloat16()
+    with pytest.raises(AssertionError, match="one rounding's"):
+        assert_one_rounding(truncated, exact, scale=0.0)
+
+
 @pytest.mark.parametrize("compare", ["one rounding", "like eager"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_patterns(exact, compare, value):
@@ -228,6 +244,12 @@ class TestMutants:
     def test_its_text_is_in_the_source_once(self, mutant):
         assert mutants.stale(mutant) is None
         assert mutant.old != mutant.new
+
+    def test_every_kernel_file_has_one(self):
+        sources = {p.relative_to(mutants.ROOT) for p in (mutants.ROOT / "kernels").rglob("*.py")}
+        code = {p for p in sources if p.name not in ("__init__.py", "language.py")}
+        modules = {".".join(("trilith", *p.with_suffix("").parts)) for p in code}
+        assert not modules - {mutant.module for mutant in MUTANTS}
 
     def test_names_differ(self):
         assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 28

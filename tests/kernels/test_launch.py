@@ -1,0 +1,102 @@
+"""What every launch rests on: the launch helper, the architecture, attention's tables, costs."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.devices import DTYPES
+from trilith.kernels._runtime import device, launch
+from trilith.kernels.attention import config
+from trilith.plugins import manager, registry
+
+ARCHITECTURES = {(8, 0): "sm_80", (8, 9): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}
+
+
+class Kernel:
+    """Stands for a kernel: notes its launches."""
+
+    def __init__(self):
+        self.started = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.started.append((grid, options))
+
+
+class OnSecondDevice(Tensor):
+    is_cuda = True
+    device = torch.device("cuda", 1)
+
+
+def test_an_empty_grid_starts_nothing_and_is_not_observed(monkeypatch):
+    kernel, seen = Kernel(), []
+    monkeypatch.setattr(launch, "observers", [lambda *told: seen.append(told)])
+    launch.launch(kernel, (4, 0), torch.empty(0), BLOCK=16)
+    assert not kernel.started and not seen
+    launch.launch(kernel, (4, 1), torch.empty(4), BLOCK=16)
+    assert kernel.started == [((4, 1), {"BLOCK": 16})] and len(seen) == 1
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_kernel_starts_on_its_tensors_device(monkeypatch, current):
+    entered, kernel = [], Kernel()
+
+    @contextmanager
+    def guard(index):
+        entered.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    launch.launch(kernel, (1,), None, torch.empty(4).as_subclass(OnSecondDevice))
+    assert entered == ([OnSecondDevice.device] if current == 0 else [])
+    assert len(kernel.started) == 1
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES, ids=str)
+def test_launch_tables_are_keyed_by_the_generation(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert device._architecture_of.__wrapped__(0) == ARCHITECTURES[capability]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert device._architecture_of.__wrapped__(0) == "gfx942"
+
+
+@pytest.mark.parametrize("arch", config._HALF)
+@pytest.mark.parametrize("kernel", ["fwd", "dkdv", "dq", "dbias"])
+def test_the_wider_head_dim_chooses_attentions_tiles(monkeypatch, arch, kernel):
+    monkeypatch.setattr(config, "INTERPRETING", False)
+    with device.assume_architecture(arch):
+        for dtype in DTYPES:
+            q = torch.empty(1, 1, 4, 64, dtype=dtype)
+            for narrow, wide in ((64, 128), (64, 256), (16, 256), (128, 256)):
+                found = config.tiles_for(kernel, q, narrow, wide, True)
+                assert found == config.tiles_for(kernel, q, wide, narrow, True)
+                assert found == config.tiles_for(kernel, q, wide, wide, True)
+
+
+def costs():
+    manager.load()
+    for name in registry.op_names():
+        spec = registry.op(name).spec
+        if name.startswith("trilith::") and spec.cost is not None:
+            yield pytest.param(spec, id=name.removeprefix("trilith::"))
+
+
+@pytest.mark.parametrize("spec", list(costs()))
+def test_the_cost_is_no_less_than_the_outputs(spec):
+    for sample in spec.samples(torch.device("cpu"), torch.float32):
+        outputs = spec.reference(*sample.args, **sample.kwargs)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        written = sum(o.nbytes for o in outputs)
+        assert spec.cost(*sample.args, **sample.kwargs).forward_bytes >= written
+
+
+def test_the_cost_of_causal_attention_is_half():
+    spec = registry.op("trilith::attention").spec
+    q = torch.empty(2, 4, 64, 16)
+    terms = (None, None, None, None, None, 0.25, 0.0, 0.0, "top_left", -1)
+    whole, causal = (spec.cost(q, q, q, *terms, right) for right in (-1, 0))
+    assert whole.forward_flops == 2 * causal.forward_flops == 2 * 2 * 4 * 64 * 64 * (16 + 16)
+    assert whole.backward_flops == 2 * causal.backward_flops
