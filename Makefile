@@ -17,8 +17,10 @@ RUN := $(VENV)/bin/python
 train: env
 	$(RUN) -m examples.train_lm $(ARGS)
 
+# ARGS chooses tests; without it the mutants follow: faults on purpose that the tests must notice.
 test: env
 	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
+	$(if $(strip $(ARGS)),,$(RUN) -m tests.support.mutants)
 
 lint: env
 	$(RUN) -m ruff check .
