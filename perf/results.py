@@ -11,12 +11,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One row: its samples in seconds, and what the suite noted about it."""
+    """One row: its samples in seconds, what the suite noted about it, and how pytest calls it."""
 
     name: str
     samples: list[float]
     median: float
     info: dict[str, Any]
+    test: str
 
     @property
     def environment(self) -> dict[str, str]:
@@ -39,7 +40,12 @@ def load(paths: Iterable[Path]) -> dict[str, Benchmark]:
         for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
             for entry in json.loads(file.read_text()).get("benchmarks", []):
                 stats = entry["stats"]
-                found[entry["name"]] = Benchmark(
-                    entry["name"], stats.get("data", []), stats["median"], entry["extra_info"]
+                name = entry["name"]
+                found[name] = Benchmark(
+                    name,
+                    stats.get("data", []),
+                    stats["median"],
+                    entry["extra_info"],
+                    entry.get("fullname", name),
                 )
     return found

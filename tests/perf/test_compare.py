@@ -2,8 +2,14 @@
 
 import pytest
 
-from perf.compare import compared, main
+from perf.compare import Incomparable, main, run_benchmarks
+from perf.compare import compared as compared_in_rounds
+from perf.results import Benchmark
 from tests.perf.results import H200, entry, samples, write
+
+
+def compared(name, before, after):
+    return compared_in_rounds(name, [(before, after)])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -49,14 +55,34 @@ def test_the_same_samples_give_the_same_answer():
     assert compared("norm", before, after) == compared("norm", before, after)
 
 
-def run(tmp_path, before, after):
-    return main([str(write(tmp_path / "a.json", before)), str(write(tmp_path / "b.json", after))])
+def benchmark(name, data, environment=H200):
+    return Benchmark(name, data, 0.0, {"environment": environment}, f"perf/bench.py::{name}")
+
+
+def never(checkout, tests):
+    raise AssertionError("nothing is suspicious, so nothing runs again")
+
+
+def again(results):
+    """A runner that gives these results, and notes what was asked for."""
+
+    def run(checkout, tests):
+        run.asked.append(list(tests))
+        return {b.name: b for b in results}
+
+    run.asked = []
+    return run
+
+
+def run(tmp_path, before, after, *options, runner=never):
+    files = [write(tmp_path / f"{i}.json", results) for i, results in enumerate((before, after))]
+    return main([*map(str, files), *options], runner)
 
 
 def test_the_command_fails_on_a_regression_and_names_it(tmp_path, capsys):
     before = [entry("norm", samples(1e-4)), entry("loss", samples(1e-3))]
     after = [entry("norm", samples(2e-4, seed=1)), entry("loss", samples(1e-3, seed=1))]
-    assert run(tmp_path, before, after) == 1
+    assert run(tmp_path, before, after, "--no-rerun") == 1
     out = capsys.readouterr().out
     assert "2 compared, 1 slower" in out
     (row,) = (line for line in out.splitlines() if "norm" in line)
@@ -95,5 +121,75 @@ def test_a_folder_of_results_is_read_whole(tmp_path, capsys):
         (tmp_path / folder).mkdir()
         for name in ("norm", "loss"):
             write(tmp_path / folder / f"{name}.json", [entry(name, samples(1e-4, seed=seed))])
-    assert main([str(tmp_path / "before"), str(tmp_path / "after")]) == 0
+    assert main([str(tmp_path / "before"), str(tmp_path / "after")], never) == 0
     assert "2 compared" in capsys.readouterr().out
+
+
+SLOW = [entry("norm", samples(2e-4, seed=1)), entry("loss", samples(1e-3, seed=1))]
+FAST = [entry("norm", samples(1e-4)), entry("loss", samples(1e-3))]
+
+
+def test_what_is_slower_runs_again_before_it_fails(tmp_path, capsys):
+    runner = again([benchmark("norm", samples(2e-4, seed=2))])
+    assert run(tmp_path, FAST, SLOW, runner=runner) == 1
+    assert runner.asked == [["norm"]]
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "| norm" in line)
+    assert "SLOWER" in row
+
+
+def test_what_is_not_slower_again_is_no_regression(tmp_path, capsys):
+    runner = again([benchmark("norm", samples(1e-4, seed=2))])
+    assert run(tmp_path, FAST, SLOW, runner=runner) == 0
+    assert "slower once, not again" in capsys.readouterr().out
+
+
+def test_what_cannot_be_confirmed_here_is_neither(tmp_path, capsys):
+    elsewhere = again([benchmark("norm", samples(2e-4), H200 | {"gpu": "none"})])
+    assert run(tmp_path, FAST, SLOW, runner=elsewhere) == 2
+    assert "gpu was NVIDIA H200 before, is none after" in capsys.readouterr().out
+    assert run(tmp_path, FAST, SLOW, runner=again([])) == 2
+
+
+@pytest.fixture
+def checkouts(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pyproject.toml").touch()
+    return tmp_path / "old", tmp_path / "new"
+
+
+class Machine:
+    """Runs two checkouts; it slows down from run to run, and `new` takes `factor` times as long."""
+
+    def __init__(self, factor, later=None):
+        self.factor, self.later = factor, later
+        self.order = []
+
+    def __call__(self, checkout, tests):
+        self.order.append(checkout.name)
+        seconds = 1e-4 * 1.03 ** len(self.order)
+        if checkout.name == "new":
+            seconds *= self.later if tests and self.later else self.factor
+        return {"norm": benchmark("norm", samples(seconds, seed=len(self.order)))}
+
+
+def test_checkouts_are_run_in_turns(checkouts):
+    machine = Machine(1.0)
+    assert main([*map(str, checkouts), "--rounds", "4"], machine) == 0
+    assert machine.order == ["old", "new", "new", "old"] * 2
+
+
+def test_a_machine_that_slows_down_hides_no_regression(checkouts):
+    assert main([*map(str, checkouts)], Machine(1.1)) == 1
+    assert main([*map(str, checkouts)], Machine(1.1, later=1.0)) == 0
+
+
+def test_a_checkout_and_a_results_file_are_not_compared(checkouts, tmp_path, capsys):
+    file = write(tmp_path / "a.json", FAST)
+    assert main([str(checkouts[0]), str(file)], never) == 2
+    assert "two checkouts or two results" in capsys.readouterr().out
+
+
+def test_a_checkout_without_its_environment_is_refused(checkouts):
+    with pytest.raises(Incomparable, match="run make env there"):
+        run_benchmarks(checkouts[0], [])
