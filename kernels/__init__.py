@@ -8,7 +8,8 @@ if __name__ == "kernels":
 
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels.activations import BIAS_ACT, GATED_ACT, bias_act, gated_act
-from trilith.kernels.attention import attention, scaled_dot_product_attention
+from trilith.kernels.attention import attention, merge_attention, scaled_dot_product_attention
+from trilith.kernels.attention.merge import MERGE_ATTENTION
 from trilith.kernels.attention.op import OP as ATTENTION
 from trilith.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from trilith.kernels.dropout import BIAS_DROPOUT_ADD, DROPOUT, bias_dropout_add, dropout
@@ -23,6 +24,7 @@ OPS = (
     DROPOUT,
     GATED_ACT,
     LAYER_NORM,
+    MERGE_ATTENTION,
     RMS_NORM,
     ROTARY,
 )
@@ -36,6 +38,7 @@ __all__ = [
     "gated_act",
     "launch",
     "layer_norm",
+    "merge_attention",
     "rms_norm",
     "rotary",
     "scaled_dot_product_attention",

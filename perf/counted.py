@@ -45,6 +45,7 @@ from perf.workloads import (
     cross_entropy,
     dropout,
     layer_norm,
+    merge_attention,
     rms_norm,
     rotary,
     swiglu,
@@ -73,6 +74,7 @@ OPS = (
     rotary(1, 8, 256, 64),
     attention(1, 2, 256, 64),
     attention(1, 1, 256, 128, causal=False),
+    merge_attention(4, 1, 2, 64, 128),
 )
 BLOCK_TOKENS, BLOCK_WIDTH, BLOCK_HEADS = 128, 768, 12
 SAVED = "saved bytes per token and width"

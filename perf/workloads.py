@@ -240,6 +240,19 @@ def attention(b: int, h: int, t: int, d: int, causal: bool = True) -> Workload:
     )
 
 
+def merge_attention(parts: int, b: int, h: int, t: int, d: int) -> Workload:
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        return draw(parts, b, h, t, d), torch.randn(parts, b, h, t, device=draw.device)
+
+    return Workload(
+        name=f"merge_attention-P{parts}-B{b}-H{h}-T{t}-D{d}",
+        arguments=arguments,
+        cost=_cost("merge_attention"),
+        trilith=lambda outs, lses: kernels.merge_attention(outs, lses)[0],
+        eager=lambda outs, lses: (_widened(outs) * lses.softmax(0)[..., None]).sum(0).to(outs),
+    )
+
+
 def _with_backend(name: str, sdpa: Function) -> Function:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

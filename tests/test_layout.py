@@ -61,6 +61,7 @@ PUBLIC = {
         "gated_act",
         "launch",
         "layer_norm",
+        "merge_attention",
         "rms_norm",
         "rotary",
         "scaled_dot_product_attention",

@@ -19,6 +19,8 @@ _ATTENTION_FORWARD = "trilith.kernels.attention.forward"
 _ATTENTION_BACKWARD = "trilith.kernels.attention.backward"
 _ATTENTION_QUERIES = "trilith.kernels.attention.backward_queries"
 _ATTENTION_TESTS = "tests/kernels/test_attention.py"
+_MERGE = "trilith.kernels.attention.merge"
+_MERGE_TESTS = "tests/kernels/test_merge_attention.py"
 _ROTARY = "trilith.kernels.rotary"
 _OP = "trilith.plugins.op"
 _OP_TESTS = "tests/plugins/test_op.py"
@@ -355,6 +357,20 @@ MUTANTS = (
         "tl.abs(rows + diagonal - cols)",
         "tl.abs(rows - cols)",
         _ATTENTION_TESTS + " -k slopes",
+    ),
+    Mutant(
+        "merged_lse_left_out_of_the_gradient",
+        _MERGE,
+        "dots = tl.sum(dout * out, 1) - delta + dlse",
+        "dots = tl.sum(dout * out, 1) - delta",
+        _MERGE_TESTS + " -k match",
+    ),
+    Mutant(
+        "merged_output_of_a_part_that_saw_nothing",
+        _MERGE,
+        'seen = mask & (lse != -float("inf"))',
+        "seen = mask",
+        _MERGE_TESTS + " -k saw",
     ),
     Mutant(
         "double_backward_takes_the_kernels_gradient",
