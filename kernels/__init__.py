@@ -13,6 +13,7 @@ from trilith.kernels.attention.merge import MERGE_ATTENTION
 from trilith.kernels.attention.op import OP as ATTENTION
 from trilith.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from trilith.kernels.dropout import BIAS_DROPOUT_ADD, DROPOUT, bias_dropout_add, dropout
+from trilith.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from trilith.kernels.norms import LAYER_NORM, RMS_NORM, layer_norm, rms_norm
 from trilith.kernels.rotary import ROTARY, rotary
 
@@ -24,6 +25,7 @@ OPS = (
     DROPOUT,
     GATED_ACT,
     LAYER_NORM,
+    LINEAR_CROSS_ENTROPY,
     MERGE_ATTENTION,
     RMS_NORM,
     ROTARY,
@@ -38,6 +40,7 @@ __all__ = [
     "gated_act",
     "launch",
     "layer_norm",
+    "linear_cross_entropy",
     "merge_attention",
     "rms_norm",
     "rotary",

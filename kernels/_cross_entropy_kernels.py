@@ -71,6 +71,86 @@ def class_weights(weight_ptr, weight_stride, classes, mask):
 
 
 @triton.jit
+def row_statistics(
+    x_rows, x_step, weight_ptr, weight_stride, label, live, N, softcap,
+    SMOOTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of rows of logits, read once: the label's, peak, log_sum, and with SMOOTH sum(weight * y).
+
+    That sum is of y - origin, where origin is the label's logit if it is finite.
+    """
+    chosen = capped(tl.load(x_rows + label.to(tl.int64) * x_step, mask=live, other=0.0), softcap)
+    origin = tl.where(tl.abs(chosen) < float("inf"), chosen, 0.0)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    lane_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    above = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        mask = live[:, None] & (cols < N)[None, :]
+        offsets = (cols.to(tl.int64) * x_step)[None, :]
+        y = capped(tl.load(x_rows[:, None] + offsets, mask=mask, other=0.0), softcap)
+        if SMOOTH:
+            weight = class_weights(weight_ptr, weight_stride, cols, cols < N)[None, :]
+            above += tl.sum(tl.where(mask, weight * (y - origin[:, None]), 0.0), axis=1)
+        other = tl.where(mask & (cols[None, :] != label[:, None]), y, float("-inf"))
+        new_top = tl.maximum(top, tl.max(other, axis=1))
+        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        lane_sum = lane_sum * tl.exp(top - safe_top)[:, None] + tl.exp(other - safe_top[:, None])
+        top = new_top
+    peak = tl.maximum(top, chosen)
+    others = tl.sum(lane_sum, axis=1) * tl.exp(top - peak)
+    log_sum = tl.log(others + tl.exp(chosen - peak))
+    log_sum = tl.where(chosen == peak, log1p(others), log_sum)
+    log_sum += peak - peak  # NaN if a logit is +inf, or all are -inf
+    return chosen, peak, log_sum, origin, above
+
+
+@triton.jit
+def row_losses(
+    statistics, weight, weight_sum_ptr, live, wrong, N, label_smoothing, z_loss,
+    SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """The losses of rows with these statistics, whose labels have these weights."""
+    chosen, peak, log_sum, origin, above = statistics
+    loss = weight * (peak - chosen + log_sum)
+    if SMOOTH:
+        smoothing = tl.cast(label_smoothing, tl.float32)
+        weight_sum = N * 1.0 if weight_sum_ptr is None else tl.load(weight_sum_ptr)
+        smooth = weight_sum * (peak - origin + log_sum) - above
+        loss = loss * (1.0 - smoothing) + smooth * (smoothing / N)
+    z = tl.cast(z_loss, tl.float32)
+    lse = peak + log_sum
+    loss += tl.where(z == 0.0, 0.0, weight * z * lse * lse)
+    return tl.where(live, loss, tl.where(wrong, float("nan"), 0.0))
+
+
+@triton.jit
+def logit_gradients(
+    x, chosen, peak, log_sum, dloss, weight, label, live, wrong, cols, N,
+    weight_ptr, weight_stride, weight_sum_ptr, label_smoothing, z_loss, softcap,
+    SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a tile of logits x in columns cols; weight is of the rows' labels."""
+    spread = 2.0 * tl.cast(z_loss, tl.float32) * weight * (peak + log_sum)
+    if SMOOTH:
+        share = tl.cast(label_smoothing, tl.float32) / N
+        weight_sum = N * 1.0 if weight_sum_ptr is None else tl.load(weight_sum_ptr)
+        spread += share * weight_sum
+        weight *= 1.0 - tl.cast(label_smoothing, tl.float32)
+    p = tl.exp(capped(x, softcap) - peak[:, None] - log_sum[:, None])
+    missing = weight * expm1(chosen - peak - log_sum)
+    dx = p * (weight + spread)[:, None]
+    is_label = cols[None, :] == label[:, None]
+    dx = tl.where(is_label, missing[:, None] + p * spread[:, None], dx)
+    if SMOOTH:
+        dx -= share * class_weights(weight_ptr, weight_stride, cols, cols < N)[None, :]
+    if softcap is not None:
+        dx *= cap_slope(x, softcap)
+    mask = live[:, None] & (cols < N)[None, :]
+    return tl.where(mask, dx * dloss[:, None], tl.where(wrong, float("nan"), 0.0)[:, None])
+
+
+@triton.jit
 def cross_entropy_fwd_kernel(
     x_ptr,
     target_ptr,
@@ -95,46 +175,18 @@ def cross_entropy_fwd_kernel(
     """One program owns [BLOCK_M, N], and reads it once, BLOCK_N columns at a time."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     label, live, wrong = load_labels(target_ptr, target_stride, rows, M, N, ignore_index)
-    x_rows = x_ptr + rows * x_strides[0]
-    chosen = capped(
-        tl.load(x_rows + label.to(tl.int64) * x_strides[1], mask=live, other=0.0), softcap
-    )
-    origin = tl.where(tl.abs(chosen) < float("inf"), chosen, 0.0)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    lane_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    above = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, N, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        mask = live[:, None] & (cols < N)[None, :]
-        offsets = (cols.to(tl.int64) * x_strides[1])[None, :]
-        y = capped(tl.load(x_rows[:, None] + offsets, mask=mask, other=0.0), softcap)
-        if SMOOTH:
-            weight = class_weights(weight_ptr, weight_stride, cols, cols < N)[None, :]
-            above += tl.sum(tl.where(mask, weight * (y - origin[:, None]), 0.0), axis=1)
-        other = tl.where(mask & (cols[None, :] != label[:, None]), y, float("-inf"))
-        new_top = tl.maximum(top, tl.max(other, axis=1))
-        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        lane_sum = lane_sum * tl.exp(top - safe_top)[:, None] + tl.exp(other - safe_top[:, None])
-        top = new_top
-    peak = tl.maximum(top, chosen)
-    others = tl.sum(lane_sum, axis=1) * tl.exp(top - peak)
-    log_sum = tl.log(others + tl.exp(chosen - peak))
-    log_sum = tl.where(chosen == peak, log1p(others), log_sum)
-    log_sum += peak - peak  # NaN if a logit is +inf, or all are -inf
     weight = class_weights(weight_ptr, weight_stride, label, live)
-    loss = weight * (peak - chosen + log_sum)
-    if SMOOTH:
-        smoothing = tl.cast(label_smoothing, tl.float32)
-        weight_sum = N * 1.0 if weight_sum_ptr is None else tl.load(weight_sum_ptr)
-        smooth = weight_sum * (peak - origin + log_sum) - above
-        loss = loss * (1.0 - smoothing) + smooth * (smoothing / N)
-    z = tl.cast(z_loss, tl.float32)
-    lse = peak + log_sum
-    loss += tl.where(z == 0.0, 0.0, weight * z * lse * lse)
-    loss = tl.where(live, loss, tl.where(wrong, float("nan"), 0.0))
+    statistics = row_statistics(
+        x_ptr + rows * x_strides[0], x_strides[1], weight_ptr, weight_stride, label, live, N,
+        softcap, SMOOTH, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    loss = row_losses(
+        statistics, weight, weight_sum_ptr, live, wrong, N, label_smoothing, z_loss, SMOOTH
+    )
     tl.store(loss_ptr + rows, loss, mask=rows < M)
-    tl.store(peak_ptr + rows, peak, mask=rows < M)
-    tl.store(log_sum_ptr + rows, log_sum, mask=rows < M)
+    if peak_ptr is not None:
+        tl.store(peak_ptr + rows, statistics[1], mask=rows < M)
+        tl.store(log_sum_ptr + rows, statistics[2], mask=rows < M)
 
 
 @triton.jit
@@ -178,23 +230,76 @@ def cross_entropy_bwd_kernel(
     log_sum = tl.load(log_sum_ptr + rows, mask=live, other=0.0)
     dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=live, other=0.0).to(tl.float32)
     weight = class_weights(weight_ptr, weight_stride, label, live)
-    spread = 2.0 * tl.cast(z_loss, tl.float32) * weight * (peak + log_sum)
-    if SMOOTH:
-        share = tl.cast(label_smoothing, tl.float32) / N
-        weight_sum = N * 1.0 if weight_sum_ptr is None else tl.load(weight_sum_ptr)
-        spread += share * weight_sum
-        weight *= 1.0 - tl.cast(label_smoothing, tl.float32)
-    p = tl.exp(capped(x, softcap) - peak[:, None] - log_sum[:, None])
-    missing = weight * expm1(chosen - peak - log_sum)
-    dx = p * (weight + spread)[:, None]
-    is_label = cols[None, :] == label[:, None]
-    dx = tl.where(is_label, missing[:, None] + p * spread[:, None], dx)
-    if SMOOTH:
-        dx -= share * class_weights(weight_ptr, weight_stride, cols, cols < N)[None, :]
-    if softcap is not None:
-        dx *= cap_slope(x, softcap)
-    dx = tl.where(mask, dx * dloss[:, None], tl.where(wrong, float("nan"), 0.0)[:, None])
+    dx = logit_gradients(
+        x, chosen, peak, log_sum, dloss, weight, label, live, wrong, cols, N,
+        weight_ptr, weight_stride, weight_sum_ptr, label_smoothing, z_loss, softcap, SMOOTH,
+    )  # fmt: skip
     inside = (rows < M)[:, None] & (cols < N)[None, :]
     tl.store(
         dx_ptr + rows[:, None] * N + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside
     )
+
+
+@triton.jit
+def cross_entropy_in_place_kernel(
+    x_ptr,
+    target_ptr,
+    weight_ptr,
+    weight_sum_ptr,
+    dloss_ptr,
+    loss_ptr,
+    dloss_stride,
+    x_strides,
+    target_stride,
+    weight_stride,
+    M,
+    N,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    SMOOTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns [BLOCK_M, N]: reads it, then puts the gradients where the logits were.
+
+    Without dloss they are those of the sum of the losses. No other program reads these rows.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    label, live, wrong = load_labels(target_ptr, target_stride, rows, M, N, ignore_index)
+    weight = class_weights(weight_ptr, weight_stride, label, live)
+    x_rows = x_ptr + rows * x_strides[0]
+    statistics = row_statistics(
+        x_rows, x_strides[1], weight_ptr, weight_stride, label, live, N, softcap,
+        SMOOTH, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    if loss_ptr is not None:
+        loss = row_losses(
+            statistics, weight, weight_sum_ptr, live, wrong, N, label_smoothing, z_loss, SMOOTH
+        )
+        tl.store(loss_ptr + rows, loss, mask=rows < M)
+    dloss = tl.full((BLOCK_M,), 1.0, tl.float32)
+    if dloss_ptr is not None:
+        dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=live, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # every warp has the labels' logits before any of them is replaced
+    for start in range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        inside = (rows < M)[:, None] & (cols < N)[None, :]
+        places = x_rows[:, None] + (cols.to(tl.int64) * x_strides[1])[None, :]
+        x = tl.load(places, mask=inside & live[:, None], other=0.0)
+        dx = logit_gradients(
+            x, statistics[0], statistics[1], statistics[2], dloss, weight, label, live, wrong,
+            cols, N, weight_ptr, weight_stride, weight_sum_ptr, label_smoothing, z_loss, softcap,
+            SMOOTH,
+        )  # fmt: skip
+        tl.store(places, dx.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scale_kernel(x_ptr, scale_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    """One program owns [BLOCK] elements: y = scale * x, but 0 where x is, whatever the scale."""
+    cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    y = tl.where(x == 0.0, 0.0, x * tl.load(scale_ptr).to(tl.float32))
+    tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=cols < N)

@@ -42,18 +42,17 @@ _WIDEST_BLOCK = 4096
 _WIDEST_CAPPED_BLOCK = 2048  # tanh's temporaries spill at 4096 when rows are unaligned
 _REDUCTIONS = ("none", "mean", "sum")
 _LABEL_DTYPES = (torch.int64, torch.uint8)
+_OP = "cross_entropy"
 
 
-def _require_labels(target: Tensor, ignore_index: int, n_classes: int) -> None:
+def require_labels(op: str, target: Tensor, ignore_index: int, n_classes: int) -> None:
     """On CPU, as torch: an IndexError. On a GPU a look at the labels would stall the host."""
     if target.device.type != "cpu" or isinstance(target, FakeTensor):
         return
     wrong = (target != ignore_index) & ((target < 0) | (target >= n_classes))
     if wrong.any():
         first = target[wrong][0].item()
-        raise IndexError(
-            f"cross_entropy: target must be in [0, {n_classes}) or {ignore_index}, got {first}"
-        )
+        raise IndexError(f"{op}: target must be in [0, {n_classes}) or {ignore_index}, got {first}")
 
 
 def _cross_entropy_out(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +69,7 @@ def _cross_entropy_fwd(
     z_loss: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _require_labels(target, ignore_index, x.shape[1])
+    require_labels(_OP, target, ignore_index, x.shape[1])
     outputs = _cross_entropy_out(x)
     weight_sum, tile, tail, options = _launch_arguments(
         x, target, weight, ignore_index, label_smoothing, z_loss, softcap
@@ -122,7 +121,7 @@ def _widened_logits(x: Tensor, softcap: float | None) -> Tensor:
     return x if softcap is None else softcap * torch.tanh(x / softcap)
 
 
-def _cross_entropy_reference(
+def cross_entropy_rows(
     x: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -187,7 +186,7 @@ CROSS_ENTROPY = Op(
         name="trilith::cross_entropy",
         forward=_cross_entropy_fwd,
         backward=_cross_entropy_bwd,
-        reference=_cross_entropy_reference,
+        reference=cross_entropy_rows,
         samples=_cross_entropy_samples,
         fake=_cross_entropy_out,
         cost=_cross_entropy_cost,
@@ -259,7 +258,7 @@ def cross_entropy(
         else:
             loss = loss.sum()
             if reduction == "mean":
-                loss = loss / _counted(labels, weight, ignore_index)
+                loss = loss / counted_rows(labels, weight, ignore_index)
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
 
 
@@ -271,29 +270,41 @@ def _check(
     label_smoothing: float,
     softcap: float | None,
 ) -> None:
-    op = "cross_entropy"
+    op = _OP
     require_floating(op, input=input, weight=weight)
     require(input.dim() > 0, op, "input", "have a class dimension", "a scalar")
     class_dim = min(input.dim() - 1, 1)
     classes, shape = input.shape[class_dim], list(input.shape)
     if not target.is_floating_point():
         del shape[class_dim]
-        if target.dtype not in _LABEL_DTYPES:
-            raise RuntimeError(
-                f"{op}: target must be int64 or uint8 class indices, or floating-point class "
-                f"probabilities, got {target.dtype}"
-            )
+        require_label_dtype(op, target)
     require_shape(op, "target", target, shape)
     require_shape(op, "weight", weight, (classes,))
     require_same_device(op, input, target=target, weight=weight)
+    require_constant_weight(op, weight)
+    require_options(op, reduction, label_smoothing, softcap)
+
+
+def require_label_dtype(op: str, target: Tensor) -> None:
+    if target.dtype not in _LABEL_DTYPES:
+        raise RuntimeError(
+            f"{op}: target must be int64 or uint8 class indices, or floating-point class "
+            f"probabilities, got {target.dtype}"
+        )
+
+
+def require_constant_weight(op: str, weight: Tensor | None) -> None:
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{op}: weight must not require a gradient; detach it")
+
+
+def require_options(op: str, reduction: str, label_smoothing: float, softcap: float | None) -> None:
     require(reduction in _REDUCTIONS, op, "reduction", f"be one of {_REDUCTIONS}", repr(reduction))
     require(0 <= label_smoothing <= 1, op, "label_smoothing", "be in [0, 1]", label_smoothing)
     require(softcap is None or softcap > 0, op, "softcap", "be None or positive", softcap)
 
 
-def _counted(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+def counted_rows(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     """What the mean divides by: how many rows are not ignored, or the sum of their weights."""
     counted = target != ignore_index
     if weight is None:

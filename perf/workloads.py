@@ -188,6 +188,32 @@ def cross_entropy(n: int, v: int) -> Workload:
     )
 
 
+def linear_cross_entropy(n: int, d: int, v: int) -> Workload:
+    """The loss of a head: hidden states (n, d), vocabulary v."""
+
+    def unfused(x: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(_widened(F.linear(x, head)), labels)
+
+    def liger() -> Function:
+        from liger_kernel.transformers import functional
+
+        found = functional.liger_fused_linear_cross_entropy
+        return lambda x, head, labels: found(x, head, labels)
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        head = (draw.constant(v, d) / d**0.5).requires_grad_()
+        return draw(n, d), head, draw.labels(n, v)
+
+    return Workload(
+        name=f"linear_cross_entropy-N{n}-d{d}-V{v}",
+        arguments=arguments,
+        cost=_cost("linear_cross_entropy"),
+        trilith=kernels.linear_cross_entropy,
+        eager=unfused,
+        peers={"liger": liger},
+    )
+
+
 def rotary(b: int, h: int, t: int, d: int) -> Workload:
     def arguments(draw: Draw) -> tuple[Any, ...]:
         angles = torch.rand(t, d // 2, device=draw.device) * 2 * math.pi

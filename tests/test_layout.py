@@ -61,6 +61,7 @@ PUBLIC = {
         "gated_act",
         "launch",
         "layer_norm",
+        "linear_cross_entropy",
         "merge_attention",
         "rms_norm",
         "rotary",

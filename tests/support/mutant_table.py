@@ -9,6 +9,8 @@ _NORMS = "trilith.kernels._norm_kernels"
 _NORM_TESTS = "tests/kernels/test_norms.py"
 _CE = "trilith.kernels._cross_entropy_kernels"
 _CE_TESTS = "tests/kernels/test_cross_entropy.py"
+_LCE = "trilith.kernels._linear_cross_entropy_chunks"
+_LCE_TESTS = "tests/kernels/test_linear_cross_entropy.py"
 _ACT = "trilith.kernels.activations"
 _FUNCTORS = "trilith.kernels._runtime.functors"
 _ACT_TESTS = "tests/kernels/test_activations.py"
@@ -168,6 +170,48 @@ MUTANTS = (
         _CE_TESTS + " -k 'fp32 and softcap'",
     ),
     Mutant(
+        "linear_cross_entropy_head_gradient_of_the_last_chunk_only",
+        _LCE,
+        "gradients.weight, first=start == 0)",
+        "gradients.weight, first=True)",
+        _LCE_TESTS + " -k float64",
+    ),
+    Mutant(
+        "linear_cross_entropy_labels_of_the_first_chunk",
+        _LCE,
+        "dlogits = rows(logits, target[part],",
+        "dlogits = rows(logits, target[: part.stop - start],",
+        _LCE_TESTS + " -k float64",
+    ),
+    Mutant(
+        "linear_cross_entropy_saved_gradient_without_the_upstream",
+        _CE,
+        "x * tl.load(scale_ptr).to(tl.float32)",
+        "x",
+        _LCE_TESTS + " -k twice",
+    ),
+    Mutant(
+        "linear_cross_entropy_saved_gradient_overwritten",
+        _LCE,
+        "result = torch.empty_like(gradient, dtype=dtype)",
+        "result = gradient",
+        _LCE_TESTS + " -k twice",
+    ),
+    Mutant(
+        "linear_cross_entropy_frozen_head_allocated",
+        "trilith.kernels.linear_cross_entropy",
+        "if needs and needs[_WEIGHT]:",
+        "if needs:",
+        _LCE_TESTS + " -k 'wanted or frozen'",
+    ),
+    Mutant(
+        "linear_cross_entropy_num_items_forgotten",
+        "trilith.kernels.linear_cross_entropy",
+        "own = num_items is None",
+        "own = True",
+        _LCE_TESTS + " -k micro",
+    ),
+    Mutant(
         "rotary_backward_turns_the_same_way",
         _ROTARY,
         "sin = -sin",
@@ -228,15 +272,15 @@ MUTANTS = (
         "cross_entropy_gradient_rounded_before_subtracting_1",
         _CE,
         "missing = weight * expm1(chosen - peak - log_sum)",
-        "rounded = tl.exp(chosen - peak - log_sum).to(dx_ptr.dtype.element_ty)\n"
+        "rounded = tl.exp(chosen - peak - log_sum).to(x.dtype)\n"
         "    missing = weight * (rounded.to(tl.float32) - 1.0)",
         _CE_TESTS + " -k confident_rows",
     ),
     Mutant(
         "cross_entropy_gradient_of_ignored_rows",
         _CE,
-        "mask = live[:, None] & (cols < N)[None, :]\n    x_rows",
-        "mask = (rows < M)[:, None] & (cols < N)[None, :]\n    x_rows",
+        "live = counted & in_range",
+        "live = inside & in_range",
         _CE_TESTS + " -k ignored",
     ),
     Mutant(
