@@ -179,6 +179,7 @@ LINEAR_CROSS_ENTROPY = Op(
         fake=_linear_cross_entropy_fake,
         cost=_linear_cross_entropy_cost,
         save_outputs=False,
+        rounds_inside=True,
         devices=_DEVICES,
         dtypes=None,
     )

@@ -138,6 +138,8 @@ class OpSpec:
         materialize_grads: whether the gradient of an unused output arrives as zeros or as None.
         cost: `(*parameters) -> Cost`.
         autocast: "keep" leaves dtypes alone; "low" casts floating inputs to the autocast dtype.
+        rounds_inside: whether it rounds to 16 bits on the way, as matrix products of what it made
+            do, so that the conformance checks grant it that. None says so where autocast is "low".
         devices, dtypes: where forward and backward run. Elsewhere the reference does.
     """
 
@@ -155,6 +157,7 @@ class OpSpec:
     materialize_grads: bool = True
     cost: Callable[..., Cost] | None = None
     autocast: str = "keep"
+    rounds_inside: bool | None = None
     devices: tuple[str, ...] = TRITON_DEVICES
     dtypes: tuple[torch.dtype, ...] | None = HALF_AND_SINGLE
 
