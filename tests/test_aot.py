@@ -10,14 +10,17 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from perf import binaries, gate
 from tests.support import aot
 from trilith.plugins import registry
 
 ROOT = Path(__file__).parents[1]
+BASELINE = ROOT / "perf" / "baselines" / "counted.json"
 
 # (kernel, architecture) -> (pattern of the variant, most bytes spilled, what was tried).
 _FP32_KEYS = (
@@ -30,9 +33,6 @@ SPILLS_ALLOWED: dict[tuple[str, str], tuple[str, int, str]] = {
 }
 # (kernel, architecture) -> why no tensor-core instruction is there.
 NO_MMA_ALLOWED: dict[tuple[str, str], str] = {}
-
-# Variants of a kernel that are compiled; the command above compiles all.
-MOST = {"sm_80": 6, "sm_90": 12, "sm_100": 6, "gfx942": 6}
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton's compiler"
@@ -66,7 +66,7 @@ def excused(report, problem):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", aot.TARGETS)
 def test_binaries(arch, tmp_path):
-    reports = survey(arch, tmp_path / "reports.json", "--most", str(MOST[arch]))
+    reports = survey(arch, tmp_path / "reports.json", "--most", str(aot.SAMPLED[arch]))
     assert reports
     faults = [
         f"{r['kernel']} [{r['variant']}] of {r['op']}({r['sample']}): {problem}"
@@ -75,6 +75,9 @@ def test_binaries(arch, tmp_path):
         if not excused(r, problem)
     ]
     assert not faults, "\n" + "\n".join(faults)
+    baseline = gate.read(BASELINE).get("binaries", {}).get(version("triton"), {})
+    worse = [str(c) for c in binaries.changes(baseline, binaries.figures(reports)) if c.is_worse]
+    assert not worse, "\n" + "\n".join(worse)
     launched = {r["op"] for r in reports}
     ours = {name for name in registry.op_names() if name.startswith("trilith::")}
     assert ours <= launched, f"no launch of {sorted(ours - launched)} was compiled"

@@ -48,7 +48,7 @@ def _as_it_is(module: torch.fx.GraphModule, *_: Any, **__: Any) -> Any:
 
 
 def _launches(node: Any) -> bool:
-    """Whether the node starts a kernel: not a buffer that others fill, nor one output of several."""
+    """Whether the node starts a kernel: no buffer that others fill, nor one output of several."""
     return not (isinstance(node, NopKernelSchedulerNode) or isinstance(node.node, ir.MultiOutput))
 
 

@@ -5,7 +5,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from perf.meters.compiled import scheduled
 from perf.meters.launches import launches
+from perf.meters.recompiles import compilations
 from perf.meters.saved import saved_bytes
 from perf.meters.traffic import RESIDENT_PROGRAMS, traffic
 from tests.support.devices import INTERPRETING
@@ -149,3 +151,28 @@ def test_saved_bytes_count_each_storage_once_and_no_parameters():
     weight = torch.ones(7, requires_grad=True)
     kept = saved_bytes(lambda: _Square.apply(x, weight), [weight])
     assert kept == 10 * 7 * 4 + 3 * 8
+
+
+def test_what_torch_compile_would_launch_is_counted_by_graph():
+    kernels = []
+    weight = torch.randn(8, 8, requires_grad=True)
+    scheduled(lambda x: torch.relu(x @ weight + 1), kernels)(torch.randn(4, 8)).sum().backward()
+    assert kernels == [2, 2]  # a product and what is fused after it; a mask and a product
+    kernels.clear()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        scheduled(lambda x: (x + 1).relu().sum(), kernels)(torch.randn(4, 8))
+    assert kernels == [1]
+
+
+def calls(sizes):
+    return ((torch.randn(n, 4, requires_grad=True),) for n in sizes)
+
+
+def test_a_function_of_any_size_is_compiled_twice():
+    assert compilations(lambda x: x.relu(), calls(range(4, 12))) == [1] + 7 * [2]
+
+
+def test_a_function_that_depends_on_its_size_is_compiled_each_time():
+    counts = compilations(lambda x: x * 2 if x.shape[0] % 2 else x * 3, calls(range(4, 10)))
+    assert counts[-1] > 2

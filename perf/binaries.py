@@ -1,0 +1,84 @@
+"""Figures of the kernels' binaries, from the ahead-of-time survey, and their gate.
+
+Kept for each variant of a kernel: its architecture, dtypes and launch options. A survey may compile
+a sample of them, so only what is in both is compared; a new variant is judged by
+`tests/test_aot.py`, which allows no spill that is not on its list.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from perf import gate
+from tests.support.aot import SAMPLED
+
+Figures = dict[str, dict[str, float]]
+SPILLED, INSTRUCTIONS = "spilled bytes", "spill instructions"
+NARROW, PROBLEMS = "narrow loads", "problems"
+
+
+def survey() -> list[dict[str, Any]]:
+    """Reports on the sample of each architecture, from processes that compile for real."""
+    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    reports: list[dict[str, Any]] = []
+    for arch, most in SAMPLED.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "reports.json"
+            command = [sys.executable, "-m", "tests.support.aot", "--arch", arch]
+            answer = subprocess.run(
+                [*command, "--most", str(most), "--json", str(path)],
+                env=environ,
+                capture_output=True,
+                text=True,
+            )
+            if not path.exists():
+                raise RuntimeError(f"ahead-of-time compiling failed:\n{answer.stderr[-2000:]}")
+            reports += json.loads(path.read_text())
+    return reports
+
+
+def figures(reports: Iterable[Mapping[str, Any]]) -> Figures:
+    """The worst of each variant; several of one name differ in alignment and sizes."""
+    found: defaultdict[str, dict[str, float]] = defaultdict(dict)
+    for r in reports:
+        own = found[f"{r['kernel']} {r['arch']} [{r['variant'] or r['op']}]"]
+        for figure, value in (
+            (SPILLED, r["spilled"]),
+            (INSTRUCTIONS, r["spill_instructions"]),
+            (NARROW, round(1 - r["wide"], 4)),
+            (PROBLEMS, len(r["problems"])),
+        ):
+            own[figure] = max(own.get(figure, 0), value)
+    return dict(found)
+
+
+def changes(before: gate.Figures, after: gate.Figures) -> list[gate.Change]:
+    """Differences of the variants that are in both."""
+    shared = before.keys() & after.keys()
+    return gate.changes({k: before[k] for k in shared}, {k: after[k] for k in shared})
+
+
+def table(found: gate.Figures) -> str:
+    """By kernel: bytes spilled by the worst variant of each architecture; wide loads."""
+    by_kernel: defaultdict[str, defaultdict[str, list[Mapping[str, float]]]]
+    by_kernel = defaultdict(lambda: defaultdict(list))
+    for name, own in found.items():
+        kernel, arch, _ = name.split(" ", 2)
+        by_kernel[kernel][arch].append(own)
+    rows = []
+    for kernel, archs in sorted(by_kernel.items()):
+        spills = [max((v[SPILLED] for v in archs[a]), default=0) for a in SAMPLED]
+        own = archs["sm_90"]
+        narrow = sum(v[NARROW] for v in own) / max(1, len(own))
+        variants = sum(map(len, archs.values()))
+        rows.append([kernel, f"{variants}", *(f"{s:g}" for s in spills), f"{narrow:.1%}"])
+    head = ["kernel", "variants", *(f"{SPILLED}, {a}" for a in SAMPLED), f"{NARROW}, sm_90"]
+    return gate.markdown(head, rows)
