@@ -98,6 +98,13 @@ class Op:
         results = self.forward_op(*args, provider)
         return results[0] if self.spec.outputs == 1 else tuple(results[: self.spec.outputs])
 
+    def __reduce__(self) -> tuple[Callable[[str], Op], tuple[str]]:
+        """A copy, or a pickle read in another process, is the op of that name there."""
+        return _named, (self.spec.name,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Op:
+        return self
+
     def runs_kernels(self, *args: Any) -> bool:
         """Whether a call with these arguments would take an implementation, not the reference."""
         return self._provider(self._lead(args), args) is not None
@@ -434,6 +441,12 @@ def _nothing() -> None: ...
 before_first_choice: Callable[[], None] = _nothing
 
 _defined: dict[str, Op] = {}
+
+
+def _named(name: str) -> Op:
+    if name not in _defined:
+        before_first_choice()
+    return _defined[name]
 
 
 _guard_lock = threading.Lock()

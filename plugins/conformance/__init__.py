@@ -11,6 +11,7 @@ Example:
             check(op, sample, device, dtype)
 """
 
+from trilith.plugins.conformance.launches import guard_bands, writes_are_disjoint
 from trilith.plugins.conformance.memory import (
     every_element_is_written,
     input_layouts,
@@ -25,6 +26,8 @@ from trilith.plugins.conformance.numbers import (
     forward_matches_reference,
     gradient_subsets,
     gradients_match_reference,
+    mixed_dtypes,
+    regimes,
     runs_are_bit_equal,
     unused_outputs,
 )
@@ -51,11 +54,15 @@ NUMERIC_CHECKS: tuple[Check, ...] = (
 
 CHECKS: tuple[Check, ...] = (
     *NUMERIC_CHECKS,
+    mixed_dtypes,
+    regimes,
     gradient_subsets,
     unused_outputs,
     input_layouts,
     upstream_layouts,
     offsets_beyond_32_bits,
+    guard_bands,
+    writes_are_disjoint,
     nothing_is_written_to,
     backward_twice,
     runs_are_bit_equal,

@@ -73,8 +73,9 @@ EXPANDED = (expanded, expanded_rows)
 
 
 def far_apart(tensor: Tensor, dim: int) -> Tensor | None:
-    """2**31 elements from the first to the last along one dimension; NaN where an offset would
-    land that wrapped round at 32 bits. None where so much memory cannot be addressed.
+    """2**31 elements from the first to the last along one dimension; another value (of floats NaN)
+    where an offset would land that wrapped round at 32 bits. None where so much memory cannot be
+    addressed.
 
     On a CPU the memory is only promised: what is not touched takes no room. On a GPU it is taken,
     if four times as much is free.
@@ -95,7 +96,11 @@ def far_apart(tensor: Tensor, dim: int) -> Tensor | None:
     far = wide.as_strided(tensor.shape, strides, 2**31)
     others = [s for i, s in enumerate(strides) if i != dim]
     wrapped = 2**31 + last * step - 2**32
-    wide.as_strided(far.select(dim, 0).shape, others, wrapped).fill_(float("nan"))
+    canary = wide.as_strided(far.select(dim, 0).shape, others, wrapped)
+    if tensor.is_floating_point():
+        canary.fill_(float("nan"))
+    else:
+        canary.copy_(tensor.detach().select(dim, last) == 0)
     return far.copy_(tensor.detach())
 
 

@@ -23,6 +23,7 @@ from trilith.plugins.conformance.support import (
     has_gradient,
     name_of,
     named_check,
+    tensors_of,
     with_grad,
 )
 from trilith.plugins.op import Op
@@ -31,12 +32,12 @@ from trilith.plugins.spec import Sample
 
 @named_check
 def input_layouts(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
-    """Every floating-point input in every layout, several inputs in different ones at a time."""
+    """Every tensor in every layout, several of them in different ones at a time."""
     args = bound(op, sample)
     inputs = floating(args)
     upstream = fixed_upstream(op, args)
     names = [name_of(op, i) for i in range(len(args))]
-    for what, moved, plain in _arrangements(args, inputs, names):
+    for what, moved, plain in _arrangements(args, tensors_of(args), names):
         if plain is not None:
             expected = both(op, plain, upstream)
         assert_all_same(what, op, inputs, both(op, moved, upstream), expected)
@@ -80,7 +81,7 @@ def upstream_layouts(op: Op, sample: Sample, device: torch.device, dtype: torch.
 def offsets_beyond_32_bits(
     op: Op, sample: Sample, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Every input and gradient with 2**31 elements between its ends, one dimension at a time."""
+    """Every tensor and gradient with 2**31 elements between its ends, one dimension at a time."""
     try:
         _check_far_apart(op, bound(op, sample))
     finally:
@@ -90,7 +91,7 @@ def offsets_beyond_32_bits(
 
 def _check_far_apart(op: Op, args: list[Any]) -> None:
     inputs = floating(args)
-    dense = [contiguous(a) if i in inputs else a for i, a in enumerate(args)]
+    dense = [contiguous(a) if i in tensors_of(args) else a for i, a in enumerate(args)]
     upstream = [contiguous(g) for g in fixed_upstream(op, args)]
     expected = both(op, dense, upstream)
     for i, dim, moved in _far_apart(dense):
@@ -104,7 +105,7 @@ def _check_far_apart(op: Op, args: list[Any]) -> None:
 
 
 def _far_apart(tensors: Sequence[Any]) -> Iterator[tuple[int, int, list[Any]]]:
-    for i in floating(tensors):
+    for i in tensors_of(tensors):
         for dim, size in enumerate(tensors[i].shape):
             far = far_apart(tensors[i], dim) if size > 1 else None
             if far is not None:

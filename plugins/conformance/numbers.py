@@ -15,6 +15,7 @@ from trilith.plugins.conformance.support import (
     as_tuple,
     assert_all_same,
     both,
+    both_of,
     bound,
     differentiable,
     fixed_upstream,
@@ -69,6 +70,59 @@ def gradients_match_reference(
         what = f"gradient of {name_of(op, i)}"
         assert a.dtype == args[i].dtype, f"{what}: dtype {a.dtype}, the input has {args[i].dtype}"
         assert_near(what, a, e, p, n, rounds_once=not _rounds_inside(op))
+
+
+@named_check
+def mixed_dtypes(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """Each tensor but the first in another dtype: right, if the reference takes it, or refused."""
+    args = bound(op, sample)
+    for i in floating(args)[1:]:
+        narrow = args[i].dtype == torch.float32
+        moved = replaced(args, [i], [args[i].to(torch.bfloat16 if narrow else torch.float32)])
+        try:
+            op.spec.reference(*moved)
+            both(op, moved, fixed_upstream(op, moved))
+        except Exception:  # refused: by the public function, or by a compiler in its own way
+            continue
+        _against_reference(op, moved, f"{name_of(op, i)} in {moved[i].dtype}: ")
+
+
+@named_check
+def regimes(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """The first tensor far from zero, tiny, equal along a row, large, with a NaN, with an inf.
+
+    Gradients only where it is finite: what the derivative of relu at NaN is, libraries differ.
+    """
+    args = bound(op, sample)
+    inputs = floating(args)
+    if not inputs:
+        return
+    lead = args[inputs[0]].detach()
+    one = torch.arange(lead.numel(), device=device).view(lead.shape) == lead.numel() // 2
+    for what, values in (
+        ("with mean 1e4", lead + 1e4),
+        ("of size 1e-4", lead * 1e-4),
+        ("equal along a row", lead[..., :1].expand(lead.shape).contiguous()),
+        ("of size 1e4", lead * 1e4),
+        ("with a NaN", torch.where(one, torch.nan, lead)),
+        ("with an inf", torch.where(one, torch.inf, lead)),
+    ):
+        moved = replaced(args, inputs[:1], [values])
+        _against_reference(op, moved, f"{what}: ", gradients=bool(values.isfinite().all()))
+
+
+def _against_reference(op: Op, args: Sequence[Any], what: str, *, gradients: bool = True) -> None:
+    """Outputs and gradients, near the reference's in float64 as the reference's own are."""
+    upstream = fixed_upstream(op, args)
+    expected = both_of(op.spec.reference, op, in_float64(args), upstream)
+    eager = both_of(op.spec.reference, op, args, upstream)
+    actual = both(op, args, upstream)
+    for i, (a, e, p) in enumerate(zip(actual[0], expected[0], eager[0], strict=True)):
+        assert_near(f"{what}output {i}", a, e, p)
+    if not gradients:
+        return
+    for i, a, e, p in zip(floating(args), actual[1], expected[1], eager[1], strict=True):
+        assert_near(f"{what}gradient of {name_of(op, i)}", a, e, p)
 
 
 def _rounds_inside(op: Op) -> bool:

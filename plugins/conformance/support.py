@@ -39,6 +39,11 @@ def floating(args: Sequence[Any]) -> list[int]:
     return [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
 
 
+def tensors_of(args: Sequence[Any]) -> list[int]:
+    """Positions of all tensors."""
+    return [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+
+
 def named_check(function: Check) -> Check:
     """Names the op, the sample and the check in whatever goes wrong."""
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tests.support.devices import INTERPRETING
+from trilith.kernels._runtime.language import tl, triton
 from trilith.plugins import OpSpec, Sample
 
 EVERYWHERE = ("cpu", "cuda")
@@ -85,6 +87,28 @@ def last_column_dropped(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     left = torch.empty_like(y)
     left[:, :-1] = y[:, :-1]
     return left, mean
+
+
+def writes_beyond_its_output(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    y, mean = forward(x, weight)
+    wide = torch.empty_like(y)
+    end = wide.storage_offset() + wide.numel()
+    if wide.untyped_storage().nbytes() > end * wide.element_size():
+        wide.as_strided((1,), (1,), end).zero_()
+    return y, mean
+
+
+@triton.jit
+def _again_kernel(y_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    tl.store(y_ptr + offs, tl.load(y_ptr + offs))
+
+
+def written_by_two_programs(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    y, mean = forward(x, weight)
+    if INTERPRETING:
+        _again_kernel[(2,)](y, N=16)
+    return y, mean
 
 
 def writes_input(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -180,6 +204,15 @@ def wrong_alone(ctx, dy, dmean):
     return dx, dweight if dx is not None or dweight is None else dweight * 2
 
 
+def overflows(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    y, mean = forward(x, weight)
+    return torch.where(y.abs() > 1e3, y.half().to(y.dtype), y), mean
+
+
+def weight_taken_for_the_dtype_of_x(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return forward(x, weight if weight.dtype == x.dtype else weight.round())
+
+
 def needs_both_outputs(ctx, dy, dmean):
     if dy is None or dmean is None:
         return None, None
@@ -226,6 +259,10 @@ FAULTS = {
         ("forward", wrong_value, ["forward_matches_reference"]),
         ("forward", wrong_dtype, ["forward_matches_reference"]),
         ("forward", last_column_dropped, ["every_element_is_written"]),
+        ("forward", writes_beyond_its_output, ["guard_bands"]),
+        ("forward", written_by_two_programs, ["writes_are_disjoint"]),
+        ("forward", overflows, ["regimes"]),
+        ("forward", weight_taken_for_the_dtype_of_x, ["mixed_dtypes"]),
         ("forward", writes_input, ["nothing_is_written_to"]),
         ("forward", noisy, ["runs_are_bit_equal"]),
         ("forward", input_read_as_dense, ["input_layouts"]),

@@ -23,6 +23,10 @@ AT_MOST_INTERPRETED = {
     "input_layouts": 2,
     "upstream_layouts": 2,
     "offsets_beyond_32_bits": 1,
+    "guard_bands": 4,
+    "writes_are_disjoint": 4,
+    "regimes": 2,
+    "mixed_dtypes": 2,
     "runs_are_bit_equal": 2,
     "backward_twice": 3,
     "autocast": 2,
@@ -102,6 +106,8 @@ def test_sound_op_passes(make, check, dtype):
     [(fault, check) for fault, (_, checks) in FAULTS.items() for check in checks],
 )
 def test_fault_is_caught(make, fault, check):
+    if check == "writes_are_disjoint" and not INTERPRETING:
+        pytest.skip("seen by Triton's interpreter alone")
     op = make(FAULTS[fault][0])
     with pytest.raises(AssertionError) as error:
         run(op, BY_NAME[check], torch.float32)

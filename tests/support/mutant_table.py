@@ -456,7 +456,7 @@ MUTANTS = (
         "trilith.kernels._runtime.random",
         "high = (quads >> 32).to(tl.uint32)",
         "high = (quads >> 32).to(tl.uint32) * 0",
-        _DROPOUT_TESTS,
+        "tests/kernels/test_random.py",
     ),
     Mutant(
         "launch_of_an_empty_grid",
@@ -520,6 +520,13 @@ MUTANTS = (
         'return keys - queries if alignment == "bottom_right" else 0',
         "return 0",
         _ATTENTION_TESTS + " -k test_bands",
+    ),
+    Mutant(
+        "norm_statistics_written_beyond_the_last_row",
+        _NORMS,
+        "tl.store(rstd_ptr + rows, rstd, mask=rows < M)",
+        "tl.store(rstd_ptr + rows, rstd)",
+        _CONFORMANCE + " -k layer_norm-fp32-guard_bands",
     ),
     *ROUNDING,
 )

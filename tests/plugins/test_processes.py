@@ -1,0 +1,116 @@
+"""Every registered op in copies, in other processes, and where neither Triton nor a GPU is."""
+
+import copy
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.devices import DEVICE
+from trilith.plugins import manager, registry
+
+ROOT = Path(__file__).parents[2]
+manager.load()
+NAMES = registry.op_names()
+
+
+class Calls(nn.Module):
+    """A module that holds an op and the arguments of a call."""
+
+    def __init__(self, op, args):
+        super().__init__()
+        self.op, self.args = op, args
+
+    def forward(self):
+        result = self.op(*self.args)
+        return result if isinstance(result, torch.Tensor) else result[0]
+
+
+def module(name, device=DEVICE):
+    torch.manual_seed(0)
+    op = registry.op(name)
+    sample = next(iter(op.spec.samples(torch.device(device), torch.float32)))
+    return Calls(op, op._bind(sample.args, sample.kwargs))
+
+
+def results(names):
+    """Of each op the first output of its first sample; runs in a child process."""
+    from tests.support import interpreter
+
+    torch.set_num_threads(1)
+    interpreter.apply()
+    return {name: module(name)().numpy() for name in names}
+
+
+def here(names):
+    return {name: module(name)().cpu().numpy() for name in names}
+
+
+def same(one, other):
+    return torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_that_holds_an_op_is_copied_and_pickled(name):
+    made = module(name)
+    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert twin.op is made.op
+        assert same(twin().cpu(), made().cpu())
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's context does not survive a fork")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_child_processes_compute_the_same(method):
+    expected = here(NAMES)
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        found = pool.apply(results, (NAMES,))
+    assert [name for name in NAMES if not same(found[name], expected[name])] == []
+
+
+WITHOUT = """
+import sys, torch
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, path=None, target=None: (
+    None if name.partition(".")[0] == "triton" else find(name, path, target))
+assert not torch.cuda.is_available()
+
+from trilith.plugins import manager, registry
+
+manager.load()
+for name in registry.op_names():
+    op = registry.op(name)
+    for sample in op.spec.samples(torch.device("cpu"), torch.float32):
+        args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point()
+                else a for a in op._bind(sample.args, sample.kwargs)]
+        out = op(*args)
+        out = out if isinstance(out, torch.Tensor) else out[0]
+        out.sum().backward()
+        assert any(a.grad is not None for a in args if isinstance(a, torch.Tensor)), name
+    print(name)
+assert "triton" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("triton", [False, True], ids=["without-triton", "with-triton"])
+def test_every_op_runs_without_a_gpu(triton):
+    code = (
+        WITHOUT if not triton else WITHOUT.replace('== "triton"', '== ""').rpartition("assert")[0]
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split() == NAMES
