@@ -98,6 +98,8 @@ class Implementation:
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"takes {', '.join(map(str, self.dtypes))}, not {dtype}"
         if self.arch is not None and device.type == "cuda":
+            if not torch.cuda.is_available():
+                return "needs a compute capability, and there is no CUDA device here to ask"
             major, minor = torch.cuda.get_device_capability(device)
             have, (low, high) = 10 * major + minor, self.arch
             if (low is not None and have < low) or (high is not None and have > high):

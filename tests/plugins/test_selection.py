@@ -235,7 +235,14 @@ def test_one_asked_for_by_name_raises_where_it_refuses_the_arguments(manager):
             _tag(op)
 
 
+def test_architecture_bounds_where_there_is_no_device_to_ask(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refusal = _other("acme_sel::op", arch=(90, None)).refusal(torch.device("cuda"), torch.float32)
+    assert "no CUDA device here" in refusal
+
+
 def test_architecture_bounds_are_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     hopper = _other("acme_sel::op", arch=(90, None))
     assert "90.., not 80" in hopper.refusal(torch.device("cuda"), torch.float32)
