@@ -1,0 +1,161 @@
+"""torch.nn's transformer layers.
+
+Every sub-module is called, in eval too: torch's fused eval path, which reads their weights instead,
+is not taken. What runs in one pass, where the sub-modules are what the constructor made: the bias
+and activation and dropout of the feed-forward layer, and dropout with the residual addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trilith.blocks.drop_in.activations import kernel_name
+from trilith.blocks.drop_in.attention import MultiheadAttention
+from trilith.blocks.drop_in.dropout import Dropout
+from trilith.blocks.drop_in.layouts import nested, padded
+from trilith.blocks.drop_in.norms import LayerNorm
+from trilith.blocks.drop_in.swap import adopt, unhooked
+from trilith.blocks.linear import linear_act
+from trilith.kernels import bias_dropout_add
+
+_CHILDREN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MultiheadAttention: MultiheadAttention,
+    nn.LayerNorm: LayerNorm,
+    nn.Dropout: Dropout,
+}
+
+
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """torch.nn.TransformerEncoderLayer, also within torch.nn.TransformerEncoder."""
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        sizes = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps)
+        super().__init__(*sizes, batch_first, norm_first, bias, device, dtype)
+        _adopt_children(self)
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        if src.is_nested and src_mask is None and src_key_padding_mask is None:
+            x, padding = padded(src)
+            return nested(self.forward(x, None, padding), padding, src.layout)
+        masks = (src_key_padding_mask, src_mask, is_causal)
+        x = src
+        if self.norm_first:
+            y = self.norm1(x)
+            x = _residual(self.dropout1, _mix(self.self_attn, y, y, *masks), x)
+            return _residual(self.dropout2, _feed_forward(self, self.norm2(x)), x)
+        x = self.norm1(_residual(self.dropout1, _mix(self.self_attn, x, x, *masks), x))
+        return self.norm2(_residual(self.dropout2, _feed_forward(self, x), x))
+
+
+class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """torch.nn.TransformerDecoderLayer, also within torch.nn.TransformerDecoder."""
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        sizes = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps)
+        super().__init__(*sizes, batch_first, norm_first, bias, device, dtype)
+        _adopt_children(self)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        own = (tgt_key_padding_mask, tgt_mask, tgt_is_causal)
+        cross = (memory_key_padding_mask, memory_mask, memory_is_causal)
+        x = tgt
+        if self.norm_first:
+            y = self.norm1(x)
+            x = _residual(self.dropout1, _mix(self.self_attn, y, y, *own), x)
+            y = self.norm2(x)
+            x = _residual(self.dropout2, _mix(self.multihead_attn, y, memory, *cross), x)
+            return _residual(self.dropout3, _feed_forward(self, self.norm3(x)), x)
+        x = self.norm1(_residual(self.dropout1, _mix(self.self_attn, x, x, *own), x))
+        mixed = _mix(self.multihead_attn, x, memory, *cross)
+        x = self.norm2(_residual(self.dropout2, mixed, x))
+        return self.norm3(_residual(self.dropout3, _feed_forward(self, x), x))
+
+
+def _adopt_children(layer: nn.Module) -> None:
+    for child in layer.children():
+        if type(child) in _CHILDREN:
+            adopt(child, _CHILDREN[type(child)])
+
+
+def _mix(
+    attention: nn.Module,
+    x: Tensor,
+    keys: Tensor,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    is_causal: bool,
+) -> Tensor:
+    return attention(
+        *(x, keys, keys),
+        attn_mask=mask,
+        key_padding_mask=padding,
+        need_weights=False,
+        is_causal=is_causal,
+    )[0]
+
+
+def _residual(dropout: nn.Module, branch: Tensor, x: Tensor) -> Tensor:
+    if _is_plain(dropout) and branch.dtype == x.dtype:
+        return bias_dropout_add(branch, x, None, dropout.p, dropout.training)
+    return x + dropout(branch)
+
+
+def _feed_forward(
+    layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, x: Tensor
+) -> Tensor:
+    name, dropout = kernel_name(layer.activation), layer.dropout
+    if name is not None and _is_plain(dropout):
+        hidden = linear_act(layer.linear1, x, name, p=dropout.p, training=dropout.training)
+    else:
+        hidden = dropout(layer.activation(layer.linear1(x)))
+    return layer.linear2(hidden)
+
+
+def _is_plain(dropout: nn.Module) -> bool:
+    return type(dropout) in (nn.Dropout, Dropout) and not dropout.inplace and unhooked(dropout)

@@ -1,0 +1,191 @@
+"""Norms, dropout, activations and the loss as torch.nn has them."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.compare import assert_like_eager
+from tests.support.devices import DEVICE
+from trilith.blocks import drop_in
+from trilith.kernels._runtime.launch import observers
+
+CASES = {
+    "LayerNorm": [{"normalized_shape": 12}, {"normalized_shape": (3, 12), "eps": 0.1}]
+    + [{"normalized_shape": 12, "elementwise_affine": False}]
+    + [{"normalized_shape": 12, "bias": False}],
+    "RMSNorm": [{"normalized_shape": 12}, {"normalized_shape": 12, "eps": 0.1}]
+    + [{"normalized_shape": (3, 12), "elementwise_affine": False}],
+    "ReLU": [{}, {"inplace": True}],
+    "LeakyReLU": [{}, {"negative_slope": 0.3}],
+    "ELU": [{}, {"alpha": 0.5}],
+    "GELU": [{}, {"approximate": "tanh"}],
+    "SiLU": [{}, {"inplace": True}],
+    "Sigmoid": [{}],
+    "Tanh": [{}],
+    "Dropout": [{"p": 0.0}, {"p": 1.0}],
+}
+TORCHS_OWN = ({"inplace": True}, {"negative_slope": 0.3}, {"alpha": 0.5})
+NAMES = list(drop_in.__all__)
+cases = pytest.mark.parametrize(
+    ("name", "options"), [(n, o) for n, given in CASES.items() for o in given], ids=str
+)
+
+
+@pytest.fixture
+def launches():
+    seen = []
+    observers.append(lambda kernel, *_: seen.append(kernel))
+    yield seen
+    observers.pop()
+
+
+def pair(name, options, **moved):
+    theirs = getattr(nn, name)(**options)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.uniform_(0.5, 2.0)
+    ours = getattr(drop_in, name)(**options)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    return ours.to(DEVICE, **moved), theirs.to(DEVICE, **moved)
+
+
+def results(module, x, dy):
+    x = x.clone().requires_grad_()
+    y = module(x * 1.0)
+    return [y, *torch.autograd.grad(y, [x, *module.parameters()], dy)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_constructor_and_forward_are_torchs(name):
+    ours, theirs = getattr(drop_in, name), getattr(nn, name)
+    assert issubclass(ours, theirs)
+    for method in ("__init__", "forward"):
+        own, other = (inspect.signature(getattr(c, method)).parameters for c in (ours, theirs))
+        assert list(own) == list(other)
+        assert [p.default for p in own.values()] == [p.default for p in other.values()]
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_results_and_gradients_are_torchs(name, options, dtype, launches):
+    ours, theirs = pair(name, options, dtype=dtype)
+    x, dy = torch.randn(2, 5, 3, 12, device=DEVICE, dtype=dtype).unbind()
+    wide = copy.deepcopy(theirs).double()
+    actual = results(ours, x, dy)
+    assert bool(launches) == (options not in (*TORCHS_OWN, {"p": 0.0}))
+    expected, eager = results(wide, x.double(), dy.double()), results(theirs, x, dy)
+    for a, e, t in zip(actual, expected, eager, strict=True):
+        assert_like_eager(a, e, t)
+
+
+@cases
+def test_modules_copy_pickle_and_start_on_meta(name, options):
+    ours, _ = pair(name, options)
+    x = torch.randn(5, 3, 12, device=DEVICE)
+    expected = ours(x.clone())
+    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(again(x.clone()), expected)
+    with torch.device("meta"):
+        empty = type(ours)(**options)
+    empty.to_empty(device=DEVICE).load_state_dict(ours.state_dict())
+    assert torch.equal(empty(x.clone()), expected)
+    assert repr(ours) == repr(getattr(nn, name)(**options))
+
+
+@cases
+def test_default_dtype(name, options):
+    torch.set_default_dtype(torch.float64)
+    try:
+        ours, theirs = pair(name, options)
+        x = torch.randn(5, 3, 12, device=DEVICE)
+        torch.testing.assert_close(ours(x.clone()), theirs(x.clone()))
+        assert ours(x.clone()).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@cases
+def test_compiles_to_one_graph_and_exports(name, options):
+    ours, _ = pair(name, options)
+    x = torch.randn(5, 3, 12, device=DEVICE)
+    expected = ours(x.clone())
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x.clone()), expected)
+    exported = torch.export.export(ours, (x.clone(),)).module()
+    torch.testing.assert_close(exported(x.clone()), expected)
+
+
+@pytest.mark.parametrize("name", ["ReLU", "GELU", "Dropout"])
+def test_channels_stay_last(name, launches):
+    x = torch.randn(2, 3, 4, 5, device=DEVICE).to(memory_format=torch.channels_last)
+    y = getattr(drop_in, name)()(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert launches
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GELU"])
+def test_nested_tensors_keep_their_parts(name, launches):
+    parts = [torch.randn(n, 12, device=DEVICE) for n in (3, 5)]
+    nested = torch.nested.as_nested_tensor(parts)
+    ours, theirs = pair(name, CASES[name][0])
+    for y, part in zip(ours(nested).unbind(), parts, strict=True):
+        torch.testing.assert_close(y, theirs(part))
+    assert launches
+
+
+def test_relu_of_integers_is_torchs():
+    x = torch.tensor([-2, 3], device=DEVICE)
+    assert torch.equal(drop_in.ReLU()(x), nn.ReLU()(x))
+
+
+def test_dropout_drops_in_training_only():
+    x = torch.randn(64, 64, device=DEVICE)
+    module = drop_in.Dropout(0.5)
+    dropped = module(x)
+    kept = dropped != 0
+    assert 0.4 < kept.float().mean() < 0.6
+    torch.testing.assert_close(dropped[kept], 2 * x[kept])
+    assert module.eval()(x) is x
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_cross_entropy_loss(reduction, probabilities):
+    options = {"reduction": reduction, "label_smoothing": 0.1}
+    weight = torch.rand(7, device=DEVICE)
+    ours = drop_in.CrossEntropyLoss(weight, **options)
+    theirs = nn.CrossEntropyLoss(weight, **options)
+    assert list(ours.state_dict()) == list(theirs.state_dict()) == ["weight"]
+    x = torch.randn(4, 7, 5, device=DEVICE)
+    target = torch.randint(7, (4, 5), device=DEVICE)
+    target[0, 0] = -100
+    if probabilities:
+        target = torch.randn(4, 7, 5, device=DEVICE).softmax(1)
+    torch.testing.assert_close(ours(x, target), theirs(x, target))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "x"),
+    [
+        ("LayerNorm", {"normalized_shape": 12}, torch.zeros(3, 11)),
+        ("RMSNorm", {"normalized_shape": 12}, torch.zeros(3, 11)),
+        ("Dropout", {"p": 2.0}, torch.zeros(3)),
+        ("GELU", {"approximate": "none"}, torch.zeros(3, dtype=torch.long)),
+        ("GELU", {"approximate": "cubic"}, torch.zeros(3)),
+    ],
+    ids=["layer_norm", "rms_norm", "p", "integers", "approximate"],
+)
+def test_errors_are_of_torchs_kind(name, options, x):
+    kinds = []
+    for source in (nn, drop_in):
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            getattr(source, name)(**options)(x)
+        assert str(caught.value)
+        kinds.append(caught.type)
+    assert kinds[0] is kinds[1]
