@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from trilith.blocks.linear import reset, reset_linear
-from trilith.kernels import cross_entropy, dropout
+from trilith.blocks.linear import plain_linear, reset, reset_linear
+from trilith.kernels import cross_entropy, dropout, linear_cross_entropy
 
 LOGIT_DEVIATION = 0.5
 
@@ -48,22 +48,48 @@ class TransformerLM(nn.Module):
         self.dropout = dropout
         self.checkpoint_activations = checkpoint_activations
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        logits: bool = False,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, vocabulary), or with targets (B, T) the mean cross-entropy in nats.
 
-        Targets of -100 are ignored.
+        Args:
+            tokens: (B, T), integers.
+            targets: (B, T), integers; those of -100 are ignored.
+            logits: with targets, return (loss, logits). Without it the logits are never all in
+                memory, if the head is the embedding's table or a plain nn.Linear.
+            num_items: what the mean divides by, instead of the targets counted here.
         """
         x = dropout(self.position(self.embedding(tokens)), self.dropout, self.training)
         for block in self.blocks:
             x = self._run(block, x)
-        logits = self.logits(x)
+        x = self.norm(x)
         if targets is None:
-            return logits
-        return cross_entropy(logits.flatten(0, -2), targets.flatten())
+            return self.logits(x)
+        if not logits and (self.head is None or plain_linear(self.head)):
+            return self._fused_loss(x, targets, num_items)
+        every = self.logits(x)
+        rows, labels = every.flatten(0, -2), targets.flatten()
+        if num_items is None:
+            loss = cross_entropy(rows, labels)
+        else:
+            loss = cross_entropy(rows, labels, reduction="sum") / num_items
+        return (loss, every) if logits else loss
 
     def logits(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
+        """The head's output for hidden states that have passed the norm."""
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+
+    def _fused_loss(self, x: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:
+        head = self.embedding if self.head is None else self.head
+        weight, bias = head.weight, getattr(head, "bias", None)
+        assert isinstance(weight, Tensor)
+        return linear_cross_entropy(x, weight, targets, linear_bias=bias, num_items=num_items)
 
     def reset_parameters(self) -> None:
         """Initialise every weight. A fresh model's loss is near log(vocabulary).

@@ -29,7 +29,7 @@ try:
     from tqdm import tqdm
 
     import trilith
-    from examples.lm import BadInput, data, plot
+    from examples.lm import BadInput, data, memory, plot
     from examples.lm.checkpoint import State, replace_file, restore, save
     from examples.lm.settings import Settings, parse, settings_from
     from trilith.blocks import build_lm
@@ -94,6 +94,7 @@ def run(argv: list[str] | None) -> int:
         "tokens_per_s": tokens / seconds if tokens else None,
         "preset": args.preset,
         "text": corpus.name,
+        "step_bytes": step_bytes(state, settings, windows),
     }
     text = sample(state.model, corpus.held_out[:PROMPT_BYTES], settings)
     write_results(args.out, state, text, metrics, began)
@@ -123,6 +124,31 @@ def write_results(
         f"val_loss {metrics['val_loss']:.3f} nats per byte (bigram {metrics['bigram_loss']:.3f}, "
         f"unigram {metrics['unigram_loss']:.3f}) after {metrics['seconds']:.0f} s; see {out}/"
     )
+    fused, logits = (
+        "does not fit" if peak is None else f"{peak / 1e6:.1f} MB"
+        for peak in metrics["step_bytes"].values()
+    )
+    print(f"memory of a step at its peak: {fused}; with the logits of all tokens: {logits}")
+
+
+def step_bytes(state: State, settings: Settings, windows: Tensor) -> dict[str, int | None]:
+    """Most bytes in use in a forward and backward pass: as trained, and with all logits made.
+
+    None where that does not fit.
+    """
+    device = state.losses.device
+    batch = windows[torch.arange(settings.batch) % len(windows)].to(device)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.model.train()
+
+    def run(logits: bool) -> None:
+        with low_precision(device):
+            made = state.model(batch[:, :-1], batch[:, 1:], logits=logits)
+        (made[0] if logits else made).backward()
+        state.optimizer.zero_grad(set_to_none=True)
+
+    passes = {"fused": lambda: run(False), "logits": lambda: run(True)}
+    return {name: memory.peak_bytes(once, device) for name, once in passes.items()}
 
 
 def fresh_state(settings: Settings, corpus: data.Corpus, device: torch.device) -> State:

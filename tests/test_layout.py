@@ -16,6 +16,7 @@ except ImportError:
 ROOT = Path(__file__).parents[1]
 ORDER = ("plugins", "kernels", "blocks")
 LAST = ("examples", "perf", "tests")
+BESIDE = (("perf", "tests", "support"), ("examples", "perf", "meters"))  # tools for each other
 PACKAGE = ("trilith", *ORDER)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -144,7 +145,7 @@ def test_imports_go_one_way(folder):
             target = area(name)
             upward = target is not None and target not in allowed(folder)
             facade = folder in ORDER and target == "trilith" and name not in shared
-            if name.startswith("tests.support") and folder == "perf":
+            if (folder, *name.split(".")[:2]) in BESIDE:
                 continue
             if upward or facade:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")

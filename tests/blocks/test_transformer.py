@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from perf.meters.aten import operators
+from tests.blocks.test_linear import Lora
 from tests.support.devices import DEVICE
 from trilith.blocks import LMConfig, TransformerBlock, build_lm
 from trilith.blocks.config import build_block
+from trilith.kernels import _linear_cross_entropy_chunks as chunks
 
 TINY = LMConfig(vocab_size=30, dim=16, n_layers=2, n_heads=2, mlp_hidden=24, max_len=12)
 KINDS = {
@@ -40,6 +43,59 @@ def test_loss_is_the_cross_entropy_of_the_logits():
     assert logits.shape == (2, 7, 30)
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
     torch.testing.assert_close(model(x, y), expected)
+
+
+def as_large_as_the_logits(run) -> int:
+    """How many operators give something with a number for each of 14 tokens and 30 classes."""
+    seen = []
+
+    def observe(name, args, kwargs, result):
+        seen.extend(t for t in torch.utils._pytree.tree_leaves(result) if t.numel() == 14 * 30)
+
+    with operators(observe):
+        run()
+    return len(seen)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_training_never_has_all_logits(tied, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", 7)
+    model = build_lm(config(tied=tied)).to(DEVICE)
+    x, y = tokens(2, 7), tokens(2, 7)
+    assert as_large_as_the_logits(lambda: model(x, y).backward()) == 0
+    assert as_large_as_the_logits(lambda: model(x, y, logits=True)[0].backward()) > 0
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_loss_and_logits_together_are_those_apart(kind):
+    model = build_lm(config(**KINDS[kind])).to(DEVICE)
+    x, y = tokens(2, 7), tokens(2, 7)
+    loss, logits = model(x, y, logits=True)
+    assert torch.equal(logits, model(x)) and torch.equal(logits, model(x, logits=True))
+    torch.testing.assert_close(loss, model(x, y))
+    parts = [torch.autograd.grad(out, list(model.parameters())) for out in (loss, model(x, y))]
+    for a, b in zip(*parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("logits", [False, True])
+def test_the_mean_may_divide_by_the_items_of_a_larger_batch(logits):
+    model = build_lm(TINY).to(DEVICE)
+    x, y = tokens(2, 7), tokens(2, 7)
+    loss = model(x, y, logits=logits, num_items=56)
+    loss = loss[0] if logits else loss
+    torch.testing.assert_close(loss, model(x, y) / 4)
+
+
+def test_a_head_that_does_more_when_called_is_called():
+    model = build_lm(config(tied=False)).to(DEVICE)
+    x, y = tokens(2, 7), tokens(2, 7)
+    plain = model(x, y)
+    model.head = Lora(model.head).to(DEVICE)
+    loss = model(x, y)
+    loss.backward()
+    assert not torch.equal(loss, plain)
+    assert model.head.a.weight.grad.abs().sum() > 0 and model.head.base.weight.grad is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

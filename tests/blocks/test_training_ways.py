@@ -1,0 +1,187 @@
+"""Checkpointing, gradient accumulation and mixed precision, each beside the plain run."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from tests.support.devices import DEVICE
+from trilith.blocks import LMConfig, build_lm
+from trilith.kernels._runtime.launch import observers
+
+SIZES = {"vocab_size": 50, "dim": 16, "n_layers": 1, "n_heads": 2, "mlp_hidden": 24, "max_len": 6}
+STYLES = {
+    "llama": {"n_kv_heads": 1, "tied": False},
+    "gpt": {
+        "norm": "layer_norm",
+        "mlp": "mlp",
+        "activation": "gelu",
+        "position": "learned",
+        "bias": True,
+    },
+}
+
+
+def model_of(style="llama", dropout=0.2, **changes):
+    torch.manual_seed(1)
+    return build_lm(LMConfig(**SIZES, **STYLES[style], dropout=dropout, **changes)).to(DEVICE)
+
+
+def batch(n=4):
+    torch.manual_seed(2)
+    data = torch.randint(0, 50, (n, 7), device=DEVICE)
+    return data[:, :-1], data[:, 1:]
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def stepped(model, run):
+    """Gradients of one pass with the dropout of seed 5, and the kernels that it started."""
+    started = []
+    observers.append(lambda kernel, *_: started.append(kernel.fn.__name__))
+    torch.manual_seed(5)
+    try:
+        run(model)
+    finally:
+        observers.pop()
+    return gradients(model), started
+
+
+def plain(model):
+    model(*batch()).backward()
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_checkpointed_blocks_give_the_same_bits(style):
+    expected, kernels = stepped(model_of(style), plain)
+    found, more = stepped(model_of(style, checkpoint_activations=True), plain)
+    assert len(more) > len(kernels)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("kept", ["attention", "matrix products"])
+def test_checkpointing_selected_by_op_gives_the_same_bits(kept):
+    """What the policy saves is not run again; the rest is, with the same dropout."""
+    saved = {
+        "attention": [torch.ops.trilith.attention_fwd.default],
+        "matrix products": [torch.ops.aten.mm.default],
+    }[kept]
+
+    def policy(context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def run(model):
+        tokens, targets = batch()
+
+        def loss(*_):
+            return model(tokens, targets)
+
+        anchor = torch.ones((), device=DEVICE, requires_grad=True)
+        contexts = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
+        checkpoint(loss, anchor, use_reentrant=False, context_fn=contexts).backward()
+
+    expected, kernels = stepped(model_of(), plain)
+    found, more = stepped(model_of(), run)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    again = more.count("attention_fwd_kernel") - kernels.count("attention_fwd_kernel")
+    assert again == (0 if kept == "attention" else 1)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_accumulated_gradients_are_those_of_the_batch(style):
+    """Micro-batches with different numbers of targets, each divided by the batch's."""
+    tokens, targets = batch()
+    targets = targets.clone()
+    targets[0, :4] = targets[3, 4:6] = -100
+    items = (targets != -100).sum()
+
+    def whole(model):
+        model(tokens, targets).backward()
+
+    def parts(model):
+        for part in (slice(0, 1), slice(1, 4)):
+            model(tokens[part], targets[part], num_items=items).backward()
+
+    expected, _ = stepped(model_of(style, dropout=0.0), whole)
+    found, _ = stepped(model_of(style, dropout=0.0), parts)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_accumulation_draws_new_dropout_for_each_micro_batch():
+    """With dropout the sum is that of the micro-batches apart, each with its own draws."""
+    tokens, targets = batch()
+    halves = (slice(0, 2), slice(2, 4))
+    model = model_of()
+    torch.manual_seed(5)
+    total = {}
+    for part in halves:
+        model.zero_grad()
+        model(tokens[part], targets[part], num_items=24).backward()
+        for name, gradient in gradients(model).items():
+            total[name] = total.get(name, 0) + gradient
+    model.zero_grad()
+
+    def accumulate(model):
+        for part in halves:
+            model(tokens[part], targets[part], num_items=24).backward()
+
+    found, _ = stepped(model, accumulate)
+    for name, gradient in total.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_gradients_of_a_scaled_loss_are_the_plain_ones_times_the_scale(style):
+    """float16 under autocast, dropout on: a power of two scales exactly, above the least number."""
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10)
+
+    def run(model):
+        with torch.autocast(DEVICE, torch.float16):
+            loss = model(*batch())
+        scaler.scale(loss).backward()
+
+    def in_float32(model):
+        model(*batch()).backward()
+
+    exact, _ = stepped(model_of(style), in_float32)
+    scaled, kernels = stepped(model_of(style), run)
+    assert kernels
+    for name, gradient in exact.items():
+        error = (scaled[name] / 2.0**10 - gradient).norm()
+        assert error <= 2e-2 * gradient.norm() + 1e-4, name
+
+
+def test_a_scaler_trains_as_float32_does_and_skips_overflow():
+    """The loss curve of float16 with GradScaler stays by that of float32, with the same dropout."""
+    curves = []
+    for half in (False, True):
+        model = model_of(dropout=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**26, enabled=half)
+        torch.manual_seed(6)
+        skipped, losses = 0, []
+        while len(losses) < 5:
+            state = torch.random.get_rng_state()
+            with torch.autocast(DEVICE, torch.float16, enabled=half):
+                loss = model(*batch())
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            before = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            if half and scaler.get_scale() < before:
+                skipped += 1
+                torch.random.set_rng_state(state)  # the same step again
+                assert skipped < 20
+                continue
+            losses.append(loss.item())
+        assert (skipped > 0) == half
+        curves.append(torch.tensor(losses))
+    assert curves[0][-1] < curves[0][0] - 0.1
+    assert (curves[0] - curves[1]).abs().max() < 0.05
