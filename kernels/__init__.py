@@ -14,11 +14,19 @@ from trilith.kernels.attention.op import OP as ATTENTION
 from trilith.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from trilith.kernels.dropout import BIAS_DROPOUT_ADD, DROPOUT, bias_dropout_add, dropout
 from trilith.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
+from trilith.kernels.losses import (
+    BCE_WITH_LOGITS,
+    MSE_LOSS,
+    binary_cross_entropy_with_logits,
+    mse_loss,
+)
 from trilith.kernels.norms import LAYER_NORM, RMS_NORM, layer_norm, rms_norm
 from trilith.kernels.rotary import ROTARY, rotary
+from trilith.kernels.softmax import LOG_SOFTMAX, SOFTMAX, log_softmax, softmax
 
 OPS = (
     ATTENTION,
+    BCE_WITH_LOGITS,
     BIAS_ACT,
     BIAS_DROPOUT_ADD,
     CROSS_ENTROPY,
@@ -26,23 +34,30 @@ OPS = (
     GATED_ACT,
     LAYER_NORM,
     LINEAR_CROSS_ENTROPY,
+    LOG_SOFTMAX,
     MERGE_ATTENTION,
+    MSE_LOSS,
     RMS_NORM,
     ROTARY,
+    SOFTMAX,
 )
 
 __all__ = [
     "attention",
     "bias_act",
     "bias_dropout_add",
+    "binary_cross_entropy_with_logits",
     "cross_entropy",
     "dropout",
     "gated_act",
     "launch",
     "layer_norm",
     "linear_cross_entropy",
+    "log_softmax",
     "merge_attention",
+    "mse_loss",
     "rms_norm",
     "rotary",
     "scaled_dot_product_attention",
+    "softmax",
 ]

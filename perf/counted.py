@@ -37,6 +37,7 @@ from perf.oracle import gradient_for, leaves, seeded_arguments
 from perf.workloads import (
     Workload,
     attention,
+    bce_with_logits,
     bias_act,
     bias_dropout_add,
     cross_entropy,
@@ -44,8 +45,10 @@ from perf.workloads import (
     layer_norm,
     linear_cross_entropy,
     merge_attention,
+    mse,
     rms_norm,
     rotary,
+    softmax,
     swiglu,
 )
 from tests.support import interpreter
@@ -70,6 +73,10 @@ OPS = (
     cross_entropy(32, 8192),
     cross_entropy(4, 131072),
     linear_cross_entropy(64, 256, 8192),
+    bce_with_logits(256, 2048),
+    mse(256, 2048),
+    softmax(256, 2048),
+    softmax(4, 131072, log=True),
     rotary(1, 8, 256, 64),
     attention(1, 2, 256, 64),
     attention(1, 1, 256, 128, causal=False),

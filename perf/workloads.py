@@ -214,6 +214,39 @@ def linear_cross_entropy(n: int, d: int, v: int) -> Workload:
     )
 
 
+def softmax(m: int, n: int, *, log: bool = False) -> Workload:
+    name = "log_softmax" if log else "softmax"
+    return Workload(
+        name=f"{name}-M{m}-N{n}",
+        arguments=lambda draw: (draw(m, n),),
+        cost=lambda x: _cost(name)(x, 1, x.dtype),
+        trilith=kernels.log_softmax if log else kernels.softmax,
+        eager=lambda x: F.log_softmax(x, -1) if log else F.softmax(x, -1),
+    )
+
+
+def bce_with_logits(m: int, n: int) -> Workload:
+    return Workload(
+        name=f"bce_with_logits-M{m}-N{n}",
+        arguments=lambda draw: (draw(m, n), draw.constant(m, n).sigmoid()),
+        cost=lambda x, t: _cost("binary_cross_entropy_with_logits")(
+            x, t, None, None, "mean", x.dtype
+        ),
+        trilith=kernels.binary_cross_entropy_with_logits,
+        eager=F.binary_cross_entropy_with_logits,
+    )
+
+
+def mse(m: int, n: int) -> Workload:
+    return Workload(
+        name=f"mse_loss-M{m}-N{n}",
+        arguments=lambda draw: (draw(m, n), draw.constant(m, n)),
+        cost=lambda x, t: _cost("mse_loss")(x, t, None, "mean", x.dtype),
+        trilith=kernels.mse_loss,
+        eager=F.mse_loss,
+    )
+
+
 def rotary(b: int, h: int, t: int, d: int) -> Workload:
     def arguments(draw: Draw) -> tuple[Any, ...]:
         angles = torch.rand(t, d // 2, device=draw.device) * 2 * math.pi

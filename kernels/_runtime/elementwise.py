@@ -46,6 +46,11 @@ class Plane(NamedTuple):
     def programs(self, tile: dict[str, int]) -> int:
         return triton.cdiv(self.m, tile["BLOCK_M"]) * triton.cdiv(self.n, tile["BLOCK_N"])
 
+    def resident_programs(self, tile: dict[str, int]) -> int:
+        """How many programs share all tiles, so that all of them run at a time."""
+        slots = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(self.tensors[0].device)
+        return min(self.programs(tile), slots)
+
     def row_programs(self, tile: dict[str, int]) -> int:
         """How many programs share a column block, so that all of them run at a time."""
         slots = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(self.tensors[0].device)

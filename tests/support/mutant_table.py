@@ -23,6 +23,8 @@ _ATTENTION_QUERIES = "trilith.kernels.attention.backward_queries"
 _ATTENTION_TESTS = "tests/kernels/test_attention.py"
 _MERGE = "trilith.kernels.attention.merge"
 _MERGE_TESTS = "tests/kernels/test_merge_attention.py"
+_LOSSES = "trilith.kernels.losses"
+_LOSS_TESTS = "tests/kernels/test_losses.py"
 _ROTARY = "trilith.kernels.rotary"
 _OP = "trilith.plugins.op"
 _OP_TESTS = "tests/plugins/test_op.py"
@@ -529,4 +531,39 @@ MUTANTS = (
         _CONFORMANCE + " -k layer_norm-fp32-guard_bands",
     ),
     *ROUNDING,
+    Mutant(
+        "bce_by_the_difference_of_large_numbers",
+        _LOSSES,
+        "loss = t * q * (tl.maximum(-x, 0.0) + tail) + (1.0 - t) * (tl.maximum(x, 0.0) + tail)",
+        "loss = (1.0 - t) * x + (1.0 + (q - 1.0) * t) * (tl.maximum(-x, 0.0) + tail)",
+        _LOSS_TESTS + " -k confident",
+    ),
+    Mutant(
+        "mean_of_a_loss_without_its_last_programs",
+        _LOSSES,
+        "tl.cdiv(M, BLOCK_M) * n_blocks, tl.num_programs(0)",
+        "tl.cdiv(M, BLOCK_M) * n_blocks - 1, tl.num_programs(0)",
+        _LOSS_TESTS + " -k many_programs",
+    ),
+    Mutant(
+        "pos_weight_left_out_of_the_gradient",
+        _LOSSES,
+        "dx = (1.0 - t) * _sigmoid(x) - t * q * _sigmoid(-x)",
+        "dx = (1.0 - t) * _sigmoid(x) - t * _sigmoid(-x)",
+        _LOSS_TESTS + " -k weights_broadcast",
+    ),
+    Mutant(
+        "softmax_running_sum_not_rescaled",
+        "trilith.kernels.softmax",
+        "sums = sums * tl.exp(peak - safe)[:, None] + tl.exp(x - safe[:, None])",
+        "sums = sums + tl.exp(x - safe[:, None])",
+        "tests/kernels/test_softmax.py -k float64",
+    ),
+    Mutant(
+        "log_softmax_gradient_without_the_sum",
+        "trilith.kernels.softmax",
+        "dx = dy - p * tl.sum(dy, axis=1)[:, None]",
+        "dx = dy - p * dy",
+        "tests/kernels/test_softmax.py -k float64",
+    ),
 )

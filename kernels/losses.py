@@ -1,0 +1,526 @@
+"""Losses of one prediction and one target each: binary cross-entropy with logits, squared error.
+
+    bce   loss = w * (t * q * softplus(-x) + (1 - t) * softplus(x))    q = pos_weight
+          dx = w * ((1 - t) * sigmoid(x) - t * q * sigmoid(-x))   dt = w * (q * softplus(-x)
+          - softplus(x))
+    mse   loss = w * (x - t)^2     dx = 2 * w * (x - t)     dt = -dx     dw = (x - t)^2
+
+softplus(x) = max(x, 0) + log1p(exp(-|x|)), so that without q the first is the well-known
+max(x, 0) - x * t + log1p(exp(-|x|)); written with both softplus it keeps its digits where the model
+is sure. The losses are returned one by one, or added: each program writes the sum of its share in
+fp32, and a second kernel adds these in a fixed order. Saved for backward: the inputs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn._reduction import legacy_get_string
+
+from trilith.kernels._cross_entropy_kernels import log1p
+from trilith.kernels._runtime.checks import require, require_floating, require_same_device
+from trilith.kernels._runtime.elementwise import NUM_WARPS, Plane, as_plane, offsets, tile_rows
+from trilith.kernels._runtime.functors import ACTIVATIONS
+from trilith.kernels._runtime.language import tl, triton
+from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.reduce import column_sum
+from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
+
+__all__ = ["binary_cross_entropy_with_logits", "mse_loss"]
+
+_ELEMENTS = 1024
+_REDUCTIONS = ("none", "mean", "sum")
+_sigmoid = ACTIVATIONS["sigmoid"].f
+
+
+@triton.jit
+def _bce(x, t, q):
+    tail = log1p(tl.exp(-tl.abs(x)))
+    loss = t * q * (tl.maximum(-x, 0.0) + tail) + (1.0 - t) * (tl.maximum(x, 0.0) + tail)
+    return tl.where(x == float("-inf"), float("nan"), loss)  # as in torch
+
+
+@triton.jit
+def _bce_grads(x, t, q):
+    dx = (1.0 - t) * _sigmoid(x) - t * q * _sigmoid(-x)
+    tail = log1p(tl.exp(-tl.abs(x)))
+    dt = q * tl.maximum(-x, 0.0) - tl.maximum(x, 0.0) + (q - 1.0) * tail
+    return dx, dt
+
+
+@triton.jit
+def _mse(x, t, q):
+    return (x - t) * (x - t)
+
+
+@triton.jit
+def _mse_grads(x, t, q):
+    dx = 2.0 * (x - t)
+    return dx, -dx
+
+
+@triton.jit
+def _load(ptr, rows, cols, inner, strides, mask, ALIGN: tl.constexpr):
+    """The tile in fp32; 1 where there is no tensor."""
+    value = tl.full((rows.shape[0], cols.shape[0]), 1.0, tl.float32)
+    if ptr is not None:
+        value = tl.load(ptr + offsets(rows, cols, inner, strides, ALIGN), mask=mask, other=0.0)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _loss_fwd_kernel(
+    x_ptr,
+    target_ptr,
+    weight_ptr,
+    pos_weight_ptr,
+    out_ptr,
+    x_strides,
+    target_strides,
+    weight_strides,
+    pos_weight_strides,
+    M,
+    N,
+    inner,
+    scale,
+    LOSS: tl.constexpr,
+    REDUCED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One of P programs owns every P-th [BLOCK_M, BLOCK_N]; writes losses, or its sum of them."""
+    N = N // ALIGN * ALIGN
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * n_blocks, tl.num_programs(0)):
+        rows = tile_rows(tile // n_blocks, BLOCK_M)
+        cols = tl.cast(tile % n_blocks, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        x = _load(x_ptr, rows, cols, inner, x_strides, mask, ALIGN)
+        t = _load(target_ptr, rows, cols, inner, target_strides, mask, ALIGN)
+        q = _load(pos_weight_ptr, rows, cols, inner, pos_weight_strides, mask, ALIGN)
+        weight = _load(weight_ptr, rows, cols, inner, weight_strides, mask, ALIGN)
+        loss = weight * LOSS(x, t, q)
+        if REDUCED:
+            total += tl.where(mask, loss, 0.0)
+        else:
+            out = out_ptr + rows[:, None] * N + cols[None, :]
+            tl.store(out, loss.to(out_ptr.dtype.element_ty), mask=mask)
+    if REDUCED:
+        tl.store(out_ptr + tl.program_id(0), tl.sum(total) * tl.cast(scale, tl.float32))
+
+
+@triton.jit
+def _loss_bwd_kernel(
+    dloss_ptr,
+    x_ptr,
+    target_ptr,
+    weight_ptr,
+    pos_weight_ptr,
+    dx_ptr,
+    dtarget_ptr,
+    dweight_ptr,
+    dloss_strides,
+    x_strides,
+    target_strides,
+    weight_strides,
+    pos_weight_strides,
+    M,
+    N,
+    inner,
+    scale,
+    LOSS: tl.constexpr,
+    GRADS: tl.constexpr,
+    REDUCED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns [BLOCK_M, BLOCK_N]; a reduced loss has one gradient for all of them."""
+    N = N // ALIGN * ALIGN
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    rows = tile_rows(pid // n_blocks, BLOCK_M)
+    cols = (pid % n_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    x = _load(x_ptr, rows, cols, inner, x_strides, mask, ALIGN)
+    t = _load(target_ptr, rows, cols, inner, target_strides, mask, ALIGN)
+    q = _load(pos_weight_ptr, rows, cols, inner, pos_weight_strides, mask, ALIGN)
+    weight = _load(weight_ptr, rows, cols, inner, weight_strides, mask, ALIGN)
+    if REDUCED:
+        dloss = tl.load(dloss_ptr).to(tl.float32) * tl.cast(scale, tl.float32)
+    else:
+        dloss = _load(dloss_ptr, rows, cols, inner, dloss_strides, mask, ALIGN)
+    dx, dtarget = GRADS(x, t, q)
+    out = rows[:, None] * N + cols[None, :]
+    if dx_ptr is not None:
+        tl.store(dx_ptr + out, (dx * weight * dloss).to(dx_ptr.dtype.element_ty), mask=mask)
+    if dtarget_ptr is not None:
+        dtarget = dtarget * weight * dloss
+        tl.store(dtarget_ptr + out, dtarget.to(dtarget_ptr.dtype.element_ty), mask=mask)
+    if dweight_ptr is not None:
+        dweight = LOSS(x, t, q) * dloss
+        tl.store(dweight_ptr + out, dweight.to(dweight_ptr.dtype.element_ty), mask=mask)
+
+
+class _Loss(NamedTuple):
+    f: Any
+    grads: Any
+
+
+_BCE, _MSE = _Loss(_bce, _bce_grads), _Loss(_mse, _mse_grads)
+
+
+def _loss_out(x: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape if reduction == "none" else (), dtype=dtype)
+
+
+def _plane(given: tuple[Tensor | None, ...]) -> tuple[Plane, list[Tensor | None], list[Any]]:
+    """The tensors that are there in one plane, and for each place its tensor and strides."""
+    plane = as_plane(*[t for t in given if t is not None], columns=False)
+    found = iter(zip(plane.tensors, plane.strides, strict=True))
+    places = [next(found) if t is not None else (None, (0, 0, 0)) for t in given]
+    return plane, [tensor for tensor, _ in places], [strides for _, strides in places]
+
+
+def _scale(x: Tensor, reduction: str) -> float:
+    return 1.0 / x.numel() if reduction == "mean" else 1.0
+
+
+def _forward(
+    loss: _Loss, given: tuple[Tensor | None, ...], reduction: str, dtype: torch.dtype
+) -> tuple[Tensor]:
+    x, reduced = given[0], reduction != "none"
+    assert x is not None
+    plane, tensors, strides = _plane(given)
+    tile = plane.tile(_ELEMENTS)
+    programs = plane.resident_programs(tile) if reduced else plane.programs(tile)
+    if reduced:
+        out = x.new_empty((programs, 1), dtype=torch.float32)
+    else:
+        out = _loss_out(x, reduction, dtype)
+    launch(
+        _loss_fwd_kernel,
+        (programs,),
+        *tensors,
+        out,
+        *strides,
+        plane.m,
+        plane.n,
+        plane.inner,
+        _scale(x, reduction),
+        LOSS=loss.f,
+        REDUCED=reduced,
+        ALIGN=plane.align,
+        num_warps=NUM_WARPS,
+        **tile,
+    )
+    return (column_sum(out, dtype).reshape(()) if reduced else out,)
+
+
+def _backward(
+    loss: _Loss,
+    dloss: Tensor,
+    given: tuple[Tensor | None, ...],
+    reduction: str,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of input, target and weight."""
+    x, reduced = given[0], reduction != "none"
+    assert x is not None
+    plane, tensors, strides = _plane((None if reduced else dloss, *given))
+    tile = plane.tile(_ELEMENTS)
+    grads = [
+        t.new_empty(t.shape) if t is not None and need else None
+        for t, need in zip(given[:3], needs, strict=False)
+    ]
+    launch(
+        _loss_bwd_kernel,
+        (plane.programs(tile),),
+        dloss if reduced else tensors[0],
+        *tensors[1:],
+        *grads,
+        *strides,
+        plane.m,
+        plane.n,
+        plane.inner,
+        _scale(x, reduction),
+        LOSS=loss.f,
+        GRADS=loss.grads,
+        REDUCED=reduced,
+        ALIGN=plane.align,
+        num_warps=NUM_WARPS,
+        **tile,
+    )
+    return tuple(grads)
+
+
+def _bce_fwd(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor]:
+    return _forward(_BCE, (x, target, weight, pos_weight), reduction, dtype)
+
+
+def _bce_bwd(ctx: BackwardContext, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    needs = (*ctx.needs_input_grad[:2], False)
+    return _backward(_BCE, dloss, ctx.inputs[:4], ctx.inputs[4], needs)[:2]
+
+
+def _bce_fake(x: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor]:
+    return (_loss_out(x, *rest[-2:]),)
+
+
+def _bce_reference(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """torch's function in float32 (float64 for float64), rounded once; weights are constants."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    constants = [None if w is None else w.detach().to(wide) for w in (weight, pos_weight)]
+    loss = F.binary_cross_entropy_with_logits(
+        x.to(wide), target.to(wide), constants[0], pos_weight=constants[1], reduction=reduction
+    )
+    return loss.to(torch.promote_types(dtype, x.dtype))
+
+
+def _mse_fwd(
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dtype
+) -> tuple[Tensor]:
+    return _forward(_MSE, (x, target, weight, None), reduction, dtype)
+
+
+def _mse_bwd(ctx: BackwardContext, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    given = (*ctx.inputs[:3], None)
+    return _backward(_MSE, dloss, given, ctx.inputs[3], ctx.needs_input_grad[:3])
+
+
+def _mse_reference(
+    x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dtype
+) -> Tensor:
+    """weight * (x - target)^2, alone, summed, or its mean over all elements."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    loss = (x.to(wide) - target.to(wide)).square()
+    loss = loss if weight is None else loss * weight.to(wide)
+    loss = loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+    return loss.to(torch.promote_types(dtype, x.dtype))
+
+
+def _draws(
+    device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, str, torch.dtype]]:
+    """Logits or predictions, targets in [0, 1], weights, reduction, dtype of the loss."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, device=device).to(dtype)
+
+    yield randn(5, 33), rand(5, 33), None, "mean", dtype
+    yield randn(64), rand(64), rand(64), "sum", torch.promote_types(dtype, torch.float32)
+    yield randn(3, 40, 7).transpose(0, 1), rand(40, 3, 7), None, "none", dtype
+    yield randn(26, 9).t(), rand(9, 26), rand(26).expand(9, 26), "mean", dtype
+    yield randn(2, 3, 16), rand(2, 3, 16), rand(2, 3, 16), "none", dtype
+
+
+def _bce_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    for i, (x, target, weight, *rest) in enumerate(_draws(device, dtype)):
+        weight = None if weight is None else weight.detach()
+        q = torch.rand(x.shape[-1], device=device) + 0.5
+        yield Sample(x, target, weight, q.expand(x.shape) if i % 2 else None, *rest)
+
+
+def _mse_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    for arguments in _draws(device, dtype):
+        yield Sample(*arguments)
+
+
+def _loss_cost(x: Tensor, target: Tensor, *rest: Any) -> Cost:
+    """Reads everything; writes the loss, and in backward the input's gradient."""
+    given = [t for t in (x, target, *rest) if isinstance(t, Tensor)]
+    read = sum(t.untyped_storage().nbytes() for t in given)
+    each = x.numel() if rest[-2] == "none" else 1
+    loss = each * rest[-1].itemsize
+    dx = x.numel() * x.element_size()
+    return Cost(read + loss, read + loss + dx, 10 * x.numel(), 10 * x.numel())
+
+
+BCE_WITH_LOGITS = Op(
+    OpSpec(
+        name="trilith::binary_cross_entropy_with_logits",
+        forward=_bce_fwd,
+        backward=_bce_bwd,
+        reference=_bce_reference,
+        samples=_bce_samples,
+        fake=_bce_fake,
+        cost=_loss_cost,
+        save_outputs=False,
+    )
+)
+MSE_LOSS = Op(
+    OpSpec(
+        name="trilith::mse_loss",
+        forward=_mse_fwd,
+        backward=_mse_bwd,
+        reference=_mse_reference,
+        samples=_mse_samples,
+        fake=_bce_fake,
+        cost=_loss_cost,
+        save_outputs=False,
+    )
+)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    """Binary cross-entropy between logits and targets, as torch.nn.functional's.
+
+    Args:
+        input: logits of any shape, floating-point.
+        target: of input's shape, floating-point, in [0, 1].
+        weight: multiplies the losses; broadcasts to input's shape. A constant.
+        size_average, reduce: torch's deprecated spelling of `reduction`.
+        reduction: "none", "sum", or "mean" over all elements, whatever the weights.
+        pos_weight: multiplies what positive targets cost; broadcasts likewise. A constant.
+
+    Returns:
+        A scalar, or for "none" a tensor of input's shape; in the wider of both dtypes, float32 (or
+        float64) under autocast.
+
+    Raises:
+        ValueError: target has another shape, or the reduction is unknown; as torch.
+        RuntimeError: a weight does not broadcast or requires a gradient; as torch.
+        TypeError: a tensor is not floating-point.
+
+    Numerics: fp32 from the load on, without overflow, and precise where the model is sure. Sums in
+    fp32 in a fixed order. Infinite logits have torch's losses.
+
+    Source: Goodfellow et al., "Deep Learning", 2016, 6.2.2.2.
+
+    Example:
+        >>> binary_cross_entropy_with_logits(torch.zeros(3), torch.ones(3))
+        tensor(0.6931)
+    """
+    op = "binary_cross_entropy_with_logits"
+    reduction = _reduction(op, size_average, reduce, reduction)
+    require_floating(op, input=input, target=target, weight=weight, pos_weight=pos_weight)
+    if target.shape != input.shape:
+        raise ValueError(
+            f"{op}: target must have input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
+        )
+    constants = [
+        _constant(op, name, w, input)
+        for name, w in (("weight", weight), ("pos_weight", pos_weight))
+    ]
+    dtype = _loss_dtype(input, target)
+    return BCE_WITH_LOGITS(_lead(input, dtype), target, *constants, reduction, dtype)
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Squared error between predictions and targets, as torch.nn.functional's.
+
+    Args:
+        input, target: of shapes that broadcast to each other; a warning if they differ.
+        size_average, reduce: torch's deprecated spelling of `reduction`.
+        reduction: "none", "sum", or "mean": over all elements, or weighted by `weight`.
+        weight: of input's shape, multiplies the errors; differentiable.
+
+    Returns:
+        A scalar, or for "none" a tensor of the broadcast shape; in the wider of both dtypes,
+        float32 (or float64) under autocast.
+
+    Raises:
+        ValueError: weight is not of input's shape, or the reduction is unknown; as torch.
+        RuntimeError: the shapes don't broadcast; as torch.
+        TypeError: a tensor is not floating-point.
+
+    Numerics: fp32 from the load on; sums in fp32 in a fixed order.
+
+    Source: Gauss, "Theoria motus corporum coelestium", 1809 (least squares).
+
+    Example:
+        >>> mse_loss(torch.zeros(4), torch.full((4,), 2.0))
+        tensor(4.)
+    """
+    op = "mse_loss"
+    reduction = _reduction(op, size_average, reduce, reduction)
+    require_floating(op, input=input, target=target, weight=weight)
+    require_same_device(op, input, target=target, weight=weight)
+    if target.shape != input.shape:
+        warnings.warn(
+            f"{op}: target has shape {tuple(target.shape)} and input {tuple(input.shape)}; they "
+            "are broadcast, which is rarely meant",
+            stacklevel=2,
+        )
+    if weight is not None and weight.shape != input.shape:
+        raise ValueError(
+            f"{op}: weight must have input's shape {tuple(input.shape)}, got {tuple(weight.shape)}"
+        )
+    dtype = _loss_dtype(input, target, weight)
+    input, target = torch.broadcast_tensors(input, target)
+    x = _lead(input, dtype)
+    if weight is None or reduction != "mean":
+        spread = None if weight is None else weight.expand(x.shape)
+        return MSE_LOSS(x, target, spread, reduction, dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    total = MSE_LOSS(x, target, weight.expand(x.shape), "sum", wide)
+    return (total / weight.sum(dtype=wide)).to(dtype)
+
+
+def _reduction(op: str, size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    if size_average is not None or reduce is not None:
+        reduction = legacy_get_string(size_average, reduce)
+    require(reduction in _REDUCTIONS, op, "reduction", f"be one of {_REDUCTIONS}", repr(reduction))
+    return reduction
+
+
+def _constant(op: str, name: str, weight: Tensor | None, input: Tensor) -> Tensor | None:
+    """The weight as a view of input's shape."""
+    if weight is None:
+        return None
+    require_same_device(op, input, **{name: weight})
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: {name} must not require a gradient; detach it")
+    return weight.expand(input.shape)
+
+
+def _loss_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype:
+    dtype = input.dtype
+    for other in others:
+        dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
+    autocast = torch.is_autocast_enabled(input.device.type)
+    return torch.promote_types(dtype, torch.float32) if autocast else dtype
+
+
+def _lead(input: Tensor, dtype: torch.dtype) -> Tensor:
+    """The input that decides who runs the call: float64 if anything is."""
+    return input.double() if dtype == torch.float64 else input
