@@ -25,10 +25,12 @@ PUBLIC = {
         "__version__",
         "blocks",
         "explain",
+        "fuse",
         "kernels",
         "op",
         "plugins",
         "trace",
+        "unfuse",
         "use_implementation",
     },
     "trilith.plugins": {

@@ -13,7 +13,9 @@ from trilith._version import __version__
 _FUNCTIONS = {
     "op": ("trilith.plugins.manager", "find_op"),
     "explain": ("trilith.plugins.manager", "explain"),
+    "fuse": ("trilith.blocks.fuse", "fuse"),
     "trace": ("trilith.plugins.manager", "trace"),
+    "unfuse": ("trilith.blocks.fuse", "unfuse"),
     "use_implementation": ("trilith.plugins.manager", "use_implementation"),
 }
 _PACKAGES = ("blocks", "kernels", "plugins")
@@ -22,10 +24,12 @@ __all__ = [
     "__version__",
     "blocks",
     "explain",
+    "fuse",
     "kernels",
     "op",
     "plugins",
     "trace",
+    "unfuse",
     "use_implementation",
 ]
 

@@ -141,7 +141,7 @@ def _mix(
 
 
 def _residual(dropout: nn.Module, branch: Tensor, x: Tensor) -> Tensor:
-    if _is_plain(dropout) and branch.dtype == x.dtype:
+    if plain_dropout(dropout) and branch.dtype == x.dtype:
         return bias_dropout_add(branch, x, None, dropout.p, dropout.training)
     return x + dropout(branch)
 
@@ -150,12 +150,12 @@ def _feed_forward(
     layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, x: Tensor
 ) -> Tensor:
     name, dropout = kernel_name(layer.activation), layer.dropout
-    if name is not None and _is_plain(dropout):
+    if name is not None and plain_dropout(dropout):
         hidden = linear_act(layer.linear1, x, name, p=dropout.p, training=dropout.training)
     else:
         hidden = dropout(layer.activation(layer.linear1(x)))
     return layer.linear2(hidden)
 
 
-def _is_plain(dropout: nn.Module) -> bool:
+def plain_dropout(dropout: nn.Module) -> bool:
     return type(dropout) in (nn.Dropout, Dropout) and not dropout.inplace and unhooked(dropout)

@@ -1,0 +1,164 @@
+"""An existing model's layers made ours, one instance at a time, and back.
+
+A layer is swapped by giving the instance another class: its parameters, buffers, hooks, name and
+place stay what they were, so state dicts, optimizers, sharing and wrappers don't notice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from trilith.blocks import drop_in
+from trilith.blocks.drop_in.swap import adopt, may_be_passed_over
+from trilith.blocks.lookalike import (
+    Activation,
+    GatedMLP,
+    gated_mlp,
+    known_activation,
+    rms_norm_like,
+)
+from trilith.blocks.sequential import FusedSequential, has_pattern
+
+_EXACT: dict[type[nn.Module], type[nn.Module]] = {
+    getattr(nn, name): getattr(drop_in, name) for name in drop_in.__all__
+}
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CLASSES = "_trilith_classes"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A module's name in the model, its class, the class it was given (None: left), and why."""
+
+    name: str
+    was: str
+    became: str | None
+    why: str
+
+
+class FuseReport:
+    """What `fuse` or `unfuse` swapped and what it left; `print` shows a table."""
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self.entries = entries
+
+    @property
+    def swapped(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.became is not None]
+
+    @property
+    def left(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.became is None]
+
+    def __str__(self) -> str:
+        groups = Counter((e.was, e.became or "left", e.why) for e in self.entries)
+        first = {(e.was, e.became or "left", e.why): e.name for e in reversed(self.entries)}
+        rows = [("layer", "became", "count", "first", "why")]
+        for group, count in sorted(
+            groups.items(), key=lambda item: (item[0][1] == "left", item[0])
+        ):
+            rows.append((group[0], group[1], str(count), first[group] or "(model)", group[2]))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join(
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]).rstrip()
+            for row in rows
+        )
+
+
+def fuse(model: nn.Module) -> FuseReport:
+    """Give `model`'s layers Trilith's kernels, in place, instance by instance.
+
+    Swapped: layers whose class is exactly one that `trilith.blocks.drop_in` has; an nn.Sequential
+    that holds Linear, activation, Linear; and of other libraries RMS norms, gated MLPs and
+    activations, known by their parts and by computing on a probe what ours does. Left: subclasses,
+    parametrized layers, layers whose forward was replaced. A wrapped model is treated inside the
+    wrapper. Doing it again changes nothing.
+
+    Dropout's masks on a GPU are others than torch draws from the same seed. Results otherwise are
+    the same function's, differently rounded.
+
+    Args:
+        model: any module; it may be one of the layers itself.
+
+    Returns:
+        What was swapped, what was left, and why.
+
+    Example:
+        >>> print(fuse(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))))
+    """
+    entries = []
+    modules = list(model.named_modules())
+    for name, module in modules:
+        if _CLASSES in vars(module):
+            continue
+        was = type(module)
+        target, why = _target(module)
+        if target is not None:
+            adopt(module, target)
+            vars(module)[_CLASSES] = (was, target)
+        if target is not None or why:
+            entries.append(Entry(name, was.__name__, target and target.__name__, why))
+    return FuseReport(entries)
+
+
+def unfuse(model: nn.Module) -> FuseReport:
+    """Give every layer that `fuse` swapped its own class again; the instances are the same."""
+    entries = []
+    for name, module in model.named_modules():
+        if _CLASSES not in vars(module):
+            continue
+        was, became = vars(module)[_CLASSES]
+        if type(module) is not became:
+            why = "another library changed its class after fuse"
+            entries.append(Entry(name, type(module).__name__, None, why))
+            continue
+        del vars(module)[_CLASSES]
+        vars(module).pop(Activation.ATTRIBUTE, None)
+        module.__class__ = was
+        may_be_passed_over(module)
+        entries.append(Entry(name, became.__name__, was.__name__, "swapped by fuse"))
+    return FuseReport(entries)
+
+
+def _target(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    """The class to give a module, and why; None and "" where there is nothing to say."""
+    cls = type(module)
+    if cls in _EXACT.values() or cls is FusedSequential:
+        return None, ""
+    if parametrize.is_parametrized(module):
+        return None, "parametrized: its parameters are computed on each call"
+    if "forward" in vars(module):
+        return None, "its forward was replaced on this instance"
+    if cls in _EXACT:
+        return _EXACT[cls], "a torch.nn layer"
+    if cls is nn.Sequential:
+        return (
+            (FusedSequential, "Linear, activation, Linear") if has_pattern(module) else (None, "")
+        )
+    ancestor = next((base for base in _EXACT if isinstance(module, base)), None)
+    if ancestor is not None:
+        return None, f"a subclass of {ancestor.__name__}, whose forward may be its own"
+    return _lookalike(module)
+
+
+def _lookalike(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    if "norm" in type(module).__name__.lower() and "weight" in module._parameters:
+        found = rms_norm_like(module)
+        why = "computes an RMS norm" if found else "no RMS norm or LayerNorm that we know"
+        return found, why
+    if "gate_proj" in module._modules:
+        fits = gated_mlp(module)
+        return (GatedMLP, "act(gate) * up") if fits else (None, "not down(act(gate) * up)")
+    if not (module._modules or module._parameters):
+        name = known_activation(module)
+        if name is not None:
+            vars(module)[Activation.ATTRIBUTE] = name
+            return Activation, f"computes {name}"
+        return None, ""
+    if not module._modules and not isinstance(module, _CONTAINERS):
+        return None, "no faster form of it here"
+    return None, ""

@@ -1,0 +1,169 @@
+"""Layers of other libraries that compute what a kernel does, known by their parts and a probe.
+
+The probe runs the layer's own forward, on the CPU, with stand-ins for its parameters; only a layer
+that gives what ours gives, in float32 and bfloat16, is taken for one of ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trilith.blocks.drop_in.activations import kernel_name
+from trilith.blocks.drop_in.layouts import elementwise
+from trilith.kernels import bias_act, gated_act, rms_norm
+
+_PROBE_DIM = 8
+_PROBED_NAMES = ("gelu", "gelu_tanh", "silu", "relu", "sigmoid", "tanh")
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+class _LikeRMSNorm(nn.Module):
+    weight: Tensor
+
+    def epsilon(self) -> float:
+        own = vars(self)
+        return own["variance_epsilon"] if "variance_epsilon" in own else own["eps"]
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.epsilon()}"
+
+
+class ScaledRMSNorm(_LikeRMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, in the wider dtype of x and weight."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight = self.weight
+        x = hidden_states.to(torch.promote_types(hidden_states.dtype, weight.dtype))
+        return rms_norm(x, weight.shape, weight, self.epsilon())
+
+
+class ShiftedRMSNorm(_LikeRMSNorm):
+    """x / sqrt(mean(x^2) + eps) * (1 + weight), in x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = 1.0 + self.weight.float()
+        return rms_norm(x, weight.shape, weight, self.epsilon())
+
+
+class GatedMLP(nn.Module):
+    """down_proj(act_fn(gate_proj(x)) * up_proj(x)), the middle in one pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        name = kernel_or_probed_name(self.act_fn)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        hidden = self.act_fn(gate) * up if name is None else gated_act(gate, up, name)
+        return self.down_proj(hidden)
+
+
+class Activation(nn.Module):
+    """An activation that a probe recognised, by the kernel of that name."""
+
+    ATTRIBUTE = "_trilith_activation"
+
+    def forward(self, input: Tensor) -> Tensor:
+        name = vars(self)[self.ATTRIBUTE]
+        if not input.is_floating_point():
+            return _PLAIN[name](input)
+        return elementwise(lambda x: bias_act(x, None, name), input)
+
+
+def kernel_or_probed_name(activation: nn.Module) -> str | None:
+    return vars(activation).get(Activation.ATTRIBUTE) or kernel_name(activation)
+
+
+def rms_norm_like(module: nn.Module) -> type[nn.Module] | None:
+    """The class of ours that computes what this RMS norm does."""
+    weight, own = module._parameters["weight"], vars(module)
+    eps = own.get("variance_epsilon", own.get("eps"))
+    if weight is None or weight.dim() != 1 or not isinstance(eps, float):
+        return None
+    if len(module._parameters) > 1 or module._modules:
+        return None
+    for cls in (ScaledRMSNorm, ShiftedRMSNorm):
+        probes = []
+        for dtype in (torch.float32, torch.bfloat16):
+            values = torch.linspace(0.5, 1.5, weight.shape[0], dtype=dtype)
+            probe = _with(module, parameters={"weight": nn.Parameter(values)})
+            x = torch.linspace(-2, 3, 2 * weight.shape[0]).view(2, -1).to(dtype)
+            probes.append((probe, (x,)))
+        if all(_agree(cls, probe, args) for probe, args in probes):
+            return cls
+    return None
+
+
+def gated_mlp(module: nn.Module) -> bool:
+    children = module._modules
+    if set(children) != {"gate_proj", "up_proj", "down_proj", "act_fn"} or module._parameters:
+        return False
+    act = children["act_fn"]
+    if act is None or kernel_or_probed_name(act) is None and known_activation(act) is None:
+        return False
+    linears: dict[str, nn.Module | None] = {}
+    for shift, name in enumerate(("gate_proj", "up_proj", "down_proj")):
+        linears[name] = nn.utils.skip_init(nn.Linear, _PROBE_DIM, _PROBE_DIM, bias=False)
+        steps = torch.arange(_PROBE_DIM**2, dtype=torch.float32).view(_PROBE_DIM, -1)
+        linears[name].weight.data = torch.sin(steps + shift)  # type: ignore[union-attr]
+    probe = _with(module, modules={**linears, "act_fn": act})
+    return _agree(GatedMLP, probe, (torch.linspace(-2, 3, 2 * _PROBE_DIM).view(2, -1),))
+
+
+def known_activation(module: nn.Module) -> str | None:
+    """The kernel name of a module without parts that computes one of the usual activations."""
+    if not type(module).__module__.startswith("transformers.activations"):
+        return None
+    x = torch.linspace(-6, 6, 101)
+    y = _result(module, (x,))
+    for name in _PROBED_NAMES:
+        if isinstance(y, Tensor) and y.shape == x.shape and _close(y, _PLAIN[name](x)):
+            return name
+    return None
+
+
+def _with(
+    module: nn.Module,
+    *,
+    parameters: dict[str, nn.Parameter | None] | None = None,
+    modules: dict[str, nn.Module | None] | None = None,
+) -> nn.Module:
+    """A shallow copy with other parameters or children."""
+    probe = copy.copy(module)
+    own = vars(probe)
+    own["_parameters"] = module._parameters if parameters is None else parameters
+    own["_modules"] = module._modules if modules is None else modules
+    return probe
+
+
+def _agree(cls: type[nn.Module], probe: nn.Module, args: tuple[Any, ...]) -> bool:
+    twin = copy.copy(probe)
+    twin.__class__ = cls
+    theirs, ours = _result(probe, args), _result(twin, args)
+    if not (isinstance(theirs, Tensor) and isinstance(ours, Tensor)):
+        return False
+    return theirs.dtype == ours.dtype and _close(theirs, ours)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    rtol, atol = (2e-2, 1e-3) if a.dtype == torch.bfloat16 else (1e-4, 1e-6)
+    return a.shape == b.shape and torch.allclose(a, b, rtol=rtol, atol=atol)
+
+
+def _result(probe: nn.Module, args: tuple[Any, ...]) -> Any:
+    """What a probe's forward gives; None where it does not take the arguments."""
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            return type(probe).forward(probe, *args)
+    except Exception:  # another library's forward may raise anything
+        return None

@@ -1,0 +1,286 @@
+"""Existing models on our layers and back: what is swapped, what is left, and why."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import trilith
+from tests.support.devices import DEVICE
+from trilith.blocks import drop_in
+from trilith.kernels._runtime.launch import observers
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+class Model(nn.Module):
+    """Every kind of layer that is swapped, one of them twice, and some that are not."""
+
+    def __init__(self, p=0.0):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 12)
+        self.norm = nn.LayerNorm(12)
+        self.again = self.norm
+        self.mlp = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Dropout(p), nn.Linear(20, 12))
+        layer = nn.TransformerEncoderLayer(12, 2, 16, p, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.rms = nn.RMSNorm(12)
+        self.head = nn.Linear(12, 7)
+
+    def forward(self, tokens):
+        x = self.norm(self.embedding(tokens))
+        x = x + self.mlp(self.again(x))
+        return self.head(self.rms(self.encoder(x)))
+
+
+class OwnNorm(nn.LayerNorm):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class PlainRMSNorm(nn.Module):
+    def __init__(self, dim, shift=0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, dim))
+        self.eps = 1e-6
+        self.shift = shift
+
+    def forward(self, x):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * (self.shift + self.weight.float())).to(x.dtype)
+
+
+class NotANorm(PlainRMSNorm):
+    def forward(self, x):
+        return super().forward(x) + 1.0
+
+
+class SwiGLU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(12, 20), nn.Linear(12, 20)
+        self.down_proj = nn.Linear(20, 12)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class OtherWayRound(SwiGLU):
+    def forward(self, x):
+        return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
+
+
+@pytest.fixture
+def launches():
+    seen = []
+    observers.append(lambda kernel, *_: seen.append(kernel.__name__))
+    yield seen
+    observers.pop()
+
+
+def tokens():
+    return torch.randint(7, (2, 5), device=DEVICE)
+
+
+def results(model, x):
+    loss = model(x).square().mean()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return loss, dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def classes(model):
+    return [type(module) for module in model.modules()]
+
+
+def test_outputs_gradients_parameters_and_keys_are_the_same(launches):
+    model, x = Model().to(DEVICE), tokens()
+    expected, identities = results(model, x), [id(p) for p in model.parameters()]
+    with torch.no_grad():
+        before = model.eval()(x)
+    keys, was = list(model.state_dict()), classes(model)
+    report = trilith.fuse(model)
+    assert not launches
+    torch.testing.assert_close(results(model.train(), x), expected, **CLOSE)
+    assert len(set(launches)) >= 8
+    launches.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), before, **CLOSE)
+    assert len(launches) >= 14
+    assert [id(p) for p in model.parameters()] == identities
+    assert list(model.state_dict()) == keys
+    assert model.again is model.norm
+    assert {e.name for e in report.swapped} >= {"norm", "mlp", "encoder.layers.0", "rms"}
+    assert {e.name for e in report.left} >= {"embedding", "head"}
+    trilith.unfuse(model)
+    assert classes(model) == was
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    launches.clear()
+    torch.testing.assert_close(results(model.train(), x), expected, rtol=0, atol=0)
+    assert not launches
+
+
+def test_twice_is_once():
+    model = Model()
+    trilith.fuse(model)
+    once = classes(model)
+    assert not trilith.fuse(model).swapped
+    assert classes(model) == once
+    trilith.unfuse(model)
+    assert not trilith.unfuse(model).entries
+
+
+def test_other_instances_are_untouched():
+    fused, other = nn.Sequential(nn.LayerNorm(4)), nn.LayerNorm(4)
+    trilith.fuse(fused)
+    assert type(other) is nn.LayerNorm
+    assert type(nn.LayerNorm(4)) is nn.LayerNorm
+
+
+def test_the_model_itself_may_be_a_layer():
+    norm = nn.LayerNorm(4)
+    assert trilith.fuse(norm).swapped[0].name == ""
+    assert type(norm) is drop_in.LayerNorm
+    trilith.unfuse(norm)
+    assert type(norm) is nn.LayerNorm
+
+
+def test_what_is_left_and_why():
+    replaced = nn.GELU()
+    replaced.forward = lambda x: x
+    model = nn.ModuleDict(
+        {
+            "subclass": OwnNorm(4),
+            "parametrized": parametrizations.weight_norm(nn.LayerNorm((4, 4))),
+            "replaced": replaced,
+            "unlike_norm": NotANorm(4),
+            "unlike_mlp": OtherWayRound(),
+        }
+    )
+    before = classes(model)
+    why = {entry.name: entry.why for entry in trilith.fuse(model).left}
+    model["unlike_mlp"].act_fn.__class__ = nn.SiLU
+    model["unlike_mlp"].act_fn._forward_pre_hooks.clear()
+    assert classes(model) == before
+    assert "subclass of LayerNorm" in why["subclass"]
+    assert "parametrized" in why["parametrized"]
+    assert "forward was replaced" in why["replaced"]
+    assert "no RMS norm" in why["unlike_norm"]
+    assert "not down" in why["unlike_mlp"]
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_rms_norms_of_other_libraries_are_known_by_what_they_compute(shift, dtype, launches):
+    norm = PlainRMSNorm(12, shift).to(DEVICE, dtype)
+    x = torch.randn(5, 12, device=DEVICE, dtype=dtype)
+    expected, generator = norm(x), torch.get_rng_state()
+    assert trilith.fuse(norm).swapped
+    assert torch.equal(torch.get_rng_state(), generator)
+    launches.clear()
+    close = CLOSE if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-6}
+    torch.testing.assert_close(norm(x), expected, **close)
+    assert launches
+    trilith.unfuse(norm)
+    assert type(norm) is PlainRMSNorm
+    assert torch.equal(norm(x), expected)
+
+
+def test_gated_mlps_of_other_libraries(launches):
+    mlp, x = SwiGLU().to(DEVICE), torch.randn(5, 12, device=DEVICE)
+    expected = results(mlp, x)
+    report = trilith.fuse(mlp)
+    assert report.swapped[0].became == "GatedMLP"
+    launches.clear()
+    torch.testing.assert_close(results(mlp, x), expected, **CLOSE)
+    assert any("gated" in name for name in launches)
+
+
+def test_hooks_are_kept_and_hooked_linears_are_called():
+    model, seen = Model().to(DEVICE), []
+    for module in (model.norm, model.mlp[0], model.encoder.layers[0].linear1):
+        module.register_forward_hook(lambda m, *_: seen.append(type(m).__name__))
+    trilith.fuse(model)
+    model(tokens())
+    assert sorted(seen) == ["LayerNorm", "LayerNorm", "Linear", "Linear"]
+    trilith.unfuse(model)
+    assert len(model.norm._forward_hooks) == 1
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_fused_models_copy_and_pickle(again):
+    model, x = Model().to(DEVICE), tokens()
+    was = classes(model)
+    trilith.fuse(model)
+    twin = again(model)
+    assert torch.equal(twin(x), model(x))
+    trilith.unfuse(twin)
+    assert classes(twin) == was
+    assert classes(model) != was
+
+
+def test_an_optimizer_made_before_keeps_training():
+    model, x = Model().to(DEVICE), tokens()
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin)]
+    trilith.fuse(model)
+    for _ in range(2):
+        for m, optimizer in zip((model, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            m(x).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), **CLOSE)
+
+
+class LoRA(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+
+    def forward(self, x):
+        return self.base_layer(x) + 1.0
+
+
+def test_wrapped_layers_are_called_and_layers_within_wrappers_swapped():
+    mlp, x = SwiGLU().to(DEVICE), torch.randn(5, 12, device=DEVICE)
+    mlp.gate_proj = LoRA(mlp.gate_proj)
+    model = LoRA(nn.Sequential(mlp, nn.LayerNorm(12).to(DEVICE)))
+    expected = model(x)
+    assert len(trilith.fuse(model).swapped) == 3
+    torch.testing.assert_close(model(x), expected, **CLOSE)
+
+
+def test_a_compiled_model_is_treated_inside():
+    model, x = Model().to(DEVICE), tokens()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    expected = compiled(x)
+    assert {e.name for e in trilith.fuse(compiled).swapped} >= {"_orig_mod.norm"}
+    torch.testing.assert_close(compiled(x), expected, **CLOSE)
+
+
+def test_dropout_within_a_sequence_acts_in_training_only():
+    sequence = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 4))
+    sequence.to(DEVICE)
+    x = torch.randn(5, 12, device=DEVICE)
+    expected = sequence.eval()(x)
+    trilith.fuse(sequence)
+    torch.testing.assert_close(sequence(x), expected, **CLOSE)
+    assert not torch.equal(sequence.train()(x), sequence(x))
+
+
+def test_the_report_is_a_table():
+    lines = str(trilith.fuse(Model())).splitlines()
+    assert lines[0].split() == ["layer", "became", "count", "first", "why"]
+    assert any(line.split()[:4] == ["LayerNorm", "LayerNorm", "5", "norm"] for line in lines)
+    assert any(line.split()[:2] == ["Embedding", "left"] for line in lines)
+
+
+def test_a_class_that_another_library_changed_since_is_left():
+    model = nn.Sequential(nn.LayerNorm(4))
+    trilith.fuse(model)
+    model[0].__class__ = type("Sharded", (drop_in.LayerNorm,), {})
+    assert [e.why for e in trilith.unfuse(model).left]
