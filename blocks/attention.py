@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from trilith.blocks.linear import reset, reset_linear
+from trilith.blocks.linear import plain_linear, reset, reset_linear
 from trilith.kernels import scaled_dot_product_attention
 
 
@@ -54,16 +54,24 @@ class SelfAttention(nn.Module):
         reset(self.position)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.project(x)
+        return self.finish(self.qkv(x))
+
+    def first_layers(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
+        """What makes `finish`'s argument; nothing where `qkv` must be called."""
+        return ((self.qkv.weight, self.qkv.bias),) if plain_linear(self.qkv) else ()
+
+    def finish(self, packed: Tensor) -> Tensor:
+        """The rest of forward, from qkv(x)."""
+        q, k, v = self.heads_of(packed)
         p = self.dropout if self.training else 0.0
         mixed_BHTD = scaled_dot_product_attention(
             q, k, v, dropout_p=p, is_causal=self.causal, enable_gqa=True
         )
         return self.out(mixed_BHTD.transpose(1, 2).flatten(2))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads_of(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, T, D), k and v (B, Hkv, T, D), q and k with their positions."""
-        packed_BTHD = self.qkv(x).unflatten(-1, (sum(self.heads), -1))
+        packed_BTHD = packed.unflatten(-1, (sum(self.heads), -1))
         q, k, v = (part.transpose(1, 2) for part in packed_BTHD.split(self.heads, dim=2))
         if self.position is None:
             return q, k, v

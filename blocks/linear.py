@@ -6,20 +6,19 @@ import math
 from typing import TypeGuard
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from trilith.kernels import bias_act
+from trilith.kernels import bias_act, bias_act_linear, gated_act, gated_act_linear
 from trilith.plugins import TRITON_DEVICES
 
 
-def plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether reading `module.weight` is the same as calling `module`.
+def plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether reading the module's parameters is the same as calling it.
 
-    Only for nn.Linear itself, with no hook and no forward of its own: a subclass, a
+    Only for one of the kinds itself, with no hook and no forward of its own: a subclass, a
     parametrization, a LoRA or quantized wrapper and a sharding hook do something when called.
     """
     return (
-        type(module) is nn.Linear
+        type(module) in kinds
         and not module._forward_pre_hooks
         and not module._forward_hooks
         and not module._backward_pre_hooks
@@ -28,16 +27,36 @@ def plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
-def linear_act(
-    linear: nn.Module, x: Tensor, activation: str, *, p: float, training: bool
-) -> Tensor:
-    """dropout(activation(linear(x))); where kernels run, the activation's pass adds the bias.
+def plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return plain(module, nn.Linear)
 
-    Elsewhere the matrix product adds the bias at no cost, and adding it apart would be a pass more.
-    """
-    if x.device.type in TRITON_DEVICES and plain_linear(linear):
-        return bias_act(F.linear(x, linear.weight), linear.bias, activation, p=p, training=training)
-    return bias_act(linear(x), None, activation, p=p, training=training)
+
+def kernels_run(x: Tensor) -> bool:
+    """Whether fusing pays: PyTorch's own layers are as good where the reference would run."""
+    return x.device.type in TRITON_DEVICES
+
+
+def act_linear(
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    linear: nn.Module,
+    *,
+    p: float,
+    training: bool,
+) -> Tensor:
+    """linear(dropout(activation(x + bias)))."""
+    if kernels_run(x) and plain_linear(linear):
+        weight, out_bias = linear.weight, linear.bias
+        return bias_act_linear(x, bias, weight, out_bias, activation, p=p, training=training)
+    return linear(bias_act(x, bias, activation, p=p, training=training))
+
+
+def gate_linear(gate: Tensor, up: Tensor, activation: str, linear: nn.Module) -> Tensor:
+    """linear(activation(gate) * up)."""
+    if kernels_run(gate) and plain_linear(linear):
+        return gated_act_linear(gate, up, linear.weight, linear.bias, activation)
+    return linear(gated_act(gate, up, activation))
 
 
 def reset_linear(module: nn.Module, gain: float = 1.0) -> None:

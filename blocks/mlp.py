@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from trilith.blocks.linear import linear_act, reset_linear
+from trilith.blocks.linear import (
+    act_linear,
+    gate_linear,
+    kernels_run,
+    plain_linear,
+    reset_linear,
+)
 from trilith.kernels import dropout, gated_act
 
 
@@ -39,8 +46,21 @@ class MLP(nn.Module):
         reset_linear(self.down, self.gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = linear_act(self.up, x, self.activation, p=self.dropout, training=self.training)
-        return self.down(hidden)
+        if kernels_run(x) and plain_linear(self.up):  # the activation's pass adds the bias
+            return self.finish(F.linear(x, self.up.weight))
+        return self._act_down(self.up(x), None)
+
+    def first_layers(self) -> tuple[tuple[Tensor, None], ...]:
+        """What `finish` takes the product with; none where `up` must be called."""
+        return ((self.up.weight, None),) if plain_linear(self.up) else ()
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """The rest of forward, from x @ up.weight.T."""
+        return self._act_down(hidden, self.up.bias)
+
+    def _act_down(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
+        p, training = self.dropout, self.training
+        return act_linear(hidden, bias, self.activation, self.down, p=p, training=training)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, dropout={self.dropout}"
@@ -82,8 +102,18 @@ class GatedMLP(nn.Module):
         reset_linear(self.down, self.gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = gated_act(self.gate(x), self.up(x), self.activation)
-        return self.down(dropout(hidden, self.dropout, self.training))
+        return self.finish(self.gate(x), self.up(x))
+
+    def first_layers(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
+        """What makes `finish`'s arguments; nothing where `gate` or `up` must be called."""
+        layers = (self.gate, self.up)
+        return tuple((m.weight, m.bias) for m in layers) if all(map(plain_linear, layers)) else ()
+
+    def finish(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The rest of forward, from gate(x) and up(x)."""
+        if not (self.training and self.dropout):
+            return gate_linear(gate, up, self.activation, self.down)
+        return self.down(dropout(gated_act(gate, up, self.activation), self.dropout))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, dropout={self.dropout}"

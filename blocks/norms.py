@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from trilith.kernels import layer_norm, rms_norm
+from trilith.kernels import (
+    add_layer_norm,
+    add_rms_norm,
+    layer_norm,
+    layer_norm_linear,
+    rms_norm,
+    rms_norm_linear,
+)
 
 
 class LayerNorm(nn.Module):
@@ -26,6 +35,17 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)
+
+    def added(self, x: Tensor, residual: Tensor, p: float) -> tuple[Tensor, Tensor]:
+        """(norm(total), total) of total = residual + dropout(x)."""
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, p=p)
+
+    def linear(
+        self, x: Tensor, weight: Any, bias: Any, residual: Tensor | None = None, p: float = 0.0
+    ) -> Any:
+        """Linear layers of the norm of x, or of residual + dropout(x), whose sum is given too."""
+        norm = (self.weight, self.bias)
+        return layer_norm_linear(x, *norm, weight, bias, self.eps, residual=residual, p=p)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, bias={self.bias is not None}"
@@ -49,6 +69,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, (self.dim,), self.weight, self.eps)
+
+    def added(self, x: Tensor, residual: Tensor, p: float) -> tuple[Tensor, Tensor]:
+        """(norm(total), total) of total = residual + dropout(x)."""
+        return add_rms_norm(x, residual, self.weight, self.eps, p=p)
+
+    def linear(
+        self, x: Tensor, weight: Any, bias: Any, residual: Tensor | None = None, p: float = 0.0
+    ) -> Any:
+        """Linear layers of the norm of x, or of residual + dropout(x), whose sum is given too."""
+        return rms_norm_linear(x, self.weight, weight, bias, self.eps, residual=residual, p=p)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}"

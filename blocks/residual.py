@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from trilith.blocks.linear import reset
-from trilith.kernels import bias_dropout_add
+from trilith.blocks.stream import Stream
 
 
 class Residual(nn.Module):
@@ -38,8 +38,16 @@ class Residual(nn.Module):
         reset(*self.children())
 
     def forward(self, x: Tensor) -> Tensor:
-        added = self.inner(self.branch(self.pre(x)))
-        return self.post(bias_dropout_add(added, x, p=self.dropout, training=self.training))
+        return self.extend(Stream(x)).total()
+
+    def extend(self, stream: Stream) -> Stream:
+        """The stream behind this connection, the last sum of which is left to who reads it."""
+        branched, x = stream.through(self.pre, self.branch)
+        stream = Stream(x, self.inner(branched), self.dropout if self.training else 0.0)
+        if isinstance(self.post, nn.Identity):
+            return stream
+        normed, _ = stream.normed(self.post)
+        return Stream(normed)
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}"

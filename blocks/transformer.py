@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from trilith.blocks.linear import plain_linear, reset, reset_linear
+from trilith.blocks.linear import plain, plain_linear, reset, reset_linear
+from trilith.blocks.residual import Residual
+from trilith.blocks.stream import Stream
 from trilith.kernels import cross_entropy, dropout, linear_cross_entropy
 
 LOGIT_DEVIATION = 0.5
@@ -66,9 +68,10 @@ class TransformerLM(nn.Module):
             num_items: what the mean divides by, instead of the targets counted here.
         """
         x = dropout(self.position(self.embedding(tokens)), self.dropout, self.training)
+        stream = Stream(x)
         for block in self.blocks:
-            x = self._run(block, x)
-        x = self.norm(x)
+            stream = self._run(block, stream)
+        x, _ = stream.normed(self.norm)
         if targets is None:
             return self.logits(x)
         if not logits and (self.head is None or plain_linear(self.head)):
@@ -103,13 +106,20 @@ class TransformerLM(nn.Module):
         if self.head is not None:
             reset_linear(self.head, LOGIT_DEVIATION)
 
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, stream: Stream) -> Stream:
         if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
+            return Stream(checkpoint(block, stream.total(), use_reentrant=False))
+        return extended(block, stream)
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}, tied={self.head is None}"
+
+
+def extended(part: nn.Module, stream: Stream) -> Stream:
+    """The stream behind a part of the model; one that must be called is called with the sum."""
+    if plain(part, TransformerBlock, Residual):
+        return part.extend(stream)
+    return Stream(part(stream.total()))
 
 
 class TransformerBlock(nn.Module):
@@ -124,8 +134,11 @@ class TransformerBlock(nn.Module):
         reset(self.attention, self.mlp)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.attention(x)
-        return self.mlp(x)
+        return self.extend(Stream(x)).total()
+
+    def extend(self, stream: Stream) -> Stream:
+        """The stream behind the block; each part's last sum is made where the next one reads it."""
+        return extended(self.mlp, extended(self.attention, stream))
 
 
 def embedding_deviation(dim: int, *, tied: bool) -> float:

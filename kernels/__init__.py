@@ -7,7 +7,14 @@ if __name__ == "kernels":
     raise ImportError("import trilith.kernels, not kernels: the folder is mapped by the package")
 
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels.act_linear import (
+    BIAS_ACT_LINEAR,
+    GATED_ACT_LINEAR,
+    bias_act_linear,
+    gated_act_linear,
+)
 from trilith.kernels.activations import BIAS_ACT, GATED_ACT, bias_act, gated_act
+from trilith.kernels.add_norm import ADD_NORM, add_layer_norm, add_rms_norm
 from trilith.kernels.attention import attention, merge_attention, scaled_dot_product_attention
 from trilith.kernels.attention.merge import MERGE_ATTENTION
 from trilith.kernels.attention.op import OP as ATTENTION
@@ -20,43 +27,60 @@ from trilith.kernels.losses import (
     binary_cross_entropy_with_logits,
     mse_loss,
 )
+from trilith.kernels.norm_linear import (
+    ADD_NORM_LINEAR,
+    NORM_LINEAR,
+    layer_norm_linear,
+    rms_norm_linear,
+)
 from trilith.kernels.norms import LAYER_NORM, RMS_NORM, layer_norm, rms_norm
 from trilith.kernels.rotary import ROTARY, rotary
 from trilith.kernels.softmax import LOG_SOFTMAX, SOFTMAX, log_softmax, softmax
 
 OPS = (
+    ADD_NORM,
+    ADD_NORM_LINEAR,
     ATTENTION,
     BCE_WITH_LOGITS,
     BIAS_ACT,
+    BIAS_ACT_LINEAR,
     BIAS_DROPOUT_ADD,
     CROSS_ENTROPY,
     DROPOUT,
     GATED_ACT,
+    GATED_ACT_LINEAR,
     LAYER_NORM,
     LINEAR_CROSS_ENTROPY,
     LOG_SOFTMAX,
     MERGE_ATTENTION,
     MSE_LOSS,
+    NORM_LINEAR,
     RMS_NORM,
     ROTARY,
     SOFTMAX,
 )
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "bias_act",
+    "bias_act_linear",
     "bias_dropout_add",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "dropout",
     "gated_act",
+    "gated_act_linear",
     "launch",
     "layer_norm",
+    "layer_norm_linear",
     "linear_cross_entropy",
     "log_softmax",
     "merge_attention",
     "mse_loss",
     "rms_norm",
+    "rms_norm_linear",
     "rotary",
     "scaled_dot_product_attention",
     "softmax",

@@ -20,10 +20,12 @@ Source: Welford, "Note on a method for calculating corrected sums of squares and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from trilith.kernels._runtime.elementwise import drop, keep_scale
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.reduce import column_sum, column_sum_pair
@@ -39,23 +41,30 @@ _FWD_RESIDENT_N = 16384  # 32 elements a thread in 16 warps
 _BWD_RESIDENT_N = 8192  # 16 elements a thread in 16 warps, beside two accumulators
 _LOOPED_N, _LOOPED_WARPS = 8192, 16
 _SPLIT_N, _SPLIT_WARPS = 4096, 8
+_QUAD = 4  # columns that dropout's random numbers come in
 
 
 @triton.jit
 def _norm_fwd_kernel(
     x_ptr,
+    residual_ptr,
+    seed_ptr,
     weight_ptr,
     bias_ptr,
+    sum_ptr,
     y_ptr,
     mean_ptr,
     rstd_ptr,
     x_strides,
+    residual_strides,
     weight_stride,
     bias_stride,
     M,
     N,
     inner,
     eps,
+    p,
+    scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -65,6 +74,13 @@ def _norm_fwd_kernel(
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     x_offsets = row_offsets(rows, inner, x_strides)[:, None] + (cols * x_strides[2])[None, :]
     x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32)
+    y_offsets = rows[:, None] * N + cols[None, :]
+    if residual_ptr is not None:
+        residual = residual_ptr + row_offsets(rows, inner, residual_strides)[:, None]
+        residual = tl.load(residual + (cols * residual_strides[2])[None, :], mask=mask, other=0.0)
+        x = _residual_sum(x, residual, seed_ptr, rows, 0, N, p, scale)
+        tl.store(sum_ptr + y_offsets, x.to(sum_ptr.dtype.element_ty), mask=mask)
+        x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)  # what backward will see
     if mean_ptr is not None:
         mean = tl.sum(x, axis=1) / N
         x = tl.where(mask, x - mean[:, None], 0.0)
@@ -75,8 +91,14 @@ def _norm_fwd_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=rows < M)
     y = x * rstd[:, None]
     y = _affine(y, weight_ptr, bias_ptr, cols[None, :], weight_stride, bias_stride, N)
-    y_offsets = rows[:, None] * N + cols[None, :]
     tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _residual_sum(x, residual, seed_ptr, rows, first_col, N, p, scale):
+    if seed_ptr is not None:
+        x = drop(x, seed_ptr, rows, first_col, N, p, scale)
+    return x + residual.to(tl.float32)
 
 
 @triton.jit
@@ -91,28 +113,48 @@ def _affine(y, weight_ptr, bias_ptr, cols, weight_stride, bias_stride, N):
 @triton.jit
 def _norm_fwd_looped_kernel(
     x_ptr,
+    residual_ptr,
+    seed_ptr,
     weight_ptr,
     bias_ptr,
+    sum_ptr,
     y_ptr,
     mean_ptr,
     rstd_ptr,
     x_strides,
+    residual_strides,
     weight_stride,
     bias_stride,
     N,
     inner,
     eps,
+    p,
+    scale,
     BLOCK_N: tl.constexpr,
 ):
-    """One program owns one row, and reads it twice, BLOCK_N columns at a time."""
+    """One program owns one row, and reads it twice, BLOCK_N columns at a time.
+
+    Of a sum, the second time is from `sum_ptr`, where the first one wrote it.
+    """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row_offsets(row, inner, x_strides)
+    if residual_ptr is not None:
+        residual_ptr += row_offsets(row, inner, residual_strides)
+        sum_ptr += row * N
     lanes = tl.arange(0, BLOCK_N).to(tl.int64)
     lane_mean = tl.zeros((BLOCK_N,), tl.float32)
     lane_squares = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, N, BLOCK_N):
         cols = start + lanes
         x = tl.load(x_ptr + cols * x_strides[2], mask=cols < N, other=0.0).to(tl.float32)
+        if residual_ptr is not None:
+            residual = residual_ptr + cols * residual_strides[2]
+            residual = tl.load(residual, mask=cols < N, other=0.0)[None, :]
+            rows = row + tl.arange(0, 1)
+            x = _residual_sum(x[None, :], residual, seed_ptr, rows, start, N, p, scale)
+            x = tl.reshape(x, (BLOCK_N,))
+            tl.store(sum_ptr + cols, x.to(sum_ptr.dtype.element_ty), mask=cols < N)
+            x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)
         if mean_ptr is not None:
             change = tl.where(cols < N, x - lane_mean, 0.0)
             lane_mean += change * (1.0 / (start // BLOCK_N + 1))
@@ -129,9 +171,14 @@ def _norm_fwd_looped_kernel(
     rstd = 1.0 / tl.sqrt(tl.sum(lane_squares) / N + tl.cast(eps, tl.float32))
     tl.store(rstd_ptr + row, rstd)
     y_ptr += row * N
+    if residual_ptr is not None:
+        tl.debug_barrier()  # a lane may read what another one wrote
     for start in range(0, N, BLOCK_N):
         cols = start + lanes
-        x = tl.load(x_ptr + cols * x_strides[2], mask=cols < N, other=0.0).to(tl.float32)
+        if residual_ptr is not None:
+            x = tl.load(sum_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+        else:
+            x = tl.load(x_ptr + cols * x_strides[2], mask=cols < N, other=0.0).to(tl.float32)
         y = _affine((x - mean) * rstd, weight_ptr, bias_ptr, cols, weight_stride, bias_stride, N)
         tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=cols < N)
 
@@ -153,13 +200,23 @@ def _norm_bwd_kernel(
     M,
     N,
     inner,
+    dsum_ptr,
+    bias_ptr,
+    seed_ptr,
+    dbranch_ptr,
+    y_ptr,
+    dsum_strides,
+    bias_stride,
+    p,
+    scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One of P programs owns [BLOCK_M, BLOCK_N] of every P-th tile of rows.
 
     Where BLOCK_N < N, `sums_ptr` (2, M) has the rows' means of g and g * x_hat. dweight and dbias
-    are partial sums (P, N).
+    are partial sums (P, N). `dsum_ptr` is added to the norm's gradient; what of that passes the
+    dropout goes to `dbranch_ptr`. `y_ptr` takes the norm's output, made again.
     """
     programs = tl.num_programs(0).to(tl.int64)
     pid = tl.program_id(0).to(tl.int64)
@@ -182,7 +239,12 @@ def _norm_bwd_kernel(
         if mean_ptr is not None:
             mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)[:, None]
         x_hat = (x_hat - mean) * rstd
-        if dx_ptr is not None:
+        if y_ptr is not None:
+            y = x_hat * weight
+            y = _affine(y, None, bias_ptr, cols, 0, bias_stride, N)
+            y_tile = y_ptr + rows[:, None] * N + cols
+            tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=mask)
+        if (dx_ptr is not None) or (dbranch_ptr is not None):
             g = dy * weight
             mean_g = 0.0
             if sums_ptr is None:
@@ -194,8 +256,19 @@ def _norm_bwd_kernel(
                 if mean_ptr is not None:
                     mean_g = tl.load(sums_ptr + rows, mask=rows < M, other=0.0)[:, None]
             dx = (g - mean_g - x_hat * mean_gx) * rstd
-            dx_tile = dx_ptr + rows[:, None] * N + cols
-            tl.store(dx_tile, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            if dsum_ptr is not None:
+                dsum = dsum_ptr + row_offsets(rows, inner, dsum_strides)[:, None]
+                dsum = tl.load(dsum + cols * dsum_strides[2], mask=mask, other=0.0)
+                dx += dsum.to(tl.float32)
+            if dx_ptr is not None:
+                dx_tile = dx_ptr + rows[:, None] * N + cols
+                tl.store(dx_tile, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            if dbranch_ptr is not None:
+                if seed_ptr is not None:
+                    first_col = tl.program_id(1).to(tl.int64) * BLOCK_N
+                    dx = drop(dx, seed_ptr, rows, first_col, N, p, scale)
+                dx_tile = dbranch_ptr + rows[:, None] * N + cols
+                tl.store(dx_tile, dx.to(dbranch_ptr.dtype.element_ty), mask=mask)
         if dweight_ptr is not None:
             dweight += dy * x_hat
         if dbias_ptr is not None:
@@ -246,6 +319,34 @@ def _norm_bwd_sums_kernel(
     tl.store(sums_ptr + M + row, tl.sum(sum_gx) / N)
 
 
+@dataclass(frozen=True)
+class Added:
+    """What a norm's forward adds up first: summed = residual + dropout(x)."""
+
+    residual: Tensor
+    summed: Tensor
+    seed: Tensor | None
+    p: float
+
+
+@dataclass
+class AddedGradients:
+    """What a norm's backward takes and gives besides, for a sum made first or an output made again.
+
+    dsum: gradient of the sum from elsewhere, added to the norm's. dbranch: takes the gradient of
+    what went through dropout. y: takes the norm's output. Those left out are None.
+    """
+
+    dsum: Tensor | None = None
+    seed: Tensor | None = None
+    p: float = 0.0
+    dbranch: Tensor | None = None
+    y: Tensor | None = None
+
+
+_NOTHING = AddedGradients()
+
+
 def norm_forward(
     x: Tensor,
     weight: Tensor | None,
@@ -254,17 +355,23 @@ def norm_forward(
     y: Tensor,
     mean: Tensor | None,
     rstd: Tensor,
+    added: Added | None = None,
 ) -> None:
     n = x.shape[-1]
     m = x.numel() // n
-    rows = as_rows(x)
-    tensors = (*rows.tensors, weight, bias, y, mean, rstd)
-    strides = (*rows.strides, _stride(weight), _stride(bias))
+    rows, residual, seed, summed, p = as_rows(x), None, None, None, 0.0
+    if added is not None:
+        rows, seed, summed, p = as_rows(x, added.residual), added.seed, added.summed, added.p
+        residual = rows.tensors[1]
+    tensors = (rows.tensors[0], residual, seed, weight, bias, summed, y, mean, rstd)
+    strides = (rows.strides[0], rows.strides[-1], _stride(weight), _stride(bias))
+    dropout = (p, keep_scale(p))
     if n > _FWD_RESIDENT_N:
         options = {"BLOCK_N": _LOOPED_N, "num_warps": _LOOPED_WARPS}
-        launch(_norm_fwd_looped_kernel, (m,), *tensors, *strides, n, rows.inner, eps, **options)
+        sizes = (n, rows.inner, eps, *dropout)
+        launch(_norm_fwd_looped_kernel, (m,), *tensors, *strides, *sizes, **options)
         return
-    tile = row_tile(n, per_thread=16, max_warps=16)
+    tile = row_tile(max(n, _QUAD if p else 1), per_thread=16, max_warps=16)
     launch(
         _norm_fwd_kernel,
         (triton.cdiv(m, tile.block_m),),
@@ -274,6 +381,7 @@ def norm_forward(
         n,
         rows.inner,
         eps,
+        *dropout,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,
@@ -288,19 +396,20 @@ def norm_backward(
     mean: Tensor | None,
     rstd: Tensor,
     needs: Sequence[bool],
+    more: AddedGradients = _NOTHING,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, weight and bias, those of them that are needed."""
     n = x.shape[-1]
     m = x.numel() // n
-    rows = as_rows(dy, x)
-    inputs = (*rows.tensors, weight, mean, rstd)
-    strides_and_sizes = (*rows.strides, _stride(weight), m, n, rows.inner)
+    rows = as_rows(*(t for t in (dy, x, more.dsum) if t is not None))
+    inputs = (*rows.tensors[:2], weight, mean, rstd)
+    strides_and_sizes = (*rows.strides[:2], _stride(weight), m, n, rows.inner)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     sums = None
-    tile = row_tile(n, per_thread=16, max_warps=16)
+    tile = row_tile(max(n, _QUAD if more.p else 1), per_thread=16, max_warps=16)
     if n > _BWD_RESIDENT_N:
         tile = RowTile(1, _SPLIT_N, _SPLIT_WARPS)
-        if needs[0]:
+        if needs[0] or more.dbranch is not None:
             sums = rstd.new_empty((2, m))
             options = {"BLOCK_N": _SPLIT_N, "num_warps": _SPLIT_WARPS}
             launch(_norm_bwd_sums_kernel, (m,), *inputs, sums, *strides_and_sizes, **options)
@@ -318,16 +427,25 @@ def norm_backward(
         partials[0] if needs[1] else None,
         partials[-1] if needs[2] else None,
         *strides_and_sizes,
+        None if more.dsum is None else rows.tensors[2],
+        bias if more.y is not None else None,
+        more.seed,
+        more.dbranch,
+        more.y,
+        rows.strides[-1],
+        _stride(bias),
+        more.p,
+        keep_scale(more.p),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,
     )
-    totals: Sequence[Tensor] = ()
+    if not dtypes:
+        return dx, None, None
     if len(dtypes) == 2:
-        totals = column_sum_pair(partials, *dtypes)
-    elif dtypes:
-        totals = (column_sum(partials[0], *dtypes),)
-    return dx, totals[0] if needs[1] else None, totals[-1] if needs[2] else None
+        return dx, *column_sum_pair(partials, *dtypes)
+    total = column_sum(partials[0], *dtypes)
+    return dx, total if needs[1] else None, total if needs[2] else None
 
 
 def _stride(vector: Tensor | None) -> int:

@@ -17,7 +17,7 @@ transformer", 2020; Srivastava et al., "Dropout", 2014.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -90,6 +90,7 @@ def _bias_act_bwd_kernel(
     seed_ptr,
     dx_ptr,
     dbias_ptr,
+    y_ptr,
     dy_strides,
     x_strides,
     bias_stride,
@@ -99,12 +100,16 @@ def _bias_act_bwd_kernel(
     P,
     p,
     scale,
+    ACT: tl.constexpr,
     DACT: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One of P programs per column block owns every P-th [BLOCK_M, BLOCK_N]; dbias is (P, N)."""
+    """One of P programs per column block owns every P-th [BLOCK_M, BLOCK_N]; dbias is (P, N).
+
+    y_ptr takes forward's output, made again.
+    """
     N = N // ALIGN * ALIGN
     pid_p = (tl.program_id(0) // tl.cdiv(N, BLOCK_N)).to(tl.int64)
     first_col = (tl.program_id(0) % tl.cdiv(N, BLOCK_N)).to(tl.int64) * BLOCK_N
@@ -118,10 +123,17 @@ def _bias_act_bwd_kernel(
         mask = (rows < M)[:, None] & (cols < N)[None, :]
         dy = tl.load(dy_ptr + offsets(rows, cols, inner, dy_strides, ALIGN), mask=mask, other=0.0)
         z = tl.load(x_ptr + offsets(rows, cols, inner, x_strides, ALIGN), mask=mask, other=0.0)
+        z = z.to(tl.float32) + bias[None, :]
         g = dy.to(tl.float32)
         if seed_ptr is not None:
             g = drop(g, seed_ptr, rows, first_col, N, p, scale)
-        dx = DACT(z.to(tl.float32) + bias[None, :], g)
+        if y_ptr is not None:
+            y = ACT(z)
+            if seed_ptr is not None:
+                y = drop(y, seed_ptr, rows, first_col, N, p, scale)
+            y_tile = y_ptr + rows[:, None] * N + cols[None, :]
+            tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=mask)
+        dx = DACT(z, g)
         if dx_ptr is not None:
             dx_tile = dx_ptr + rows[:, None] * N + cols[None, :]
             tl.store(dx_tile, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -165,6 +177,7 @@ def _gated_act_bwd_kernel(
     up_ptr,
     dgate_ptr,
     dup_ptr,
+    y_ptr,
     dy_strides,
     gate_strides,
     up_strides,
@@ -177,7 +190,7 @@ def _gated_act_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program owns [BLOCK_M, BLOCK_N]."""
+    """One program owns [BLOCK_M, BLOCK_N]; y_ptr takes forward's output, made again."""
     N = N // ALIGN * ALIGN
     pid = tl.program_id(0)
     rows = tile_rows(pid // tl.cdiv(N, BLOCK_N), BLOCK_M)
@@ -188,10 +201,14 @@ def _gated_act_bwd_kernel(
     dy = dy.to(tl.float32)
     gate = gate.to(tl.float32)
     out = rows[:, None] * N + cols[None, :]
-    if dgate_ptr is not None:
+    if (dgate_ptr is not None) or (y_ptr is not None):
         up = tl.load(up_ptr + offsets(rows, cols, inner, up_strides, ALIGN), mask=mask, other=0.0)
-        dgate = DACT(gate, dy * up.to(tl.float32))
-        tl.store(dgate_ptr + out, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+        up = up.to(tl.float32)
+        if y_ptr is not None:
+            tl.store(y_ptr + out, (ACT(gate) * up).to(y_ptr.dtype.element_ty), mask=mask)
+        if dgate_ptr is not None:
+            dgate = DACT(gate, dy * up)
+            tl.store(dgate_ptr + out, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
     if dup_ptr is not None:
         dup = dy * ACT(gate)
         tl.store(dup_ptr + out, dup.to(dup_ptr.dtype.element_ty), mask=mask)
@@ -232,7 +249,21 @@ def _bias_act_fwd(
 
 def _bias_act_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, bias, seed, activation, p = ctx.inputs
-    needs_x, needs_bias = ctx.needs_input_grad[:2]
+    return bias_act_backward(dy, x, bias, seed, activation, p, ctx.needs_input_grad[:2], None)
+
+
+def bias_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    p: float,
+    needs: Sequence[bool],
+    y: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and bias, if needed; y takes forward's output in the same pass."""
+    needs_x, needs_bias = needs
     plane = as_plane(dy, x, columns=bias is not None, p=p)
     tile = plane.tile(_BACKWARD_ELEMENTS if needs_bias else _FORWARD_ELEMENTS, summed=needs_bias)
     programs = plane.row_programs(tile) if needs_bias else triton.cdiv(plane.m, tile["BLOCK_M"])
@@ -246,6 +277,7 @@ def _bias_act_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...]
         seed,
         dx,
         partials,
+        y,
         *plane.strides,
         1 if bias is None else bias.stride(0),
         plane.m,
@@ -254,12 +286,15 @@ def _bias_act_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...]
         programs,
         p,
         keep_scale(p),
+        ACT=ACTIVATIONS[activation].f,
         DACT=ACTIVATIONS[activation].df,
         ALIGN=plane.align,
         num_warps=NUM_WARPS,
         **tile,
     )
-    return dx, None if partials is None else column_sum(partials, bias.dtype)
+    if partials is None or bias is None:
+        return dx, None
+    return dx, column_sum(partials, bias.dtype)
 
 
 def _bias_act_reference(
@@ -383,11 +418,22 @@ def _gated_act_fwd(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, .
 
 def _gated_act_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...]:
     gate, up, activation = ctx.inputs
+    return gated_act_backward(dy, gate, up, activation, ctx.needs_input_grad[:2], None)
+
+
+def gated_act_backward(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    needs: Sequence[bool],
+    y: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of gate and up, if needed; y takes forward's output in the same pass."""
     plane = as_plane(dy, gate, up, columns=False)
     tile = plane.tile(_BACKWARD_ELEMENTS)
     dgate, dup = (
-        t.new_empty(t.shape) if need else None
-        for t, need in zip((gate, up), ctx.needs_input_grad, strict=False)
+        t.new_empty(t.shape) if need else None for t, need in zip((gate, up), needs, strict=True)
     )
     launch(
         _gated_act_bwd_kernel,
@@ -395,6 +441,7 @@ def _gated_act_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...
         *plane.tensors,
         dgate,
         dup,
+        y,
         *plane.strides,
         plane.m,
         plane.n,

@@ -79,6 +79,15 @@ def _rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x.to(wide), x.shape[-1:], _cast(weight, wide), eps).to(x.dtype)
 
 
+def norm_reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
+) -> Tensor:
+    """layer_norm where `centred`, else rms_norm, in plain PyTorch."""
+    if centred:
+        return _layer_norm_reference(x, weight, bias, eps)
+    return _rms_norm_reference(x, weight, eps)
+
+
 def _all_wide(x: Tensor, *parameters: Tensor | None) -> bool:
     same = all(p is None or p.dtype == x.dtype for p in parameters)
     return same and x.dtype in (torch.float32, torch.float64)

@@ -54,6 +54,7 @@ class Op:
             problem = f"save_inputs names {sorted(unknown)}" if unknown else "no tensor parameter"
             raise ValueError(f"{spec.name}: forward's tensor parameters don't fit: {problem}")
         self._saved = tuple(i for i in self._tensors if names[i] in keep)
+        self._saved_outputs = _chosen_outputs(spec)
         self.vote: Vote | None = None
         self.scope: ContextVar[str | None] = ContextVar(spec.name, default=None)
         self._open_scopes: list[str] = []
@@ -313,7 +314,7 @@ class Op:
     def _backward_arguments(self, args: Sequence[Any]) -> tuple[Sequence[Any], BackwardContext]:
         n = self.spec.outputs
         kept, needs = tuple(args[-3]), args[-1]
-        split = n if self.spec.save_outputs else 0
+        split = len(self._saved_outputs)
         context = BackwardContext(tuple(args[n:-3]), kept[:split], kept[split:], tuple(needs))
         return args[:n], context
 
@@ -382,6 +383,8 @@ def _autograd_function(op: Op) -> type[torch.autograd.Function]:
     informed = op._informed
     constant = tuple(i not in op._tensors for i in range(op._arity))
     unsaved = tuple(i for i in op._tensors if i not in saved)
+    chosen = spec.save_outputs.values() if isinstance(spec.save_outputs, Mapping) else ()
+    stands_for = tuple((op._positions[name], k) for k, name in enumerate(chosen))
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -389,7 +392,7 @@ def _autograd_function(op: Op) -> type[torch.autograd.Function]:
             wanted = (ctx.needs_input_grad[1:],) if informed else ()
             results = op.forward_op(*args, provider, *wanted)
             outputs = results[:n_outputs]
-            kept = results if spec.save_outputs else results[n_outputs:]
+            kept = [*(results[i] for i in op._saved_outputs), *results[n_outputs:]]
             ctx.save_for_backward(*[args[i] for i in saved], *kept)
             ctx.constants = [a if c else None for a, c in zip(args, constant, strict=True)]
             ctx.unsaved = [(i, _meta(args[i])) for i in unsaved if args[i] is not None]
@@ -411,6 +414,8 @@ def _autograd_function(op: Op) -> type[torch.autograd.Function]:
                 for i, (shape, dtype, device) in ctx.unsaved:
                     inputs[i] = torch.zeros(shape, dtype=dtype, device=device)
                     inputs[i].requires_grad_(needs[i])
+                for i, output in stands_for:
+                    inputs[i] = kept[n_saved + output]
                 return (None, *op.reference_gradient(tuple(inputs), needs, grads))
             if all(g is None for g in grads):
                 return (None,) * (op._arity + 1)
@@ -463,6 +468,12 @@ def _traced_provider(name: str, device: torch.device, dtype: torch.dtype, guard:
     op = _defined[name]
     chosen = selection.choose(op, SelectionKey(device, dtype), op.scope.get())
     return selection.traceable(op, chosen)
+
+
+def _chosen_outputs(spec: OpSpec) -> tuple[int, ...]:
+    if isinstance(spec.save_outputs, bool):
+        return tuple(range(spec.outputs)) if spec.save_outputs else ()
+    return tuple(spec.save_outputs)
 
 
 def _resolved_signature(spec: OpSpec) -> inspect.Signature:

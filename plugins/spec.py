@@ -63,7 +63,7 @@ class BackwardContext:
 
     Each tuple but `aux` follows the order of its namesake: `inputs` and `needs_input_grad` have one
     entry per parameter of forward (a tensor left out of `save_inputs` is None), `outputs` one
-    per output. `aux` holds the tensors that forward returned after its outputs.
+    per saved output. `aux` holds the tensors that forward returned after its outputs.
     """
 
     inputs: tuple[Any, ...]
@@ -128,7 +128,9 @@ class OpSpec:
         outputs: how many of forward's results are outputs; the rest is aux.
         save_inputs: names of the tensor inputs that backward reads. None keeps all. An input left
             out must enter the op linearly, or get no gradient.
-        save_outputs: whether backward reads the outputs.
+        save_outputs: whether backward reads the outputs, or which of them: (1,) keeps the second;
+            {1: "residual"} too, and then it stands for the input `residual`, not kept, in second
+            derivatives.
         shared_gradients: `(*parameters) -> {input name: source}` for inputs whose gradient is a
             tensor that exists anyway: an output's gradient (source is the output's index) or that
             of another input (its name). backward is not asked for them, so nothing is copied.
@@ -152,7 +154,7 @@ class OpSpec:
     samples: Callable[[torch.device, torch.dtype], Iterable[Sample]]
     outputs: int = 1
     save_inputs: tuple[str, ...] | None = None
-    save_outputs: bool = True
+    save_outputs: bool | tuple[int, ...] | Mapping[int, str] = True
     shared_gradients: Callable[..., Mapping[str, int | str]] | None = None
     fake: Forward | None = None
     fake_backward: Backward | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def attention_bwd(
     ctx: BackwardContext, dout: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     q, k, v, bias, key_mask, slopes, sinks, seed, *rest = ctx.inputs
-    out, lse = ctx.outputs
+    (out,) = ctx.outputs
     (lse2,) = ctx.aux
     needs_q, needs_k, needs_v, needs_bias, _, needs_slopes, needs_sinks = ctx.needs_input_grad[:7]
     if dout is None:
@@ -84,8 +85,8 @@ def attention_bwd(
     if needs_bias:
         dbias = call.bias_gradient(bias, dout, lse2, delta)
     if needs_sinks:
-        share = torch.exp(sinks.float()[:, None] - lse)
-        dsinks = -torch.where(lse == -torch.inf, 0.0, share * delta).sum((0, 2)).to(sinks.dtype)
+        share = torch.exp(sinks.float()[:, None] - lse2 * math.log(2))
+        dsinks = -torch.where(lse2 == -torch.inf, 0.0, share * delta).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias, None, dslopes, dsinks
 
 

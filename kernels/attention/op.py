@@ -100,6 +100,7 @@ OP = Op(
         outputs=2,
         fake=_fake,
         materialize_grads=False,
+        save_outputs=(0,),
         cost=_cost,
         autocast="low",
     )

@@ -58,6 +58,8 @@ def odd_unit_strides(tensor: Tensor) -> Tensor:
 
 def expanded(tensor: Tensor) -> Tensor:
     """The first element everywhere, stride 0: what `.sum().backward()` hands to an op."""
+    if tensor.numel() == 0:
+        return misaligned(tensor)
     return tensor.detach().flatten()[0].clone().expand(tensor.shape)
 
 

@@ -28,7 +28,7 @@ def backward_arguments(
     """What `op.backward_op` is called with after a forward that gave `results`."""
     spec = op.spec
     inputs = [None if i in op._tensors and i not in op._saved else a for i, a in enumerate(args)]
-    kept = list(results if spec.save_outputs else results[spec.outputs :])
+    kept = [*(results[i] for i in op._saved_outputs), *results[spec.outputs :]]
     needs = [i in floating(args) for i in range(len(args))]
     sources = {} if spec.shared_gradients is None else spec.shared_gradients(*inputs)
     return (*grads, *inputs, kept, provider, op._asked(needs, sources))

@@ -119,12 +119,13 @@ def test_wrapped_and_plain_linear_give_the_same():
 def test_bias_is_added_by_the_activation_only_where_kernels_run(kernels_run, monkeypatch):
     given = []
 
-    def spy(x, bias, activation, **options):
+    def spy(x, bias, *rest, **options):
         given.append(bias)
         return x
 
     monkeypatch.setattr(linear, "TRITON_DEVICES", (DEVICE,) if kernels_run else ())
-    monkeypatch.setattr(linear, "bias_act", spy)
+    for name in ("bias_act", "bias_act_linear"):
+        monkeypatch.setattr(linear, name, spy)
     mlp = make_mlp(False, lambda linear: linear)
     mlp(torch.zeros(1, 6, device=DEVICE))
     assert given[0] is (mlp.up.bias if kernels_run else None)

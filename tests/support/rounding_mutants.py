@@ -98,8 +98,8 @@ ROUNDING = (
     Mutant(
         "activation_of_a_rounded_sum",
         _ACT,
-        "y = ACT(z)",
-        f"y = ACT({_rounded('z')})",
+        "y = ACT(z)\n    if",
+        f"y = ACT({_rounded('z')})\n    if",
         _ACT_TESTS + " -k 'adds_the_bias and (bf16 or fp16)'",
     ),
     Mutant(
@@ -112,10 +112,8 @@ ROUNDING = (
     Mutant(
         "gate_gradient_of_a_rounded_product",
         _ACT,
-        "dgate = DACT(gate, dy * up.to(tl.float32))",
-        "dgate = DACT(gate, "
-        + _rounded("dy * up.to(tl.float32)", "dgate_ptr.dtype.element_ty")
-        + ")",
+        "dgate = DACT(gate, dy * up)",
+        "dgate = DACT(gate, " + _rounded("dy * up", "dgate_ptr.dtype.element_ty") + ")",
         _ACT_TESTS + " -k 'gated_act_and and (bf16 or fp16)'",
     ),
     Mutant(

@@ -1,0 +1,58 @@
+"""The residual stream between branches, with what the last branch adds not yet added.
+
+The sum that ends one branch and the norm that begins the next are one pass over memory, and the
+linear layers that read the norm can do without its output being kept. Where a module may not be
+read past its own forward (`blocks.linear.plain`), it is called.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from trilith.blocks.attention import SelfAttention
+from trilith.blocks.linear import kernels_run, plain
+from trilith.blocks.mlp import MLP, GatedMLP
+from trilith.blocks.norms import LayerNorm, RMSNorm
+from trilith.kernels import bias_dropout_add
+
+_BRANCHES = (SelfAttention, MLP, GatedMLP)
+
+
+class Stream(NamedTuple):
+    """x + dropout(added), or x alone; p is 0 where nothing is dropped."""
+
+    x: Tensor
+    added: Tensor | None = None
+    p: float = 0.0
+
+    def total(self) -> Tensor:
+        return self.x if self.added is None else bias_dropout_add(self.added, self.x, p=self.p)
+
+    def normed(self, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """(norm(total), total)."""
+        if self.added is not None and plain(norm, LayerNorm, RMSNorm):
+            return norm.added(self.added, self.x, self.p)
+        total = self.total()
+        return norm(total), total
+
+    def through(self, norm: nn.Module, branch: nn.Module) -> tuple[Tensor, Tensor]:
+        """(branch(norm(total)), total)."""
+        fuses = kernels_run(self.x) and plain(norm, LayerNorm, RMSNorm)
+        layers = branch.first_layers() if fuses and plain(branch, *_BRANCHES) else ()
+        if not layers:
+            normed, total = self.normed(norm)
+            return branch(normed), total
+        weights, biases = zip(*layers, strict=True)
+        if len(weights) == 1:
+            weights, biases = weights[0], biases[0]
+        if self.added is None:
+            projected, total = norm.linear(self.x, weights, biases), self.x
+        else:
+            projected, total = norm.linear(self.added, weights, biases, self.x, self.p)
+        return branch.finish(*_as_tuple(projected)), total
+
+
+def _as_tuple(value: Any) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)

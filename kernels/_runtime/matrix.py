@@ -1,0 +1,64 @@
+"""The gradients of matrix products by PyTorch's own GEMMs, for ops that end in a linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trilith.kernels._runtime import checks
+
+
+def input_gradient(dys: Sequence[Tensor | None], weights: Sequence[Tensor | None]) -> Tensor:
+    """The sum of dy @ weight over the outputs that have a gradient; one of them has."""
+    total: Tensor | None = None
+    shape: tuple[int, ...] = ()
+    for dy, weight in zip(dys, weights, strict=True):
+        if dy is None or weight is None:
+            continue
+        shape, dy = dy.shape[:-1], as_matrix(dy)
+        total = torch.mm(dy, weight) if total is None else torch.addmm(total, dy, weight)
+    assert total is not None
+    return total.view(*shape, total.shape[-1])
+
+
+def parameter_gradients(
+    dy: Tensor | None, hidden: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and bias in y = hidden @ weight.T + bias, those that are needed."""
+    if dy is None:
+        return None, None
+    dy = as_matrix(dy)
+    dweight = None
+    if needs[0]:
+        assert hidden is not None
+        dweight = torch.mm(dy.t(), as_matrix(hidden))
+    return dweight, dy.sum(0) if needs[1] else None
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def room_for(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Contiguous gradients, not yet written, of the inputs that need one."""
+    return tuple(
+        t.new_empty(t.shape) if t is not None and need else None
+        for t, need in zip(inputs, needs, strict=False)
+    )
+
+
+def require_linear(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Whether a linear layer takes x; one that is left out does."""
+    checks.require_floating(op, weight=weight, bias=bias)
+    checks.require_same_device(op, x, weight=weight, bias=bias)
+    if weight is None:
+        return
+    fits = weight.ndim == 2 and weight.shape[1] == x.shape[-1]
+    shape = tuple(weight.shape)
+    checks.require(fits, op, "weight", f"have shape (K, {x.shape[-1]})", shape)
+    checks.require_shape(op, "bias", bias, weight.shape[:1])
+    if bias is not None:
+        same = bias.dtype == weight.dtype
+        checks.require(same, op, "bias", f"have weight's dtype {weight.dtype}", bias.dtype)

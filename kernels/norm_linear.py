@@ -1,0 +1,473 @@
+"""A norm and the linear layers that read it, without keeping what is between them.
+
+    y = norm(x) @ weight.T + bias        norm is layer_norm or rms_norm
+
+of one weight, or of two that share the norm (a gated MLP's); with a residual, of the sum
+
+    summed = residual + dropout(x)       y = norm(summed) @ weight.T + bias
+
+which is an output too. x, residual (..., N), weight (K, N), bias (K,). Saved for backward: x, or
+the sum in its place, the parameters, one or two fp32 statistics a row, and dropout's seed. Backward
+makes the norm's output again in the kernel that computes the norm's gradient:
+
+    dnormed = dy @ weight     dx = norm's gradient (dnormed) + dsummed     dweight = dy.T @ normed
+
+Matrix products are PyTorch's, in weight's dtype: the norm is rounded to it. Everything else is as
+in layer_norm and add_layer_norm.
+
+Source: Ba et al., "Layer Normalization", 2016; Chen et al., "Training deep nets with sublinear
+memory cost", 2016.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trilith.kernels._norm_kernels import Added, AddedGradients, norm_backward, norm_forward
+from trilith.kernels._runtime import checks
+from trilith.kernels._runtime.elementwise import require_seed
+from trilith.kernels._runtime.matrix import (
+    input_gradient,
+    parameter_gradients,
+    require_linear,
+    room_for,
+)
+from trilith.kernels._runtime.random import draw_seed
+from trilith.kernels.add_norm import (
+    check_sum,
+    residual_sum,
+    rms_eps,
+    shared_with_residual,
+    statistics,
+)
+from trilith.kernels.norms import norm_reference
+from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
+
+__all__ = ["layer_norm_linear", "rms_norm_linear"]
+
+Weights = Tensor | tuple[Tensor, Tensor]
+Biases = Tensor | tuple[Tensor | None, Tensor | None] | None
+Results = Tensor | tuple[Tensor, Tensor]
+
+
+def _products(
+    x: Tensor, weight: Tensor, bias: Tensor | None, second: Tensor | None, bias2: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Both linear layers of x; the result of one that is left out has no elements."""
+    y = F.linear(x, weight, bias)
+    return y, x.new_empty(0) if second is None else F.linear(x, second, bias2)
+
+
+def _products_out(x: Tensor, weight: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
+    shapes = [(0,) if w is None else (*x.shape[:-1], w.shape[0]) for w in (weight, second)]
+    y, y2 = (weight.new_empty(shape) for shape in shapes)
+    return y, y2
+
+
+def _norm_linear_out(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, weight, _, second, _, _, centred = rest
+    return *_products_out(x, weight, second), *statistics(x, centred)
+
+
+def _norm_linear_fwd(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    eps: float,
+    centred: bool,
+) -> tuple[Tensor, ...]:
+    saved = statistics(x, centred)
+    mean = saved[0] if centred else None
+    normed = weight.new_empty(x.shape)
+    norm_forward(x, norm_weight, norm_bias, eps, normed, mean, saved[-1])
+    return *_products(normed, weight, bias, weight2, bias2), *saved
+
+
+def _norm_linear_bwd(
+    ctx: BackwardContext, dy: Tensor | None, dy2: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, *parameters, eps, centred = ctx.inputs
+    dnorm, dlinear = _gradients(
+        (dy, dy2), x, parameters, eps, ctx.aux, ctx.needs_input_grad[:7], AddedGradients()
+    )
+    return *dnorm, *dlinear
+
+
+def _gradients(
+    dys: Sequence[Tensor | None],
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    eps: float,
+    stats: Sequence[Tensor],
+    needs: Sequence[bool],
+    more: AddedGradients,
+) -> tuple[tuple[Tensor | None, ...], list[Tensor | None]]:
+    """Gradients of (x, norm's weight and bias), and of both linear layers' weight and bias.
+
+    x is what was normalised; needs are in the order (x, *parameters).
+    """
+    norm_weight, norm_bias, weight, _, weight2, _ = parameters
+    assert weight is not None
+    mean, rstd = stats if len(stats) == 2 else (None, stats[0])
+    dys = (dys[0], None if weight2 is None else dys[1])
+    more.y = weight.new_empty(x.shape) if needs[3] or needs[5] else None
+    dnorm: tuple[Tensor | None, ...] = (None, None, None)
+    if any(needs[:3]) or more.dbranch is not None:
+        if all(dy is None for dy in dys):
+            dnormed = torch.zeros_like(x)
+        else:
+            dnormed = input_gradient(dys, (weight, weight2))
+        dnorm = norm_backward(dnormed, x, norm_weight, norm_bias, mean, rstd, needs[:3], more)
+    elif more.y is not None:
+        again = None if mean is None else torch.empty_like(mean)
+        norm_forward(x, norm_weight, norm_bias, eps, more.y, again, torch.empty_like(rstd))
+    first = parameter_gradients(dys[0], more.y, needs[3:5])
+    return dnorm, [*first, *parameter_gradients(dys[1], more.y, needs[5:7])]
+
+
+def _norm_linear_grads(
+    ctx: BackwardContext, dy: Tensor | None, dy2: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    return room_for(ctx.inputs[:7], ctx.needs_input_grad)
+
+
+def _norm_linear_reference(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    eps: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
+    """linear(norm(x), weight, bias), and the same of weight2: without elements if that is None."""
+    normed = norm_reference(x, norm_weight, norm_bias, eps, centred).to(weight.dtype)
+    y = F.linear(normed, weight, bias)
+    return y, y.flatten()[:0].clone() if weight2 is None else F.linear(normed, weight2, bias2)
+
+
+def _add_norm_linear_out(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, _, weight, _, second, _, _, _, centred, _ = rest
+    summed = residual.new_empty(residual.shape)
+    return *_products_out(x, weight, second), summed, *statistics(summed, centred)
+
+
+def _add_norm_linear_fwd(
+    x: Tensor,
+    residual: Tensor,
+    seed: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    eps: float,
+    p: float,
+    centred: bool,
+    x_dtype: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    require_seed("add_norm_linear", seed, p)
+    summed, saved = residual.new_empty(residual.shape), statistics(residual, centred)
+    mean = saved[0] if centred else None
+    normed = weight.new_empty(x.shape)
+    added = Added(residual, summed, seed, p)
+    norm_forward(x, norm_weight, norm_bias, eps, normed, mean, saved[-1], added)
+    return *_products(normed, weight, bias, weight2, bias2), summed, *saved
+
+
+def _add_norm_linear_bwd(
+    ctx: BackwardContext, dy: Tensor | None, dy2: Tensor | None, dsummed: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    _, _, seed, *parameters, eps, p, _, x_dtype = ctx.inputs
+    (summed,), needs = ctx.outputs, ctx.needs_input_grad
+    dx = summed.new_empty(summed.shape, dtype=x_dtype) if needs[0] else None
+    more = AddedGradients(dsum=dsummed, seed=seed, p=p, dbranch=dx)
+    wanted = (needs[1], *needs[3:9])
+    dnorm, dlinear = _gradients((dy, dy2), summed, parameters, eps, ctx.aux, wanted, more)
+    return dx, dnorm[0], None, *dnorm[1:], *dlinear
+
+
+def _add_norm_linear_grads(
+    ctx: BackwardContext, dy: Tensor | None, dy2: Tensor | None, dsummed: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    (summed,), needs, x_dtype = ctx.outputs, ctx.needs_input_grad, ctx.inputs[-1]
+    dx = summed.new_empty(summed.shape, dtype=x_dtype) if needs[0] else None
+    dresidual = summed.new_empty(summed.shape) if needs[1] else None
+    return dx, dresidual, None, *room_for(ctx.inputs[3:9], needs[3:])
+
+
+def _add_norm_linear_shared(*parameters: Any) -> dict[str, int | str]:
+    return shared_with_residual(parameters[10], parameters[12])
+
+
+def _add_norm_linear_reference(
+    x: Tensor,
+    residual: Tensor,
+    seed: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    eps: float,
+    p: float,
+    centred: bool,
+    x_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """norm_linear of residual + dropout(x), and that sum; x_dtype None is residual's."""
+    summed = residual_sum(x, residual, seed, p)
+    y, y2 = _norm_linear_reference(
+        summed, norm_weight, norm_bias, weight, bias, weight2, bias2, eps, centred
+    )
+    return y, y2, summed
+
+
+def _randn(device: torch.device, dtype: torch.dtype) -> Any:
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        scale = shape[-1] ** -0.5 if len(shape) == 2 and shape[0] > 10 else 1.0
+        return scale * torch.randn(*shape, device=device, dtype=dtype)
+
+    return randn
+
+
+def _norm_linear_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    randn = _randn(device, dtype)
+    yield Sample(
+        randn(7, 33), randn(33), randn(33), randn(12, 33), randn(12), None, None, 1e-5, True
+    )
+    pair = (randn(16, 20), None, randn(13, 20), randn(13))
+    yield Sample(randn(3, 4, 20).transpose(0, 1), randn(20), None, *pair, 1e-3, False)
+    yield Sample(randn(5, 24), None, None, randn(11, 24), None, None, None, 1e-5, True)
+
+
+def _add_norm_linear_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    randn = _randn(device, dtype)
+    seed = torch.tensor([20240229], device=device)
+    wide = torch.promote_types(dtype, torch.float32)
+    narrow = None if wide == dtype else dtype
+    one = (randn(12, 33), randn(12), None, None)
+    yield Sample(randn(7, 33), randn(7, 33), seed, randn(33), None, *one, 1e-5, 0.3, False, None)
+    pair = (randn(16, 20), randn(16), randn(13, 20), None)
+    both = (randn(3, 4, 20).transpose(0, 1), randn(4, 3, 20))
+    yield Sample(*both, None, randn(20), randn(20), *pair, 1e-3, 0.0, True, None)
+    mixed = (randn(6, 24), randn(6, 24, dtype=wide), None, randn(24), None)
+    yield Sample(*mixed, randn(11, 24), None, None, None, 1e-5, 0.0, False, narrow)
+
+
+def _linear_cost(x: Tensor, weights: Sequence[Tensor | None], moved: tuple[int, int]) -> Cost:
+    """The products' work, besides what the norm moves forward and backward."""
+    rows, flops, data = x.numel() // max(1, x.shape[-1]), 0, 0
+    for weight in weights:
+        if weight is not None:
+            flops += 2 * rows * weight.numel()
+            data += (weight.numel() + rows * weight.shape[0]) * weight.element_size()
+    return Cost(moved[0] + data, moved[1] + 3 * data, flops, 2 * flops)
+
+
+def _norm_linear_cost(x: Tensor, *rest: Any) -> Cost:
+    """The norm's output is written once and read by each product, in backward again."""
+    weights = (rest[2], rest[4])
+    data, normed = x.numel() * x.element_size(), x.numel() * rest[2].element_size()
+    readers = 1 + sum(w is not None for w in weights)
+    return _linear_cost(x, weights, (data + readers * normed, 2 * data + (1 + readers) * normed))
+
+
+def _add_norm_linear_cost(x: Tensor, residual: Tensor, *rest: Any) -> Cost:
+    weights = (rest[3], rest[5])
+    data, added = residual.numel() * residual.element_size(), x.numel() * x.element_size()
+    normed, separate = (
+        x.numel() * rest[3].element_size(),
+        rest[8] > 0.0 or x.dtype != residual.dtype,
+    )
+    readers = 1 + sum(w is not None for w in weights)
+    forward = added + 2 * data + readers * normed
+    return _linear_cost(x, weights, (forward, 3 * data + separate * added + (1 + readers) * normed))
+
+
+NORM_LINEAR = Op(
+    OpSpec(
+        name="trilith::norm_linear",
+        forward=_norm_linear_fwd,
+        backward=_norm_linear_bwd,
+        reference=_norm_linear_reference,
+        samples=_norm_linear_samples,
+        outputs=2,
+        save_outputs=False,
+        fake=_norm_linear_out,
+        fake_backward=_norm_linear_grads,
+        materialize_grads=False,
+        cost=_norm_linear_cost,
+        autocast="low",
+    )
+)
+ADD_NORM_LINEAR = Op(
+    OpSpec(
+        name="trilith::add_norm_linear",
+        forward=_add_norm_linear_fwd,
+        backward=_add_norm_linear_bwd,
+        reference=_add_norm_linear_reference,
+        samples=_add_norm_linear_samples,
+        outputs=3,
+        save_inputs=("seed", "norm_weight", "norm_bias", "weight", "bias", "weight2", "bias2"),
+        save_outputs={2: "residual"},
+        shared_gradients=_add_norm_linear_shared,
+        fake=_add_norm_linear_out,
+        fake_backward=_add_norm_linear_grads,
+        materialize_grads=False,
+        cost=_add_norm_linear_cost,
+        autocast="low",
+    )
+)
+
+
+def layer_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Weights,
+    bias: Biases = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    p: float = 0.0,
+    training: bool = True,
+) -> Results | tuple[Results, Tensor]:
+    """linear(layer_norm(x), weight, bias); what the norm gives is not kept for backward.
+
+    Args:
+        x: (..., N), any floating dtype, any strides.
+        norm_weight, norm_bias: (N,), of the norm.
+        weight: (K, N), or a pair of such that share the norm.
+        bias: (K,) in weight's dtype, or a pair of biases, each of which may be None.
+        eps: added to the variance under the square root.
+        residual: of x's shape, maybe of a wider dtype: residual + dropout(x) takes the place of x.
+        p: probability that an element of x is dropped, where there is a residual.
+        training: False switches dropout off.
+
+    Returns:
+        y (..., K) in weight's dtype, a pair of them for a pair of weights; with a residual
+        `(y, summed)`, where summed = residual + dropout(x) has residual's dtype.
+
+    Raises:
+        ValueError: shapes, devices or weights' dtypes that do not fit, p without a residual.
+        TypeError: a tensor that is not floating-point.
+
+    Numerics:
+        The norm in fp32, rounded to weight's dtype; the product is PyTorch's. Under autocast weight
+        and bias are lowered, x and residual keep their precision.
+
+    Source:
+        Ba et al., "Layer Normalization", 2016; Chen et al., "Training deep nets with sublinear
+        memory cost", 2016.
+
+    Example:
+        >>> x, weight = torch.randn(8, 512), torch.randn(2048, 512)
+        >>> layer_norm_linear(x, torch.ones(512), None, weight).shape
+        torch.Size([8, 2048])
+    """
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    return _call("layer_norm_linear", x, norm, weight, bias, eps, residual, p, training)
+
+
+def rms_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    weight: Weights,
+    bias: Biases = None,
+    eps: float | None = None,
+    *,
+    residual: Tensor | None = None,
+    p: float = 0.0,
+    training: bool = True,
+) -> Results | tuple[Results, Tensor]:
+    """linear(rms_norm(x), weight, bias); what the norm gives is not kept for backward.
+
+    Args:
+        x: (..., N), any floating dtype, any strides.
+        norm_weight: (N,), of the norm.
+        weight: (K, N), or a pair of such that share the norm.
+        bias: (K,) in weight's dtype, or a pair of biases, each of which may be None.
+        eps: added to the mean square under the square root; None is as in rms_norm.
+        residual: of x's shape, maybe of a wider dtype: residual + dropout(x) takes the place of x.
+        p: probability that an element of x is dropped, where there is a residual.
+        training: False switches dropout off.
+
+    Returns:
+        y (..., K) in weight's dtype, a pair of them for a pair of weights; with a residual
+        `(y, summed)`, where summed = residual + dropout(x) has residual's dtype.
+
+    Raises:
+        ValueError: shapes, devices or weights' dtypes that do not fit, p without a residual.
+        TypeError: a tensor that is not floating-point.
+
+    Numerics:
+        As layer_norm_linear.
+
+    Source:
+        Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; Chen et al., "Training
+        deep nets with sublinear memory cost", 2016.
+
+    Example:
+        >>> x, gate, up = torch.randn(8, 512), torch.randn(64, 512), torch.randn(64, 512)
+        >>> a, b = rms_norm_linear(x, torch.ones(512), (gate, up))
+    """
+    eps = rms_eps(x if residual is None else residual) if eps is None else eps
+    norm = {"norm_weight": norm_weight}
+    return _call("rms_norm_linear", x, norm, weight, bias, eps, residual, p, training)
+
+
+def _call(
+    op: str,
+    x: Tensor,
+    norm: dict[str, Tensor | None],
+    weight: Weights,
+    bias: Biases,
+    eps: float,
+    residual: Tensor | None,
+    p: float,
+    training: bool,
+) -> Results | tuple[Results, Tensor]:
+    if torch.is_autocast_enabled(x.device.type):
+        weight, bias = _lowered(weight, x.device.type), _lowered(bias, x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            return _call(op, x, norm, weight, bias, eps, residual, p, training)
+    check_sum(op, x, residual, norm, p)
+    is_pair = isinstance(weight, tuple)
+    weights = weight if isinstance(weight, tuple) else (weight, None)
+    biases = bias if isinstance(bias, tuple) else (bias, None)
+    for w, b in zip(weights, biases, strict=True):
+        require_linear(op, x, w, b)
+    centred = "norm_bias" in norm
+    linear = (weights[0], biases[0], weights[1], biases[1])
+    given = (norm["norm_weight"], norm.get("norm_bias"), *linear, eps)
+    if residual is None:
+        checks.require(p == 0.0, op, "p", "be 0 where there is no residual", p)
+        y, y2 = NORM_LINEAR(x, *given, centred)
+        return (y, y2) if is_pair else y
+    p = p if training else 0.0
+    rest = (*given, p, centred, None if x.dtype == residual.dtype else x.dtype)
+    runs = p > 0.0 and ADD_NORM_LINEAR.runs_kernels(x, residual, None, *rest)
+    y, y2, summed = ADD_NORM_LINEAR(x, residual, draw_seed(x) if runs else None, *rest)
+    return (y, y2) if is_pair else y, summed
+
+
+def _lowered(operands: Any, device_type: str) -> Any:
+    """A matrix product's operands under autocast, cast as PyTorch would."""
+    if isinstance(operands, tuple):
+        return tuple(_lowered(operand, device_type) for operand in operands)
+    if operands is None or operands.dtype == torch.float64:
+        return operands
+    return operands.to(torch.get_autocast_dtype(device_type))
