@@ -6,6 +6,7 @@ import math
 from typing import TypeGuard
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trilith.kernels import bias_act, bias_act_linear, gated_act, gated_act_linear
 from trilith.plugins import TRITON_DEVICES
@@ -34,6 +35,18 @@ def plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 def kernels_run(x: Tensor) -> bool:
     """Whether fusing pays: PyTorch's own layers are as good where the reference would run."""
     return x.device.type in TRITON_DEVICES
+
+
+def linear_act(
+    linear: nn.Module, x: Tensor, activation: str, *, p: float, training: bool
+) -> Tensor:
+    """dropout(activation(linear(x))); where kernels run, the activation's pass adds the bias.
+
+    Elsewhere the matrix product adds the bias at no cost, and adding it apart would be a pass more.
+    """
+    if kernels_run(x) and plain_linear(linear):
+        return bias_act(F.linear(x, linear.weight), linear.bias, activation, p=p, training=training)
+    return bias_act(linear(x), None, activation, p=p, training=training)
 
 
 def act_linear(
