@@ -45,7 +45,9 @@ def workload(op: Op, provider: str) -> Workload:
 
 
 def largest(op: Op, draw: Draw) -> tuple[Any, ...]:
-    samples = [op._bind(s.args, s.kwargs) for s in op.spec.samples(draw.device, draw.dtype)]
+    samples = [
+        op.parameters.bind(s.args, s.kwargs) for s in op.spec.samples(draw.device, draw.dtype)
+    ]
     chosen = max(samples, key=lambda args: sum(a.numel() for a in args if isinstance(a, Tensor)))
     return tuple(
         a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a

@@ -29,10 +29,10 @@ def parts() -> dict[str, Callable[[], Any]]:
     provider = op.spec.provider
     return {
         "launcher": lambda: op.spec.forward(x),
-        "launcher by look-up": lambda: op._run_forward(x, provider),
-        "through torch's dispatcher": lambda: op.forward_op(x, provider),
+        "launcher by look-up": lambda: op.torch_ops.run_forward(x, provider),
+        "through torch's dispatcher": lambda: op.torch_ops.forward(x, provider),
         "whole op": lambda: op(x),
-        "selection": lambda: op._provider(x, (x,)),
+        "selection": lambda: op.provider(x, (x,)),
         "nothing": lambda: None,
     }
 
@@ -63,7 +63,7 @@ def test_selection(benchmark: Any, scope: str) -> None:
     x = torch.randn(4)
     with use_implementation(op, op.spec.provider) if scope else nullcontext():
         least = microseconds()
-        benchmark.pedantic(lambda: op._provider(x, (x,)), rounds=50, iterations=1000)
+        benchmark.pedantic(lambda: op.provider(x, (x,)), rounds=50, iterations=1000)
     cost = registry_part(least)
     benchmark.group = "selection"
     benchmark.extra_info.update(

@@ -131,7 +131,9 @@ def run_check(op: Op, provider: str, check: Check, device: torch.device, dtype: 
     if not samples:
         raise AssertionError(f"{op.spec.name}: samples() gave none for {dtype}")
     supports = next((i.supports for i in op.implementations if i.provider == provider), None)
-    fit = [s for s in samples if supports is None or supports(*op._bind(s.args, s.kwargs))]
+    fit = [
+        s for s in samples if supports is None or supports(*op.parameters.bind(s.args, s.kwargs))
+    ]
     chosen = fit if device.type == "cuda" else fit[: _AT_MOST.get(check.__name__)]
     if not chosen:
         raise AssertionError(f"{op.spec.name}: {provider} supports none of the samples in {dtype}")

@@ -52,13 +52,13 @@ def _run(op: Op, args: Sequence[Any], bands: _Bands | None = None) -> list[Tenso
     with ExitStack() as stack:
         if bands is not None:
             stack.enter_context(bands)
-        results = op._run_forward(*args, provider)
+        results = op.torch_ops.run_forward(*args, provider)
         if not has_gradient(op, args):
             return results
         outputs = results[: op.spec.outputs]
         grads = [torch.randn_like(o) if o.is_floating_point() else None for o in outputs]
         call = backward_arguments(op, args, provider, results, grads)
-        return results + (op._run_backward(*call) if any(call[-1]) else [])
+        return results + (op.torch_ops.run_backward(*call) if any(call[-1]) else [])
 
 
 def _is_dense(value: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trilith.plugins.autograd import asked_of_backward
 from trilith.plugins.conformance.compare import assert_same
 from trilith.plugins.op import Op
 from trilith.plugins.spec import Sample
@@ -25,13 +26,14 @@ def samples_of(op: Op, device: torch.device, dtype: torch.dtype) -> list[Sample]
 def backward_arguments(
     op: Op, args: Sequence[Any], provider: str, results: Sequence[Tensor], grads: Sequence[Any]
 ) -> tuple[Any, ...]:
-    """What `op.backward_op` is called with after a forward that gave `results`."""
+    """What `op.torch_ops.backward` is called with after a forward that gave `results`."""
     spec = op.spec
-    inputs = [None if i in op._tensors and i not in op._saved else a for i, a in enumerate(args)]
-    kept = [*(results[i] for i in op._saved_outputs), *results[spec.outputs :]]
+    dropped = set(op.parameters.tensors) - set(op.parameters.saved)
+    inputs = [None if i in dropped else a for i, a in enumerate(args)]
+    kept = [*(results[i] for i in op.parameters.saved_outputs), *results[spec.outputs :]]
     needs = [i in floating(args) for i in range(len(args))]
     sources = {} if spec.shared_gradients is None else spec.shared_gradients(*inputs)
-    return (*grads, *inputs, kept, provider, op._asked(needs, sources))
+    return (*grads, *inputs, kept, provider, asked_of_backward(op, needs, sources))
 
 
 def floating(args: Sequence[Any]) -> list[int]:
@@ -62,7 +64,7 @@ def named_check(function: Check) -> Check:
 
 
 def bound(op: Op, sample: Sample) -> list[Any]:
-    return list(op._bind(sample.args, sample.kwargs))
+    return list(op.parameters.bind(sample.args, sample.kwargs))
 
 
 def as_tuple(outputs: Any) -> tuple[Any, ...]:
@@ -153,7 +155,7 @@ def name_of(op: Op, position: int) -> str:
 
 
 def provider_of(op: Op, args: Sequence[Any]) -> str | None:
-    return op._provider(op._lead(tuple(args)), tuple(args))
+    return op.provider(op.parameters.lead(tuple(args)), tuple(args))
 
 
 def has_gradient(op: Op, args: Sequence[Any]) -> bool:

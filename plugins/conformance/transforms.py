@@ -74,15 +74,15 @@ def fakes_are_exact(op: Op, sample: Sample, device: torch.device, dtype: torch.d
     provider = provider_of(op, args)
     if provider is None:
         return
-    results = op.forward_op(*args, provider)
-    _compare_with_fake("forward result", op.forward_op, (*args, provider), results)
+    results = op.torch_ops.forward(*args, provider)
+    _compare_with_fake("forward result", op.torch_ops.forward, (*args, provider), results)
     if not has_gradient(op, args):
         return
     outputs = results[: op.spec.outputs]
     grads = [torch.randn_like(o) if o.is_floating_point() else None for o in outputs]
     call = backward_arguments(op, args, provider, results, grads)
-    gradients = op.backward_op(*call)
-    _compare_with_fake("gradient", op.backward_op, call, gradients)
+    gradients = op.torch_ops.backward(*call)
+    _compare_with_fake("gradient", op.torch_ops.backward, call, gradients)
     asked = [i for i, ask in enumerate(call[-1]) if ask]
     for i, gradient in zip(asked, gradients, strict=True):
         what, like = f"gradient of {name_of(op, i)}", args[i]
@@ -113,13 +113,13 @@ def opcheck(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) ->
     provider = provider_of(op, args)
     if provider is None:
         return
-    torch.library.opcheck(op.forward_op, (*args, provider))
+    torch.library.opcheck(op.torch_ops.forward, (*args, provider))
     if not has_gradient(op, args):
         return
-    results = op.forward_op(*args, provider)
+    results = op.torch_ops.forward(*args, provider)
     grads = [torch.randn_like(o) if o.is_floating_point() else None for o in results]
     call = backward_arguments(op, args, provider, results, grads[: op.spec.outputs])
-    torch.library.opcheck(op.backward_op, call)
+    torch.library.opcheck(op.torch_ops.backward, call)
 
 
 def _compiled_equals_eager(op: Op, sample: Sample, **options: Any) -> None:

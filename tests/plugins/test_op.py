@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.devices import DEVICE
 from trilith.plugins import Implementation, Op, OpSpec, Registry, Sample
@@ -72,6 +73,60 @@ RELU2 = OpSpec(
 
 def randn(*shape, dtype=torch.float32, grad=True):
     return torch.randn(*shape, dtype=dtype, device=DEVICE).requires_grad_(grad)
+
+
+class TestDispatch:
+    """Those who watch torch's dispatcher see the ops; where nobody does it is passed by."""
+
+    @pytest.mark.parametrize("grad", [True, False])
+    def test_dispatch_mode_sees_the_ops(self, make, grad):
+        op = make(RELU2)
+        with Seen() as seen:
+            out = op(randn(3, 4, grad=grad), 2.0)
+            if grad:
+                out.sum().backward()
+        names = [name for name in seen.names if name.startswith("test_op::")]
+        assert names == [f"{op.spec.name}_{end}" for end in (("fwd", "bwd") if grad else ("fwd",))]
+
+    def test_profiler_names_the_ops(self, make):
+        op = make(RELU2)
+        with torch.profiler.profile() as profile:
+            op(randn(3, 4), 2.0).sum().backward()
+        names = {event.name for event in profile.events()}
+        assert {f"{op.spec.name}_fwd", f"{op.spec.name}_bwd"} <= names
+
+    def test_tensor_subclass_is_dispatched(self, make):
+        op = make(RELU2)
+        assert isinstance(op(torch.ones(3, device=DEVICE).as_subclass(Wrapped), 2.0), Wrapped)
+
+    @pytest.mark.parametrize("grad", [True, False])
+    def test_implementation_gets_what_its_annotations_say(self, make, grad):
+        scales = []
+
+        def remembers(x: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
+            scales.append(scale)
+            return (x * scale,)
+
+        make(RELU2, forward=remembers)(randn(3, grad=grad), 2)
+        assert [type(scale) for scale in scales] == [float]
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class Wrapped(Tensor):
+    """Says of every result that it came from one of these."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 class TestPaths:
@@ -346,7 +401,7 @@ class TestFakes:
         mode = FakeTensorMode()
         args = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
         with mode:
-            return op.forward_op(*args, "test_op")
+            return op.torch_ops.forward(*args, "test_op")
 
     def test_default_is_the_forward_on_fake_tensors(self, make):
         y, *_ = self.fake(make(RELU2), randn(5, 3).t(), 1.0)
@@ -361,10 +416,10 @@ class TestFakes:
     def test_default_backward_is_contiguous_on_fake_and_real_tensors(self, make):
         op, x = make(RELU2), randn(5, 3, grad=False).t()
         call = (torch.ones_like(x), x, 1.0, [x], "test_op", [True, False])
-        assert op.backward_op(*call)[0].is_contiguous()
+        assert op.torch_ops.backward(*call)[0].is_contiguous()
         with FakeTensorMode() as mode:
             fakes = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, call)
-            assert op.backward_op(*fakes)[0].is_contiguous()
+            assert op.torch_ops.backward(*fakes)[0].is_contiguous()
 
     def test_given_fake_backward_is_taken(self, make):
         op = make(
@@ -376,8 +431,8 @@ class TestFakes:
         call = (torch.ones_like(x), x, 1.0, [x], "test_op", [True, False])
         with FakeTensorMode() as mode:
             fakes = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, call)
-            fake = op.backward_op(*fakes)[0]
-        assert fake.stride() == op.backward_op(*call)[0].stride() == (1, 3)
+            fake = op.torch_ops.backward(*fakes)[0]
+        assert fake.stride() == op.torch_ops.backward(*call)[0].stride() == (1, 3)
 
 
 class TestAutocast:
@@ -598,8 +653,8 @@ class TestForwardThatIsToldWhatBackwardNeeds:
     def test_backward_runs_after_a_forward_that_was_not_told(self, make):
         op = make(INFORMED)
         x = randn(3, 5, grad=False)
-        outputs = op.forward_op(x, x, 2.0, "test_op")
-        grads = op.backward_op(x, x, x, 2.0, outputs[1:], "test_op", [True, False, False])
+        outputs = op.torch_ops.forward(x, x, 2.0, "test_op")
+        grads = op.torch_ops.backward(x, x, x, 2.0, outputs[1:], "test_op", [True, False, False])
         assert torch.equal(grads[0], 4 * torch.relu(x) * x)
 
     @pytest.mark.parametrize("wanted", [(True, False), (False, True)])

@@ -36,7 +36,7 @@ def module(name, device=DEVICE):
     torch.manual_seed(0)
     op = registry.op(name)
     sample = next(iter(op.spec.samples(torch.device(device), torch.float32)))
-    return Calls(op, op._bind(sample.args, sample.kwargs))
+    return Calls(op, op.parameters.bind(sample.args, sample.kwargs))
 
 
 def results(names):
@@ -89,7 +89,7 @@ for name in registry.op_names():
     op = registry.op(name)
     for sample in op.spec.samples(torch.device("cpu"), torch.float32):
         args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point()
-                else a for a in op._bind(sample.args, sample.kwargs)]
+                else a for a in op.parameters.bind(sample.args, sample.kwargs)]
         out = op(*args)
         out = out if isinstance(out, torch.Tensor) else out[0]
         out.sum().backward()

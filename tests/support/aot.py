@@ -179,16 +179,16 @@ def _run(op: Any, sample: Any) -> None:
     """Forward and backward of every implementation, on whatever tensors the sample holds."""
     from trilith.plugins.conformance import backward_arguments
 
-    args = op._bind(sample.args, sample.kwargs)
+    args = op.parameters.bind(sample.args, sample.kwargs)
     for implementation in op.implementations:
-        results = op._run_forward(*args, implementation.provider)
+        results = op.torch_ops.run_forward(*args, implementation.provider)
         if implementation.backward is None:
             continue
         outputs = results[: op.spec.outputs]
         grads = [torch.empty_like(o) if o.is_floating_point() else None for o in outputs]
         call = backward_arguments(op, args, implementation.provider, results, grads)
         if any(call[-1]):
-            op._run_backward(*call)
+            op.torch_ops.run_backward(*call)
 
 
 def _stand_in(value: Any) -> Any:

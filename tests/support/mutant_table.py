@@ -27,6 +27,7 @@ _LOSSES = "trilith.kernels.losses"
 _LOSS_TESTS = "tests/kernels/test_losses.py"
 _ROTARY = "trilith.kernels.rotary"
 _OP = "trilith.plugins.op"
+_AUTOGRAD = "trilith.plugins.autograd"
 _OP_TESTS = "tests/plugins/test_op.py"
 _CONFORMANCE = "tests/plugins/test_conformance.py"
 
@@ -490,21 +491,21 @@ MUTANTS = (
     ),
     Mutant(
         "double_backward_takes_the_kernels_gradient",
-        _OP,
+        _AUTOGRAD,
         "if torch.is_grad_enabled() and not torch.compiler.is_compiling():",
         "if False:",
         _OP_TESTS,
     ),
     Mutant(
         "needed_gradients_shifted_by_one",
-        _OP,
+        _AUTOGRAD,
         "needs = ctx.needs_input_grad[1:]",
         "needs = (*ctx.needs_input_grad[2:], False)",
         _OP_TESTS,
     ),
     Mutant(
         "saved_tensors_in_another_order",
-        _OP,
+        _AUTOGRAD,
         "for i, value in zip(saved, kept, strict=False):",
         "for i, value in zip(saved[::-1], kept, strict=False):",
         _CONFORMANCE + " -k gated_act-fp32-gradients",

@@ -1,0 +1,129 @@
+"""An op's autograd.Function, and the reference's gradient, which stands in for its derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trilith.plugins.library import are_plain, is_watched
+
+if TYPE_CHECKING:
+    from trilith.plugins.op import Op
+
+
+def autograd_function(op: Op) -> type[torch.autograd.Function]:
+    """Forward and backward through the op's torch ops, keeping what its spec says."""
+    spec, parameters, torch_ops = op.spec, op.parameters, op.torch_ops
+    n_outputs, saved, n_saved = spec.outputs, parameters.saved, len(parameters.saved)
+    asks_needs = parameters.asks_needs
+    n_parameters = len(parameters)
+    constants = tuple(i for i in range(n_parameters) if i not in parameters.tensors)
+    unsaved = tuple(i for i in parameters.tensors if i not in saved)
+    chosen = spec.save_outputs.values() if isinstance(spec.save_outputs, Mapping) else ()
+    stands_for = tuple((parameters.positions[name], k) for k, name in enumerate(chosen))
+    saved_outputs = parameters.saved_outputs
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, provider: str, *args: Any) -> Any:
+            wanted = (ctx.needs_input_grad[1:],) if asks_needs else ()
+            watched = is_watched()
+            ctx.is_plain = not watched and torch_ops.is_plain(args)
+            start = torch_ops.run_forward if ctx.is_plain else torch_ops.forward
+            results = start(*args, provider, *wanted)
+            outputs = results[:n_outputs]
+            kept = [*(results[i] for i in saved_outputs), *results[n_outputs:]]
+            ctx.save_for_backward(*[args[i] for i in saved], *kept)
+            ctx.constants = [args[i] for i in constants]
+            ctx.unsaved = [(i, _meta(args[i])) for i in unsaved if args[i] is not None]
+            ctx.provider = provider
+            if not spec.materialize_grads:
+                ctx.set_materialize_grads(False)
+            integers = [o for o in outputs if not o.is_floating_point()]
+            if integers:
+                ctx.mark_non_differentiable(*integers)
+            return outputs[0] if n_outputs == 1 else tuple(outputs)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            needs = ctx.needs_input_grad[1:]
+            kept = ctx.saved_tensors
+            inputs: list[Any] = [None] * n_parameters
+            for i, value in zip(saved, kept, strict=False):
+                inputs[i] = value
+            for i, value in zip(constants, ctx.constants, strict=True):
+                inputs[i] = value
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                for i, (shape, dtype, device) in ctx.unsaved:
+                    inputs[i] = torch.zeros(shape, dtype=dtype, device=device)
+                    inputs[i].requires_grad_(needs[i])
+                for i, output in stands_for:
+                    inputs[i] = kept[n_saved + output]
+                return (None, *reference_gradient(op, tuple(inputs), needs, grads))
+            if not spec.materialize_grads and all(g is None for g in grads):
+                return (None,) * (n_parameters + 1)
+            sources = {} if spec.shared_gradients is None else spec.shared_gradients(*inputs)
+            asked = asked_of_backward(op, needs, sources) if sources else needs
+            results: Sequence[Any] = ()
+            if any(asked):
+                plain = ctx.is_plain and are_plain(grads) and are_plain(kept) and not is_watched()
+                start = torch_ops.run_backward if plain else torch_ops.backward
+                results = start(*grads, *inputs, kept[n_saved:], ctx.provider, asked)
+                if len(results) == n_parameters:
+                    return (None, *results)
+            found = iter(results)
+            gradients = [next(found) if ask else None for ask in asked]
+            for name, source in sources.items():
+                i = parameters.positions[name]
+                own = isinstance(source, int)
+                gradients[i] = grads[source] if own else gradients[parameters.positions[source]]
+            return (None, *gradients)
+
+    Function.__name__ = Function.__qualname__ = spec.name.replace("::", "_")
+    return Function
+
+
+def asked_of_backward(
+    op: Op, needs: Sequence[bool], sources: Mapping[str, int | str]
+) -> list[bool]:
+    """Whose gradients backward computes, when some are shared."""
+    positions = op.parameters.positions
+    asked = list(needs)
+    for name, source in sources.items():
+        i = positions[name]
+        if isinstance(source, str):
+            asked[positions[source]] |= needs[i]
+        asked[i] = False
+    return asked
+
+
+def reference_gradient(
+    op: Op, args: tuple[Any, ...], needs: Sequence[bool], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of the reference, themselves differentiable in inputs and grads."""
+    aliased = [a.view_as(a) if isinstance(a, Tensor) else a for a in args]
+    wanted = [a for a, need in zip(aliased, needs, strict=True) if need]
+    outputs = op.spec.reference(*aliased)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    pairs = [
+        (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
+    ]
+    if not pairs:
+        return [None] * len(needs)
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if need else None for need in needs]
+
+
+def _meta(value: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return value.shape, value.dtype, value.device

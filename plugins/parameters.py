@@ -1,0 +1,111 @@
+"""What an OpSpec says of its op's arguments: their schema in torch, and what backward keeps."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trilith.plugins.spec import OpSpec
+
+_NEEDS = "needs_input_grad"
+
+
+class Parameters:
+    """The parameters that a call gives, by position."""
+
+    def __init__(self, spec: OpSpec) -> None:
+        resolved = _resolved_signature(spec)
+        given = [p for p in resolved.parameters.values() if p.name != _NEEDS]
+        self.signature = resolved.replace(parameters=given)
+        self.asks_needs = len(given) < len(resolved.parameters)
+        self.names = [p.name for p in given]
+        self.positions = {name: i for i, name in enumerate(self.names)}
+        self.tensors = tuple(i for i, p in enumerate(given) if _is_tensor(p.annotation))
+        self.saved = self._saved_positions(spec)
+        self.saved_outputs = _saved_outputs(spec)
+        self.types = [_schema_type(p.annotation) for p in given]
+        self._name = spec.name
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """A call's arguments in order, with the defaults of those left out."""
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self._name}{self.signature}: {error}") from None
+        bound.apply_defaults()
+        return tuple(bound.arguments.values())
+
+    def lead(self, args: Sequence[Any]) -> Tensor:
+        """The first tensor, whose device and dtype decide who runs the call."""
+        for i in self.tensors:
+            if args[i] is not None:
+                return args[i]
+        raise TypeError(f"{self._name}: at least one tensor must be given, got none")
+
+    def forward_schema(self) -> list[str]:
+        given = [f"{t} {n}" for t, n in zip(self.types, self.names, strict=True)]
+        needs = [f"bool[] {_NEEDS}=[]"] if self.asks_needs else []
+        return [*given, "str provider", *needs]
+
+    def backward_schema(self, outputs: int) -> list[str]:
+        """Gradients, then forward's parameters, of which some tensors may not have been saved."""
+        types = ["Tensor?" if t == "Tensor" else t for t in self.types]
+        given = [f"{t} {n}" for t, n in zip(types, self.names, strict=True)]
+        grads = [f"Tensor? grad_{i}" for i in range(outputs)]
+        return [*grads, *given, "Tensor[] kept", "str provider", "bool[] needs"]
+
+    def _saved_positions(self, spec: OpSpec) -> tuple[int, ...]:
+        keep = self.names if spec.save_inputs is None else spec.save_inputs
+        unknown = set(keep) - {self.names[i] for i in self.tensors} if spec.save_inputs else ()
+        if not self.tensors or unknown:
+            problem = f"save_inputs names {sorted(unknown)}" if unknown else "no tensor parameter"
+            raise ValueError(f"{spec.name}: forward's tensor parameters don't fit: {problem}")
+        return tuple(i for i in self.tensors if self.names[i] in keep)
+
+
+def _resolved_signature(spec: OpSpec) -> inspect.Signature:
+    hints = typing.get_type_hints(spec.forward)
+    signature = inspect.signature(spec.forward)
+    missing = [name for name in signature.parameters if name not in hints]
+    if missing:
+        raise TypeError(
+            f"{spec.name}: forward must annotate every parameter, got none for {missing}"
+        )
+    return signature.replace(
+        parameters=[p.replace(annotation=hints[p.name]) for p in signature.parameters.values()],
+        return_annotation=inspect.Signature.empty,
+    )
+
+
+def _saved_outputs(spec: OpSpec) -> tuple[int, ...]:
+    if isinstance(spec.save_outputs, bool):
+        return tuple(range(spec.outputs)) if spec.save_outputs else ()
+    return tuple(spec.save_outputs)
+
+
+def _schema_type(annotation: Any) -> str:
+    inferred = torch.library.infer_schema(_prototype(annotation), mutates_args=())
+    return inferred.removeprefix("(").partition(" value)")[0]
+
+
+def _prototype(annotation: Any) -> Callable[..., None]:
+    def prototype(value: Any) -> None: ...
+
+    parameter = inspect.Parameter(
+        "value", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation
+    )
+    prototype.__signature__ = inspect.Signature([parameter], return_annotation=None)  # type: ignore[attr-defined]
+    prototype.__annotations__ = {"value": annotation, "return": None}
+    return prototype
+
+
+def _is_tensor(annotation: Any) -> bool:
+    return annotation is Tensor or Tensor in typing.get_args(annotation)
