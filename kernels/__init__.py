@@ -15,7 +15,13 @@ from trilith.kernels.act_linear import (
 )
 from trilith.kernels.activations import BIAS_ACT, GATED_ACT, bias_act, gated_act
 from trilith.kernels.add_norm import ADD_NORM, add_layer_norm, add_rms_norm
-from trilith.kernels.attention import attention, merge_attention, scaled_dot_product_attention
+from trilith.kernels.attention import (
+    attention,
+    decode_attention,
+    merge_attention,
+    scaled_dot_product_attention,
+)
+from trilith.kernels.attention.decode import DECODE_ATTENTION
 from trilith.kernels.attention.merge import MERGE_ATTENTION
 from trilith.kernels.attention.op import OP as ATTENTION
 from trilith.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
@@ -46,6 +52,7 @@ OPS = (
     BIAS_ACT_LINEAR,
     BIAS_DROPOUT_ADD,
     CROSS_ENTROPY,
+    DECODE_ATTENTION,
     DROPOUT,
     GATED_ACT,
     GATED_ACT_LINEAR,
@@ -69,6 +76,7 @@ __all__ = [
     "bias_dropout_add",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
+    "decode_attention",
     "dropout",
     "gated_act",
     "gated_act_linear",

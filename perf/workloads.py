@@ -312,6 +312,28 @@ def merge_attention(parts: int, b: int, h: int, t: int, d: int) -> Workload:
     )
 
 
+def decode_attention(b: int, h: int, hkv: int, s: int, d: int) -> Workload:
+    """One new token of each sequence over a full cache; there is no backward."""
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        caches = (draw.constant(b, hkv, s, d), draw.constant(b, hkv, s, d))
+        return draw.constant(b, h, 1, d), *caches, torch.full((b,), s, device=draw.device)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    def cost(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Cost:
+        return _cost("decode_attention")(q, k.transpose(1, 2), v.transpose(1, 2), lengths, None)
+
+    return Workload(
+        name=f"decode_attention-B{b}-H{h}-Hkv{hkv}-S{s}-D{d}",
+        arguments=arguments,
+        cost=cost,
+        trilith=kernels.decode_attention,
+        eager=sdpa,
+    )
+
+
 def _with_backend(name: str, sdpa: Function) -> Function:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

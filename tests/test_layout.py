@@ -64,6 +64,7 @@ PUBLIC = {
         "bias_dropout_add",
         "binary_cross_entropy_with_logits",
         "cross_entropy",
+        "decode_attention",
         "dropout",
         "gated_act",
         "gated_act_linear",

@@ -21,6 +21,8 @@ _ATTENTION_FORWARD = "trilith.kernels.attention.forward"
 _ATTENTION_BACKWARD = "trilith.kernels.attention.backward"
 _ATTENTION_QUERIES = "trilith.kernels.attention.backward_queries"
 _ATTENTION_TESTS = "tests/kernels/test_attention.py"
+_DECODE = "trilith.kernels.attention.decode_kernel"
+_DECODE_TESTS = "tests/kernels/test_decode_attention.py"
 _MERGE = "trilith.kernels.attention.merge"
 _MERGE_TESTS = "tests/kernels/test_merge_attention.py"
 _LOSSES = "trilith.kernels.losses"
@@ -488,6 +490,27 @@ MUTANTS = (
         "return dx, dbias, *parameter_gradients(dy, hidden, needs[2:4])",
         "return dx, dbias, *parameter_gradients(dy, x, needs[2:4])",
         "tests/kernels/test_act_linear.py -k 'bias_act and fp32'",
+    ),
+    Mutant(
+        "decoding_sink_counted_in_every_split",
+        _DECODE,
+        "m = tl.where(split == 0, sink * LOG2E, m)",
+        "m = tl.where(split >= 0, sink * LOG2E, m)",
+        _DECODE_TESTS + " -k sinks",
+    ),
+    Mutant(
+        "decoding_queries_one_position_late",
+        _DECODE,
+        "position = length - T + (rows % T)",
+        "position = length - T + 1 + (rows % T)",
+        _DECODE_TESTS + " -k lengths",
+    ),
+    Mutant(
+        "decoding_reads_pages_that_are_none",
+        _DECODE,
+        "inside & (page >= 0) & (page < N)",
+        "inside & (page >= 0)",
+        _DECODE_TESTS + " -k exist",
     ),
     Mutant(
         "double_backward_takes_the_kernels_gradient",

@@ -1,0 +1,218 @@
+"""Decoding against its reference in float64, and against attention over what the cache holds."""
+
+import pytest
+import torch
+
+from tests.support.compare import assert_like_eager
+from tests.support.devices import DEVICE, DTYPES, dtype_name
+from trilith.kernels import attention, decode_attention
+from trilith.kernels._runtime.launch import observers
+from trilith.kernels.attention.decode import DECODE_ATTENTION as OP
+
+LENGTHS = (0, 1, 2, 15, 16, 17, 40, 77, 95, 96)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def counts(*values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def draw(lengths, H=2, Hkv=None, T=1, S=96, D=16, Dv=None, dtype=torch.float32):
+    """q, caches with NaN where nothing was stored, lengths."""
+    Hkv, B = Hkv or H, len(lengths)
+    caches = [randn(B, Hkv, S, n, dtype=dtype) for n in (D, Dv or D)]
+    for cache in caches:
+        for b, length in enumerate(lengths):
+            cache[b, :, length:] = torch.nan
+    return randn(B, H, T, D, dtype=dtype), *caches, counts(*lengths)
+
+
+def eager(q, k, v, lengths, table, slopes, sinks, scale, softcap, left):
+    """The reference with the kernel's one inner rounding, of the probabilities."""
+    args = (lengths, table, slopes, sinks, scale, softcap, left)
+    _, lse = OP.spec.reference(q, k, v, *args)
+    one_hot = torch.eye(k.shape[0] * k.shape[1], device=q.device)
+    one_hot = one_hot.reshape(*k.shape[:2], 1, -1).expand(-1, -1, k.shape[2], -1)
+    weights, _ = OP.spec.reference(q.float(), k.float(), one_hot, *args)
+    values = v.float().nan_to_num(0).transpose(1, 2)
+    heads = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[2])
+    values = values.transpose(0, 1).flatten(1, 2)[heads]
+    return (weights.to(q.dtype).float() @ values).to(q.dtype), lse
+
+
+def check(
+    q, k, v, lengths, table=None, *, slopes=None, sinks=None, softcap=0.0, left=-1, scale=0.3
+):
+    if table is None:
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    rest = (lengths, table, slopes, sinks, scale, softcap, left)
+    wide = [t.double() for t in (q, k, v)]
+    wide += [t.double() if t is not None and t.is_floating_point() else t for t in rest[:4]]
+    actual = OP(q, k, v, *rest)
+    expected = OP.spec.reference(*wide, *rest[4:])
+    for a, e, p in zip(actual, expected, eager(q, k, v, *rest), strict=True):
+        assert_like_eager(a, e, p)
+    return actual
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_lengths(length, T, poison):
+    out, lse = check(*draw([length, 96], T=T))
+    unseeing = max(0, T - length)
+    assert (out[0, :, :unseeing] == 0).all() and (lse[0, :, :unseeing] == -torch.inf).all()
+    assert lse[0, :, unseeing:].isfinite().all()
+
+
+OPTIONS = {
+    "window": lambda: {"left": 20},
+    "window_0": lambda: {"left": 0},
+    "softcap": lambda: {"softcap": 1.5},
+    "slopes": lambda: {"slopes": randn(3, 4).abs() / 8},
+    "sinks": lambda: {"sinks": randn(4)},
+    "negative_scale": lambda: {"scale": -0.4},
+    "everything": lambda: {
+        "left": 33,
+        "softcap": 2.0,
+        "slopes": randn(1, 4).abs() / 8,
+        "sinks": randn(4),
+    },
+}
+
+
+@by_dtype
+@pytest.mark.parametrize("option", ["plain", *OPTIONS])
+def test_options(option, dtype):
+    given = OPTIONS.get(option, dict)()
+    check(*draw([96, 50, 3], H=4, Hkv=2, T=2, dtype=dtype), **given)
+
+
+@pytest.mark.parametrize(("D", "Dv"), [(1, 1), (3, 17), (40, 24), (80, 80), (128, 64), (257, 512)])
+def test_head_dims(D, Dv):
+    check(*draw([40, 7], H=2, Hkv=1, S=40, D=D, Dv=Dv))
+
+
+@pytest.mark.parametrize(
+    ("H", "Hkv", "T"), [(6, 2, 1), (8, 1, 1), (17, 1, 1), (4, 1, 9), (5, 5, 4)]
+)
+def test_heads_share_a_tile(H, Hkv, T):
+    check(*draw([96, 33], H=H, Hkv=Hkv, T=T))
+
+
+def paged(k, v, lengths, size=16, spare=2):
+    """The same caches in shuffled blocks, NaN in those of nobody, nonsense past each length."""
+    B, _, S, _ = k.shape
+    most = -(-S // size)
+    order = torch.randperm(B * most + spare, device=DEVICE)
+    table = order[: B * most].reshape(B, most).to(torch.int32)
+    pools = []
+    for cache in (k, v):
+        pool = torch.full(
+            (len(order), size, *cache.shape[1::2]), torch.nan, device=DEVICE, dtype=cache.dtype
+        )
+        for b in range(B):
+            for n, page in enumerate(table[b].tolist()):
+                rows = cache[b, :, n * size : (n + 1) * size].transpose(0, 1)
+                pool[page, : rows.shape[0]] = rows
+        pools.append(pool)
+    for b, length in enumerate(lengths.tolist()):
+        table[b, -(-length // size) :] = 10**6 * (-1) ** b
+    return *pools, table
+
+
+@by_dtype
+@pytest.mark.parametrize("T", [1, 3])
+def test_pages_equal_rows(T, dtype, poison):
+    q, k, v, lengths = draw([96, 0, 49, 16], H=4, Hkv=2, T=T, dtype=dtype)
+    *pools, table = paged(k, v, lengths)
+    rows = decode_attention(q, k, v, lengths, return_lse=True)
+    pages = decode_attention(q, *pools, lengths, block_table=table, return_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(rows, pages, strict=True))
+    check(q, *pools, lengths, table, left=21)
+
+
+@pytest.mark.parametrize("page", [7, -1, 2**30])
+def test_a_block_that_does_not_exist_spoils_its_sequence_alone(page):
+    q, k, v, lengths = draw([40, 40], S=48)
+    *pools, table = paged(k.nan_to_num(0), v.nan_to_num(0), lengths, spare=1)
+    expected = decode_attention(q, *pools, lengths, block_table=table)
+    table[0, 1] = page
+    out = decode_attention(q, *pools, lengths, block_table=table)
+    assert out[0].isnan().all() and torch.equal(out[1], expected[1])
+
+
+def test_equals_attention_of_the_last_queries():
+    q, k, v, _ = draw([96], H=4, Hkv=2, T=5)
+    options = {"window": (30, 0), "softcap": 3.0, "sinks": randn(4), "alibi_slopes": randn(4).abs()}
+    expected = attention(q, k, v, causal="bottom_right", return_lse=True, **options)
+    actual = decode_attention(q, k, v, counts(96), return_lse=True, **options)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+def test_the_splits_are_of_shapes_alone():
+    grids = []
+
+    def observe(kernel, grid, args, options):
+        grids.append((kernel.__name__, grid))
+
+    observers.append(observe)
+    try:
+        for lengths in ([96, 96], [1, 0], [5, 90]):
+            decode_attention(*draw(lengths))
+    finally:
+        observers.remove(observe)
+    assert len(set(grids)) == 2 and len(grids) == 6
+    assert next(grid for name, grid in grids if "decode" in name)[1] > 1
+
+
+def test_a_length_beyond_the_room_is_all_of_it():
+    q, k, v, _ = draw([96, 96])
+    expected = decode_attention(q, k, v, counts(96, 96))
+    assert torch.equal(decode_attention(q, k, v, counts(200, 97)), expected)
+    assert (decode_attention(q, k, v, counts(-3, 96))[0] == 0).all()
+
+
+def test_strided_arguments():
+    q, k, v, lengths = draw([96, 40], T=2)
+    table = {"alibi_slopes": randn(2, 2).abs(), "sinks": randn(2)}
+    expected = decode_attention(q, k, v, lengths, **table)
+    moved = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    spread = {n: torch.stack([t, t], -1)[..., 0] for n, t in table.items()}
+    lengths = torch.stack([lengths, lengths], 1).long()[:, 0]
+    assert not lengths.is_contiguous()
+    assert torch.equal(decode_attention(*moved, lengths, **spread), expected)
+
+
+def test_a_gradient_is_refused_with_advice():
+    q, k, v, lengths = draw([9], S=9)
+    with pytest.raises(NotImplementedError, match=r"no gradient; call it under torch.no_grad"):
+        decode_attention(q.requires_grad_(), k, v, lengths)
+    with torch.no_grad():
+        decode_attention(q, k, v, lengths)
+
+
+Q, K, N = torch.zeros(2, 4, 1, 8), torch.zeros(2, 2, 5, 8), torch.zeros(2, dtype=torch.int32)
+ERRORS = {
+    "lengths": (ValueError, r"cache_lengths must have shape \(2,\)", (Q, K, K, N[:1]), {}),
+    "float_lengths": (TypeError, "cache_lengths must be int32 or int64", (Q, K, K, N.float()), {}),
+    "head_dim": (ValueError, "k_cache must have shape", (Q, K[..., :4], K, N), {}),
+    "values": (ValueError, "v_cache must have shape", (Q, K, K[:, :, :4], N), {}),
+    "heads": (ValueError, "multiple of the cache's 2, got 3", (Q[:, :3], K, K, N), {}),
+    "dtype": (TypeError, "must have one dtype", (Q, K.half(), K, N), {}),
+    "table": (ValueError, "block_table must be", (Q, K, K, N), {"block_table": N}),
+    "softcap": (ValueError, "softcap must be positive", (Q, K, K, N), {"softcap": -1.0}),
+    "window": (ValueError, "window must be", (Q, K, K, N), {"window": (-1, 0)}),
+    "sinks": (ValueError, r"sinks must have shape \(4,\)", (Q, K, K, N), {"sinks": Q[0, :2, 0, 0]}),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_argument_and_value(name):
+    error, match, args, options = ERRORS[name]
+    with pytest.raises(error, match=f"decode_attention: .*{match}"):
+        decode_attention(*args, **options)
