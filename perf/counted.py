@@ -41,6 +41,7 @@ from perf.workloads import (
     bias_act,
     bias_dropout_add,
     cross_entropy,
+    decode_attention,
     dropout,
     layer_norm,
     linear_cross_entropy,
@@ -81,6 +82,7 @@ OPS = (
     attention(1, 2, 256, 64),
     attention(1, 1, 256, 128, causal=False),
     merge_attention(4, 1, 2, 64, 128),
+    decode_attention(2, 8, 2, 512, 64),
 )
 # Functions of a size that changes from call to call, for the compile counts.
 COMPILED: dict[str, Callable[[int], Workload]] = {
@@ -102,29 +104,26 @@ GOALS = {"gpt": 10.1, "gated": 11.4}  # elements saved per token and width
 
 
 def count_op(workload: Workload) -> dict[str, float]:
-    """Bytes over minimal bytes, and launches, of one forward and backward."""
+    """Bytes over minimal bytes, and launches, of one forward and, where there is one, backward."""
     args = seeded_arguments(workload, CPU, BF16)
     assert workload.cost is not None
     cost = workload.cost(*args)
     with traffic() as forward:
         out = workload.trilith(*args)
-    above = gradient_for(out)
-    with traffic() as backward:
-        torch.autograd.grad(out, leaves(args), above)
-    figures: dict[str, float] = {}
-    for direction, moved, minimal in (
-        ("forward", forward, cost.forward_bytes),
-        ("backward", backward, cost.backward_bytes),
-    ):
-        figures |= {f"{direction} {k}": v for k, v in _figures_of(moved, minimal).items()}
+    figures = _figures_of("forward", forward, cost.forward_bytes)
+    if leaves(args):
+        above = gradient_for(out)
+        with traffic() as backward:
+            torch.autograd.grad(out, leaves(args), above)
+        figures |= _figures_of("backward", backward, cost.backward_bytes)
     return figures
 
 
-def _figures_of(moved: Traffic, minimal: int) -> dict[str, float]:
+def _figures_of(direction: str, moved: Traffic, minimal: int) -> dict[str, float]:
     return {
-        "bytes / minimal": round(moved.total / minimal, 4),
-        "requests / minimal": round(moved.requested / minimal, 4),
-        "launches": len(moved.launches),
+        f"{direction} bytes / minimal": round(moved.total / minimal, 4),
+        f"{direction} requests / minimal": round(moved.requested / minimal, 4),
+        f"{direction} launches": len(moved.launches),
     }
 
 
@@ -226,7 +225,8 @@ def count_peers() -> Figures:
 def op_table(figures: Figures) -> str:
     kinds = ("bytes / minimal", "requests / minimal", "launches")
     columns = [f"{direction} {kind}" for kind in kinds for direction in ("forward", "backward")]
-    rows = [[w.name, *(f"{figures[w.name][column]:g}" for column in columns)] for w in OPS]
+    none = float("nan")
+    rows = [[w.name, *(f"{figures[w.name].get(c, none):g}" for c in columns)] for w in OPS]
     return gate.markdown(["op, bf16", *columns], rows)
 
 

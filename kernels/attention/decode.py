@@ -25,7 +25,7 @@ from trilith.kernels._runtime.checks import (
     require_same_device,
     require_shape,
 )
-from trilith.kernels._runtime.device import multiprocessors
+from trilith.kernels._runtime.device import architecture, multiprocessors
 from trilith.kernels._runtime.language import triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels.attention.decode_kernel import attention_decode_kernel
@@ -35,8 +35,9 @@ from trilith.plugins.spec import INTERPRETING
 
 _NAME = "decode_attention"
 # (keys a step, warps, stages) by the head dim's class
-_HALF = {64: (128, 4, 2), 128: (64, 4, 2), 256: (32, 4, 2), 512: (32, 8, 1)}
-_SINGLE = {64: (32, 4, 1), 128: (16, 4, 1), 256: (16, 8, 1), 512: (16, 8, 1)}
+_HALF = {64: (64, 4, 2), 128: (32, 4, 3), 256: (32, 4, 2), 512: (32, 8, 1)}
+_SINGLE = {64: (32, 4, 1), 128: (16, 8, 1), 256: (16, 8, 1), 512: (16, 8, 1)}
+_SINGLE_GFX942 = {**_SINGLE, 512: (16, 4, 1)}
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 _STEPS_PER_SPLIT, _MOST_SPLITS = 2, 128
 
@@ -46,7 +47,8 @@ def _tiles(q: Tensor, block_d: int, block_dv: int, rows: int) -> dict[str, int]:
     if INTERPRETING and q.device.type == "cpu":
         block_n, warps, stages = 16, 4, 1
     else:
-        table = _SINGLE if q.dtype == torch.float32 else _HALF
+        single = _SINGLE_GFX942 if architecture(q.device) == "gfx942" else _SINGLE
+        table = single if q.dtype == torch.float32 else _HALF
         block_n, warps, stages = table[max(64, block_d, block_dv)]
         if q.dtype == torch.float32 or max(block_d, block_dv) > 128:
             block_m = min(block_m, 16)
