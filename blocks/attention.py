@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from trilith.blocks.cache import KVCache, PagedKVCache
 from trilith.blocks.linear import plain_linear, reset, reset_linear
 from trilith.kernels import scaled_dot_product_attention
 
@@ -20,7 +21,11 @@ class SelfAttention(nn.Module):
         causal: whether a token sees only itself and what came before.
         dropout: probability, applied to the attention weights.
         gain: scales `out`'s initial weights; 1 / sqrt(2 * layers) where it ends in a residual.
+
+    While text is generated `cache` keeps the keys and values of the tokens that came before.
     """
+
+    cache: KVCache | PagedKVCache | None
 
     def __init__(
         self,
@@ -47,6 +52,7 @@ class SelfAttention(nn.Module):
         self.causal = causal
         self.dropout = dropout
         self.gain = gain
+        self.cache = None
 
     def reset_parameters(self) -> None:
         reset_linear(self.qkv)
@@ -62,12 +68,20 @@ class SelfAttention(nn.Module):
 
     def finish(self, packed: Tensor) -> Tensor:
         """The rest of forward, from qkv(x)."""
-        q, k, v = self.heads_of(packed)
+        mixed_BHTD = self.mix(*self.heads_of(packed))
+        return self.out(mixed_BHTD.transpose(1, 2).flatten(2))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention (B, H, T, D) over these keys, or over those of a cache, these the last."""
+        if self.cache is not None:
+            continued = any(self.cache.filled)
+            self.cache.append(k, v)
+            if continued:
+                return self.cache.attend(q)
         p = self.dropout if self.training else 0.0
-        mixed_BHTD = scaled_dot_product_attention(
+        return scaled_dot_product_attention(
             q, k, v, dropout_p=p, is_causal=self.causal, enable_gqa=True
         )
-        return self.out(mixed_BHTD.transpose(1, 2).flatten(2))
 
     def heads_of(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, T, D), k and v (B, Hkv, T, D), q and k with their positions."""

@@ -1,4 +1,7 @@
-"""Where a token stands. `acts_on` says what a position module takes: "tokens" or "heads"."""
+"""Where a token stands. `acts_on` says what a position module takes: "tokens" or "heads".
+
+While text is generated `offsets` (B,) holds where each sequence's first token stands; None is 0.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ class Rotary(nn.Module):
     """
 
     acts_on = "heads"
+    offsets: Tensor | None = None
     cos: Tensor
     sin: Tensor
 
@@ -42,7 +46,7 @@ class Rotary(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         length = _checked_length("Rotary", q.shape[-2], self.max_len)
-        cos, sin = self.cos[:length], self.sin[:length]
+        cos, sin = (_rows(table, length, self.offsets) for table in (self.cos, self.sin))
         return rotary(q, cos, sin), rotary(k, cos, sin)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -58,6 +62,7 @@ class LearnedPosition(nn.Module):
     """x (B, T, dim) plus a learned vector for each position; `scale` is its initial deviation."""
 
     acts_on = "tokens"
+    offsets: Tensor | None = None
 
     def __init__(self, max_len: int, dim: int, *, scale: float = 1.0) -> None:
         super().__init__()
@@ -70,7 +75,8 @@ class LearnedPosition(nn.Module):
         nn.init.normal_(self.weight, std=self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.weight[: _checked_length("LearnedPosition", x.shape[-2], self.max_len)]
+        length = _checked_length("LearnedPosition", x.shape[-2], self.max_len)
+        return x + _rows(self.weight, length, self.offsets)
 
     def extra_repr(self) -> str:
         return f"{self.max_len}, {self.weight.shape[1]}, scale={self.scale}"
@@ -85,6 +91,7 @@ class SinusoidalPosition(nn.Module):
     """
 
     acts_on = "tokens"
+    offsets: Tensor | None = None
     table: Tensor
 
     def __init__(self, max_len: int, dim: int, *, scale: float = 1.0) -> None:
@@ -102,7 +109,8 @@ class SinusoidalPosition(nn.Module):
         self.table = (table * self.scale).to(self.table.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.table[: _checked_length("SinusoidalPosition", x.shape[-2], self.max_len)]
+        length = _checked_length("SinusoidalPosition", x.shape[-2], self.max_len)
+        return x + _rows(self.table, length, self.offsets)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -117,6 +125,13 @@ def _angles(length: int, dim: int, base: float, device: torch.device) -> Tensor:
     """position * base^(-2i / dim), (length, dim / 2) float64."""
     pair = torch.arange(0, dim, 2, dtype=torch.float64, device=device)
     return torch.arange(length, device=device)[:, None] * base ** (-pair / dim)
+
+
+def _rows(table: Tensor, length: int, offsets: Tensor | None) -> Tensor:
+    """A table's rows of `length` positions: (T, columns), or (B, T, columns) from offsets (B,)."""
+    if offsets is None:
+        return table[:length]
+    return table[offsets[:, None] + torch.arange(length, device=offsets.device)]
 
 
 def _checked_length(name: str, length: int, max_len: int) -> int:

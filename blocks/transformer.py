@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from trilith.blocks import generation
 from trilith.blocks.linear import plain, plain_linear, reset, reset_linear
 from trilith.blocks.residual import Residual
 from trilith.blocks.stream import Stream
@@ -67,11 +70,7 @@ class TransformerLM(nn.Module):
                 memory, if the head is the embedding's table or a plain nn.Linear.
             num_items: what the mean divides by, instead of the targets counted here.
         """
-        x = dropout(self.position(self.embedding(tokens)), self.dropout, self.training)
-        stream = Stream(x)
-        for block in self.blocks:
-            stream = self._run(block, stream)
-        x, _ = stream.normed(self.norm)
+        x = self.hidden(tokens)
         if targets is None:
             return self.logits(x)
         if not logits and (self.head is None or plain_linear(self.head)):
@@ -83,6 +82,47 @@ class TransformerLM(nn.Module):
         else:
             loss = cross_entropy(rows, labels, reduction="sum") / num_items
         return (loss, every) if logits else loss
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the blocks and the norm make of tokens (B, T): (B, T, dim)."""
+        x = dropout(self.position(self.embedding(tokens)), self.dropout, self.training)
+        stream = Stream(x)
+        for block in self.blocks:
+            stream = self._run(block, stream)
+        x, _ = stream.normed(self.norm)
+        return x
+
+    def generate(
+        self, prompts: Tensor | Sequence[Tensor], max_new_tokens: int, **options: Any
+    ) -> list[Tensor]:
+        """Continue each prompt; `generate_stream` yields the tokens as they come.
+
+        Args:
+            prompts: token ids, (B, T) or a list of 1-D tensors, of any lengths from 1.
+            max_new_tokens: most tokens that a prompt is continued by.
+            temperature: 0, the default, takes the likeliest token; else logits are divided by it
+                and a token is drawn.
+            top_k: draw among so many of the likeliest tokens; None for all.
+            top_p: draw among the likeliest tokens that together have this probability; None for 1.
+            stop_tokens: ids that end a sequence; the one that does is kept.
+            generator: on the model's device, draws the tokens; None for torch's own.
+            use_cache: False computes all of the text anew for each token, as is done anyhow where
+                an attention or position module knows no cache. None chooses, True insists.
+
+        Returns:
+            One 1-D tensor for each prompt: the prompt and its continuation.
+
+        Raises:
+            ValueError: an option out of range, or the text would outgrow the positions' max_len;
+                use_cache=True where a module knows no cache.
+        """
+        return generation.generate(self, prompts, max_new_tokens, **options)
+
+    def generate_stream(
+        self, prompts: Tensor | Sequence[Tensor], max_new_tokens: int, **options: Any
+    ) -> Iterator[Tensor]:
+        """`generate`, token by token: (B,) ids at each step, -1 where a sequence has ended."""
+        return generation.stream(self, prompts, max_new_tokens, **options)
 
     def logits(self, x: Tensor) -> Tensor:
         """The head's output for hidden states that have passed the norm."""

@@ -99,10 +99,12 @@ PUBLIC = {
     },
     "trilith.blocks": {
         "GatedMLP",
+        "KVCache",
         "LMConfig",
         "LayerNorm",
         "LearnedPosition",
         "MLP",
+        "PagedKVCache",
         "RMSNorm",
         "Residual",
         "Rotary",

@@ -78,6 +78,7 @@ def _decode_fwd(
     softcap: float,
     left: int,
 ) -> tuple[Tensor, Tensor]:
+    _require_one_dtype(q, k, v)
     (B, H, T, D), (N, L, Hkv, DV) = q.shape, v.shape
     capacity = L if table is None else L * table.shape[1]
     blocks = {"BLOCK_D": _padded(D), "BLOCK_DV": _padded(DV)}
@@ -149,14 +150,17 @@ def _decode_reference(
         scores = scores.masked_fill(missing[:, None, None], torch.nan)
     unseen = (distance < 0) | (distance > left) if left >= 0 else distance < 0
     scores = scores.masked_fill(unseen, -torch.inf)
-    logits = scores
+    sink = scores.new_full((1, H, 1, 1), -torch.inf)
     if sinks is not None:
-        column = sinks.to(wide)[None, :, None, None].expand(B, H, T, 1)
-        logits = torch.cat([scores, column], -1)
-    lse = torch.logsumexp(logits, -1)
-    top = torch.where(lse == -torch.inf, 0.0, lse)[..., None]
-    weights = torch.exp(scores - top).reshape(B, Hkv, -1, S)
-    return (weights @ v).reshape(B, H, T, -1).to(q.dtype), lse
+        sink = sinks.to(wide)[None, :, None, None]
+    logits = torch.cat([scores, sink.expand(B, H, T, 1)], -1)
+    top = logits.amax(-1, keepdim=True)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    weights = torch.exp(logits - top)
+    total = weights.sum(-1, keepdim=True)
+    lse = (top + torch.log(total)).squeeze(-1)
+    weights = weights[..., :-1] / torch.where(total == 0, 1.0, total)
+    return (weights.reshape(B, Hkv, -1, S) @ v).reshape(B, H, T, -1).to(q.dtype), lse
 
 
 def _cost(
@@ -313,11 +317,8 @@ def _check(
     require_same_device(_NAME, q, k_cache=k, v_cache=v, **rest)
     for arg, tensor in (("q", q), ("k_cache", k), ("v_cache", v)):
         require(tensor.ndim == 4, _NAME, arg, "be 4-D", tuple(tensor.shape))
-    if not (q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)):
-        raise TypeError(
-            f"{_NAME}: q, k_cache and v_cache must have one dtype, got {q.dtype}, {k.dtype} and "
-            f"{v.dtype}"
-        )
+    if not torch.is_autocast_enabled(q.device.type):
+        _require_one_dtype(q, k, v)
     for arg, tensor in (("cache_lengths", lengths), ("block_table", table)):
         if tensor is not None and tensor.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{_NAME}: {arg} must be int32 or int64, got {tensor.dtype}")
@@ -334,6 +335,14 @@ def _check(
     divides = H % Hkv == 0 if Hkv else H == 0
     require(divides, _NAME, "q's heads", f"be a multiple of the cache's {Hkv}", H)
     require_shape(_NAME, "sinks", sinks, (H,))
+
+
+def _require_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"{_NAME}: q, k_cache and v_cache must have one dtype, got {q.dtype}, {k.dtype} and "
+            f"{v.dtype}"
+        )
 
 
 def _slopes(q: Tensor, slopes: Tensor | None) -> Tensor | None:

@@ -513,6 +513,20 @@ MUTANTS = (
         _DECODE_TESTS + " -k exist",
     ),
     Mutant(
+        "padding_is_cached",
+        "trilith.kernels.attention.cache",
+        "stored &= t < tl.load(counts_ptr + b)",
+        "stored &= t <= tl.load(counts_ptr + b)",
+        "tests/blocks/test_cache.py -k kernel",
+    ),
+    Mutant(
+        "cached_text_positions_start_anew",
+        "trilith.blocks.generation",
+        "position.offsets = self.starts",
+        "position.offsets = 0 * self.starts",
+        "tests/blocks/test_generation.py -k cached_tokens",
+    ),
+    Mutant(
         "double_backward_takes_the_kernels_gradient",
         _AUTOGRAD,
         "if torch.is_grad_enabled() and not torch.compiler.is_compiling():",
