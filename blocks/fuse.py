@@ -101,7 +101,8 @@ def fuse(model: nn.Module) -> FuseReport:
             adopt(module, target)
             vars(module)[_CLASSES] = (was, target)
         if target is not None or why:
-            entries.append(Entry(name, was.__name__, target and target.__name__, why))
+            became = None if target is None else target.__name__
+            entries.append(Entry(name, was.__name__, became, why))
     return FuseReport(entries)
 
 
@@ -135,7 +136,7 @@ def _target(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
         return None, "its forward was replaced on this instance"
     if cls in _EXACT:
         return _EXACT[cls], "a torch.nn layer"
-    if cls is nn.Sequential:
+    if isinstance(module, nn.Sequential) and cls is nn.Sequential:
         return (
             (FusedSequential, "Linear, activation, Linear") if has_pattern(module) else (None, "")
         )

@@ -61,6 +61,11 @@ class ShiftedRMSNorm(_LikeRMSNorm):
 class GatedMLP(nn.Module):
     """down_proj(act_fn(gate_proj(x)) * up_proj(x)), the middle in one pass."""
 
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
         name = kernel_or_probed_name(self.act_fn)
         gate, up = self.gate_proj(x), self.up_proj(x)

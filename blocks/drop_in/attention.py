@@ -67,15 +67,12 @@ class MultiheadAttention(nn.MultiheadAttention):
                 is_causal,
             )
         if query.dim() == 2:
-            self_attention = query is key is value
-            q = query.unsqueeze(self._batch_dim)
-            k, v = (
-                (q, q) if self_attention else (t.unsqueeze(self._batch_dim) for t in (key, value))
-            )
-            padding = None if key_padding_mask is None else key_padding_mask[None]
-            return self._attend(q, k, v, padding, attn_mask, is_causal).squeeze(
-                self._batch_dim
-            ), None
+            q, k, v = (t.unsqueeze(self._batch_dim) for t in (query, key, value))
+            if query is key is value:
+                k = v = q
+            mask = None if key_padding_mask is None else key_padding_mask[None]
+            out = self._attend(q, k, v, mask, attn_mask, is_causal)
+            return out.squeeze(self._batch_dim), None
         return self._attend(query, key, value, key_padding_mask, attn_mask, is_causal), None
 
     @property

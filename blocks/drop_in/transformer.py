@@ -2,7 +2,7 @@
 
 Every sub-module is called, in eval too: torch's fused eval path, which reads their weights instead,
 is not taken. What runs in one pass, where the sub-modules are what the constructor made: the bias
-and activation and dropout of the feed-forward layer, and dropout with the residual addition.
+and activation and dropout of the feed-forward layer; dropout, residual addition and the norm after.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from trilith.blocks.drop_in.dropout import Dropout
 from trilith.blocks.drop_in.layouts import nested, padded
 from trilith.blocks.drop_in.norms import LayerNorm
 from trilith.blocks.drop_in.swap import adopt, unhooked
-from trilith.blocks.linear import linear_act
-from trilith.kernels import bias_dropout_add
+from trilith.blocks.linear import kernels_run, linear_act
+from trilith.kernels import add_layer_norm, bias_dropout_add
 
 _CHILDREN: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,
@@ -64,10 +64,12 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         x = src
         if self.norm_first:
             y = self.norm1(x)
-            x = _residual(self.dropout1, _mix(self.self_attn, y, y, *masks), x)
-            return _residual(self.dropout2, _feed_forward(self, self.norm2(x)), x)
-        x = self.norm1(_residual(self.dropout1, _mix(self.self_attn, x, x, *masks), x))
-        return self.norm2(_residual(self.dropout2, _feed_forward(self, x), x))
+            mixed = _mix(self.self_attn, y, y, *masks)
+            y, x = _added_and_normed(self.dropout1, self.norm2, mixed, x)
+            return _residual(self.dropout2, _feed_forward(self, y), x)
+        mixed = _mix(self.self_attn, x, x, *masks)
+        x, _ = _added_and_normed(self.dropout1, self.norm1, mixed, x)
+        return _added_and_normed(self.dropout2, self.norm2, _feed_forward(self, x), x)[0]
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -107,14 +109,16 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         x = tgt
         if self.norm_first:
             y = self.norm1(x)
-            x = _residual(self.dropout1, _mix(self.self_attn, y, y, *own), x)
-            y = self.norm2(x)
-            x = _residual(self.dropout2, _mix(self.multihead_attn, y, memory, *cross), x)
-            return _residual(self.dropout3, _feed_forward(self, self.norm3(x)), x)
-        x = self.norm1(_residual(self.dropout1, _mix(self.self_attn, x, x, *own), x))
+            mixed = _mix(self.self_attn, y, y, *own)
+            y, x = _added_and_normed(self.dropout1, self.norm2, mixed, x)
+            mixed = _mix(self.multihead_attn, y, memory, *cross)
+            y, x = _added_and_normed(self.dropout2, self.norm3, mixed, x)
+            return _residual(self.dropout3, _feed_forward(self, y), x)
+        mixed = _mix(self.self_attn, x, x, *own)
+        x, _ = _added_and_normed(self.dropout1, self.norm1, mixed, x)
         mixed = _mix(self.multihead_attn, x, memory, *cross)
-        x = self.norm2(_residual(self.dropout2, mixed, x))
-        return self.norm3(_residual(self.dropout3, _feed_forward(self, x), x))
+        x, _ = _added_and_normed(self.dropout2, self.norm2, mixed, x)
+        return _added_and_normed(self.dropout3, self.norm3, _feed_forward(self, x), x)[0]
 
 
 def _adopt_children(layer: nn.Module) -> None:
@@ -142,8 +146,30 @@ def _mix(
 
 def _residual(dropout: nn.Module, branch: Tensor, x: Tensor) -> Tensor:
     if plain_dropout(dropout) and branch.dtype == x.dtype:
-        return bias_dropout_add(branch, x, None, dropout.p, dropout.training)
+        return bias_dropout_add(branch, x, None, float(dropout.p), dropout.training)  # type: ignore[arg-type]
     return x + dropout(branch)
+
+
+def _added_and_normed(
+    dropout: nn.Module, norm: nn.Module, branch: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """norm(x + dropout(branch)), and the sum; one pass where both are what they look like."""
+    if not (
+        kernels_run(x)
+        and plain_dropout(dropout)
+        and isinstance(norm, nn.LayerNorm)
+        and type(norm) in (nn.LayerNorm, LayerNorm)
+        and unhooked(norm)
+        and len(norm.normalized_shape) == 1
+        and branch.dtype == x.dtype
+    ):
+        total = _residual(dropout, branch, x)
+        return norm(total), total
+    return add_layer_norm(
+        *(branch, x, norm.weight, norm.bias, norm.eps),
+        p=float(dropout.p),  # type: ignore[arg-type]
+        training=dropout.training,
+    )
 
 
 def _feed_forward(
