@@ -15,7 +15,7 @@ from trilith.plugins import TRITON_DEVICES
 
 LEAST = 0.97  # of torch's speed
 _PAIRS, _ATTEMPTS = 15, 4
-ROWS, DIM, HEADS = 512, 512, 8
+ROWS, DIM, HEADS = 2048, 512, 8
 CPU = torch.device("cpu")
 
 CASES: dict[str, tuple[Any, ...]] = {

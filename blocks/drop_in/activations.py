@@ -1,7 +1,7 @@
 """torch.nn's activations.
 
-What no kernel computes is torch's own: in-place calls, numbers that are not floating-point, and
-slopes other than torch's defaults.
+What no kernel computes is torch's own: tensors where none runs, in-place calls, numbers that are
+not floating-point, and slopes other than torch's defaults.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from trilith.blocks.drop_in.layouts import elementwise
 from trilith.blocks.drop_in.swap import keep_called, unhooked
+from trilith.blocks.linear import kernels_run
 from trilith.kernels import bias_act
 
 
@@ -123,7 +124,7 @@ def _default(module: nn.Module) -> bool:
 
 
 def _beyond(module: nn.Module, x: Tensor) -> bool:
-    return not (_default(module) and x.is_floating_point())
+    return not (kernels_run(x) and _default(module) and x.is_floating_point())
 
 
 def _run(name: str | None, x: Tensor) -> Tensor:

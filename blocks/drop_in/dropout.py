@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from trilith.blocks.drop_in.layouts import elementwise
+from trilith.blocks.linear import kernels_run
 from trilith.kernels import dropout
 
 
@@ -18,7 +19,7 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
             return input
-        if self.inplace or not input.is_floating_point():
+        if self.inplace or not (kernels_run(input) and input.is_floating_point()):
             return super().forward(input)
         return elementwise(self._drop, input)
 

@@ -1,4 +1,4 @@
-"""torch.nn's norms."""
+"""torch.nn's norms; where no kernel runs, torch's own functions at once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from trilith.blocks.drop_in.layouts import each
 from trilith.blocks.drop_in.swap import keep_called
+from trilith.blocks.linear import kernels_run
 from trilith.kernels import layer_norm, rms_norm
 
 
@@ -29,6 +30,8 @@ class LayerNorm(nn.LayerNorm):
         keep_called(self)
 
     def forward(self, input: Tensor) -> Tensor:
+        if not kernels_run(input):
+            return super().forward(input)
         if input.is_nested:
             return each(self.forward, input)
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
@@ -38,6 +41,8 @@ class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm: x / sqrt(mean(x^2) + eps) * weight."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not kernels_run(x):
+            return super().forward(x)
         if x.is_nested:
             return each(self.forward, x)
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)
