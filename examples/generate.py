@@ -106,6 +106,7 @@ def show(
     stream = model.generate_stream(
         prompt[None], count, use_cache=use_cache, generator=generator, **options
     )
+    model.generate(prompt[None], min(2, count), use_cache=use_cache)  # what a first call costs more
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     if not silent:
         print(args.prompt, end="", flush=True)
