@@ -20,10 +20,12 @@ from trilith.kernels.attention import (
     decode_attention,
     merge_attention,
     scaled_dot_product_attention,
+    varlen_attention,
 )
 from trilith.kernels.attention.decode import DECODE_ATTENTION
 from trilith.kernels.attention.merge import MERGE_ATTENTION
 from trilith.kernels.attention.op import OP as ATTENTION
+from trilith.kernels.attention.varlen import VARLEN_ATTENTION
 from trilith.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from trilith.kernels.dropout import BIAS_DROPOUT_ADD, DROPOUT, bias_dropout_add, dropout
 from trilith.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
@@ -65,6 +67,7 @@ OPS = (
     RMS_NORM,
     ROTARY,
     SOFTMAX,
+    VARLEN_ATTENTION,
 )
 
 __all__ = [
@@ -92,4 +95,5 @@ __all__ = [
     "rotary",
     "scaled_dot_product_attention",
     "softmax",
+    "varlen_attention",
 ]

@@ -51,6 +51,7 @@ from perf.workloads import (
     rotary,
     softmax,
     swiglu,
+    varlen_attention,
 )
 from tests.support import interpreter
 from trilith.blocks import TransformerBlock
@@ -81,6 +82,7 @@ OPS = (
     rotary(1, 8, 256, 64),
     attention(1, 2, 256, 64),
     attention(1, 1, 256, 128, causal=False),
+    varlen_attention((100, 28, 128), 2, 64),
     merge_attention(4, 1, 2, 64, 128),
     decode_attention(2, 8, 2, 512, 64),
 )

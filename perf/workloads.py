@@ -6,6 +6,7 @@ Where it drops elements, the oracle is told which branch to take: `drop` stands 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -295,6 +296,43 @@ def attention(b: int, h: int, t: int, d: int, causal: bool = True) -> Workload:
             "flash-attn": flash,
         },
         part=lambda x: x[:1, :1],
+        compiled=False,
+    )
+
+
+def varlen_attention(lengths: tuple[int, ...], h: int, d: int) -> Workload:
+    """Causal self-attention of packed sequences; eager pads nothing either, one after the other."""
+    bounds = [0, *itertools.accumulate(lengths)]
+    constants = (None, None, None, None, 1 / math.sqrt(d), 0.0, 0.0, "top_left", -1, 0)
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        starts = torch.tensor(bounds, dtype=torch.int32, device=draw.device)
+        return *(draw(bounds[-1], h, d) for _ in range(3)), starts
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+        parts = []
+        for begin, end in itertools.pairwise(bounds):
+            q_, k_, v_ = (x[begin:end].transpose(0, 1) for x in (q, k, v))
+            parts.append(F.scaled_dot_product_attention(q_, k_, v_, is_causal=True))
+        return torch.cat(parts, 1).transpose(0, 1)
+
+    def flash() -> Function:
+        from flash_attn import flash_attn_varlen_func
+
+        longest = max(lengths)
+        return lambda q, k, v, starts: flash_attn_varlen_func(
+            q, k, v, starts, starts, longest, longest, causal=True
+        )
+
+    return Workload(
+        name=f"varlen_attention-L{'+'.join(map(str, lengths))}-H{h}-D{d}",
+        arguments=arguments,
+        cost=lambda q, k, v, starts: _cost("varlen_attention", *constants)(q, k, v, starts, starts),
+        trilith=lambda q, k, v, starts: kernels.varlen_attention(
+            q, k, v, starts, starts, causal=True
+        ),
+        eager=eager,
+        peers={"flash-attn": flash},
         compiled=False,
     )
 

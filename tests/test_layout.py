@@ -80,6 +80,7 @@ PUBLIC = {
         "rotary",
         "scaled_dot_product_attention",
         "softmax",
+        "varlen_attention",
     },
     "trilith.blocks.drop_in": {
         "CrossEntropyLoss",

@@ -1,7 +1,14 @@
-"""Attention: the drop-in function, the full one, decoding, merging of parts, and their ops."""
+"""Attention: the drop-in, the full one, packed sequences, decoding, merging, and their ops."""
 
 from trilith.kernels.attention.decode import decode_attention
 from trilith.kernels.attention.functions import attention, scaled_dot_product_attention
 from trilith.kernels.attention.merge import merge_attention
+from trilith.kernels.attention.varlen import varlen_attention
 
-__all__ = ["attention", "decode_attention", "merge_attention", "scaled_dot_product_attention"]
+__all__ = [
+    "attention",
+    "decode_attention",
+    "merge_attention",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+]

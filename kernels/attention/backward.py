@@ -16,13 +16,17 @@ from __future__ import annotations
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels.attention.tiles import (
     NOT_SPECIALIZED,
+    band_of,
     band_range,
+    bias_extent,
     head_terms,
     kept_by_dropout,
     load_lse2,
     load_rows,
     scores,
+    sequence_of_tile,
     store_rows,
+    tile_count,
     tile_of_program,
 )
 
@@ -84,6 +88,9 @@ def _keys_loop(
     first_h,
     H,
     G,
+    head_rows,
+    first_q,
+    sequence,
     sizes,
     band,
     scalars,
@@ -103,18 +110,18 @@ def _keys_loop(
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    T, S, D, DV = sizes
+    T, S, D, DV, mask_cols, bias_rows, bias_cols = sizes
     tiles = tl.cdiv(end - begin, BLOCK_M)
     for i in range(tiles * G):
         g = i // tiles
         h = first_h + g
-        bh = b * H + h
+        first_row = (b * H + h) * head_rows
         offs_m = begin + (i - g * tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-        terms = head_terms(term_ptrs, term_strides, b, h)
+        terms = head_terms(term_ptrs, term_strides, sequence, h)
         head_q_ptr = q_ptr + b * q_strides[0] + h * q_strides[1]
         head_dout_ptr = dout_ptr + b * dout_strides[0] + h * dout_strides[1]
         q = load_rows(head_q_ptr, q_strides, offs_m, offs_d, T, D, MASKED, PAD_D)
-        lse = load_lse2(lse2_ptr + bh * T, offs_m, T, MASKED)
+        lse = load_lse2(lse2_ptr + first_row, offs_m, T, MASKED)
         dots = tl.dot(k, tl.trans(q), input_precision="ieee")
         x, slope_of_cap = scores(
             dots,
@@ -133,7 +140,9 @@ def _keys_loop(
         dout = load_rows(head_dout_ptr, dout_strides, offs_m, offs_dv, T, DV, MASKED, PAD_DV)
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         if seed_ptr is not None:
-            kept = kept_by_dropout(seed_ptr, bh * T, offs_m, start_n, sizes[1], scalars[2], BLOCK_N)
+            kept = kept_by_dropout(
+                seed_ptr, first_row + first_q, offs_m, start_n, mask_cols, scalars[2], BLOCK_N
+            )
             kept = tl.trans(kept)
             dp = tl.where(kept, dp * scalars[3], 0.0)
             p_kept = tl.where(kept, p * scalars[3], 0.0)
@@ -141,9 +150,9 @@ def _keys_loop(
             p_kept = p
         dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision="ieee")
         if MASKED:
-            delta = tl.load(delta_ptr + bh * T + offs_m, mask=offs_m < T, other=0.0)
+            delta = tl.load(delta_ptr + first_row + offs_m, mask=offs_m < T, other=0.0)
         else:
-            delta = tl.load(delta_ptr + bh * T + offs_m)
+            delta = tl.load(delta_ptr + first_row + offs_m)
         ds = p * (dp - delta[None, :]) * slope_of_cap
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
@@ -158,6 +167,8 @@ def attention_bwd_dkdv_kernel(
     key_mask_ptr,
     slopes_ptr,
     seed_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
     dout_ptr,
     lse2_ptr,
     delta_ptr,
@@ -180,6 +191,9 @@ def attention_bwd_dkdv_kernel(
     D,
     DV,
     heads_together,
+    sequences,
+    bias_rows,
+    bias_cols,
     low,
     high,
     diagonal,
@@ -197,8 +211,6 @@ def attention_bwd_dkdv_kernel(
     FLAGS: tl.constexpr,
 ):
     """One program owns dk [BLOCK_N, D] and dv [BLOCK_N, DV] of one key head."""
-    sizes = (T, S, D, DV)
-    band = (low, high, diagonal)
     scalars = (
         tl.cast(scale, tl.float32),
         tl.cast(softcap, tl.float32),
@@ -208,21 +220,47 @@ def attention_bwd_dkdv_kernel(
     term_ptrs = (bias_ptr, key_mask_ptr, slopes_ptr)
     term_strides = (bias_strides, key_mask_strides, slopes_strides)
     HKV = H // G
-    tile, bhkv = tile_of_program(tl.cdiv(S, BLOCK_N), BH // G, heads_together, False)
+    tiles = tile_count(S, cu_k_ptr, sequences, BLOCK_N)
+    tile, bhkv = tile_of_program(tiles, BH // G, heads_together, False)
     b = bhkv // HKV
     hkv = bhkv - b * HKV
+    head_rows, mask_cols = T, S
+    tile, sequence, first_k, S, first_q, T = sequence_of_tile(
+        tile, b, cu_k_ptr, cu_q_ptr, S, T, sequences, BLOCK_N
+    )
+    sizes = (
+        T,
+        S,
+        D,
+        DV,
+        mask_cols,
+        bias_extent(bias_rows, T, cu_q_ptr),
+        bias_extent(bias_cols, S, cu_k_ptr),
+    )
+    band = band_of(low, high, diagonal, T, S, FLAGS)
+    q_ptr += first_q * q_strides[2]
+    dout_ptr += first_q * dout_strides[2]
+    lse2_ptr += first_q
+    delta_ptr += first_q
     start_n = tile * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    k_ptr += b * k_strides[0] + hkv * k_strides[1]
-    v_ptr += b * v_strides[0] + hkv * v_strides[1]
+    k_ptr += b * k_strides[0] + hkv * k_strides[1] + first_k * k_strides[2]
+    v_ptr += b * v_strides[0] + hkv * v_strides[1] + first_k * v_strides[2]
     k = load_rows(k_ptr, k_strides, offs_n, offs_d, S, D, True, PAD_D)
     v = load_rows(v_ptr, v_strides, offs_n, offs_dv, S, DV, True, PAD_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     begin, full_begin, full_end, end = band_range(
-        start_n, tl.minimum(start_n + BLOCK_N, S), T, -high, -low, FLAGS[1], FLAGS[0], BLOCK_M
+        start_n,
+        tl.minimum(start_n + BLOCK_N, S),
+        T,
+        -band[1],
+        -band[0],
+        FLAGS[1],
+        FLAGS[0],
+        BLOCK_M,
     )
     for phase in tl.static_range(3):
         if phase != 0 or FLAGS[1]:
@@ -247,6 +285,9 @@ def attention_bwd_dkdv_kernel(
                 hkv * G,
                 H,
                 G,
+                head_rows,
+                first_q,
+                sequence,
                 sizes,
                 band,
                 scalars,
@@ -259,7 +300,7 @@ def attention_bwd_dkdv_kernel(
                 FLAGS,
                 phase != 1,
             )
-    dk_ptr += b * dk_strides[0] + hkv * dk_strides[1]
-    dv_ptr += b * dv_strides[0] + hkv * dv_strides[1]
+    dk_ptr += b * dk_strides[0] + hkv * dk_strides[1] + first_k * dk_strides[2]
+    dv_ptr += b * dv_strides[0] + hkv * dv_strides[1] + first_k * dv_strides[2]
     store_rows(dk_ptr, dk_strides, offs_n, offs_d, S, D, dk * scalars[0])
     store_rows(dv_ptr, dv_strides, offs_n, offs_dv, S, DV, dv)

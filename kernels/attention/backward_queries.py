@@ -10,13 +10,18 @@ from __future__ import annotations
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels.attention.tiles import (
     NOT_SPECIALIZED,
+    band_of,
     band_range,
+    bias_extent,
+    extent,
     head_terms,
     kept_by_dropout,
     load_lse2,
     load_rows,
     scores,
+    sequence_of_tile,
     store_rows,
+    tile_count,
     tile_of_program,
 )
 
@@ -62,7 +67,7 @@ def score_gradient(
     p = tl.exp2(x - lse[:, None])
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
     if seed_ptr is not None:
-        kept = kept_by_dropout(seed_ptr, row_offset, offs_m, start_n, sizes[1], scalars[2], BLOCK_N)
+        kept = kept_by_dropout(seed_ptr, row_offset, offs_m, start_n, sizes[4], scalars[2], BLOCK_N)
         dp = tl.where(kept, dp * scalars[3], 0.0)
     return p * (dp - delta[:, None]), slope_of_cap
 
@@ -102,7 +107,7 @@ def _queries_loop(
     """Add to dq and dslope of a tile of queries what the keys [begin, end) give."""
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    T, S, D, DV = sizes
+    T, S, D, DV, mask_cols, bias_rows, bias_cols = sizes
     for start_n in range(begin, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, k_strides, offs_n, offs_d, S, D, MASKED, PAD_D)
@@ -145,6 +150,8 @@ def attention_bwd_dq_kernel(
     key_mask_ptr,
     slopes_ptr,
     seed_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
     dout_ptr,
     lse2_ptr,
     delta_ptr,
@@ -166,6 +173,9 @@ def attention_bwd_dq_kernel(
     D,
     DV,
     heads_together,
+    sequences,
+    bias_rows,
+    bias_cols,
     low,
     high,
     diagonal,
@@ -183,8 +193,6 @@ def attention_bwd_dq_kernel(
     FLAGS: tl.constexpr,
 ):
     """One program owns dq [BLOCK_M, D] of one query head, and its rows' parts of dslope."""
-    sizes = (T, S, D, DV)
-    band = (low, high, diagonal)
     scalars = (
         tl.cast(scale, tl.float32),
         tl.cast(softcap, tl.float32),
@@ -193,28 +201,44 @@ def attention_bwd_dq_kernel(
     )
     term_ptrs = (bias_ptr, key_mask_ptr, slopes_ptr)
     term_strides = (bias_strides, key_mask_strides, slopes_strides)
-    tile, bh = tile_of_program(tl.cdiv(T, BLOCK_M), BH, heads_together, FLAGS[1])
+    tiles = tile_count(T, cu_q_ptr, sequences, BLOCK_M)
+    tile, bh = tile_of_program(tiles, BH, heads_together, FLAGS[1])
     b = bh // H
     h = bh - b * H
     hkv = h // G
-    q_ptr += b * q_strides[0] + h * q_strides[1]
-    k_ptr += b * k_strides[0] + hkv * k_strides[1]
-    v_ptr += b * v_strides[0] + hkv * v_strides[1]
-    dout_ptr += b * dout_strides[0] + h * dout_strides[1]
-    dq_ptr += b * dq_strides[0] + h * dq_strides[1]
-    terms = head_terms(term_ptrs, term_strides, b, h)
+    first_row, mask_cols = bh * T, S
+    tile, sequence, first_q, T, first_k, S = sequence_of_tile(
+        tile, b, cu_q_ptr, cu_k_ptr, T, S, sequences, BLOCK_M
+    )
+    first_row += first_q
+    sizes = (
+        T,
+        S,
+        D,
+        DV,
+        mask_cols,
+        bias_extent(bias_rows, T, cu_q_ptr),
+        bias_extent(bias_cols, S, cu_k_ptr),
+    )
+    band = band_of(low, high, diagonal, T, S, FLAGS)
+    q_ptr += b * q_strides[0] + h * q_strides[1] + first_q * q_strides[2]
+    k_ptr += b * k_strides[0] + hkv * k_strides[1] + first_k * k_strides[2]
+    v_ptr += b * v_strides[0] + hkv * v_strides[1] + first_k * v_strides[2]
+    dout_ptr += b * dout_strides[0] + h * dout_strides[1] + first_q * dout_strides[2]
+    dq_ptr += b * dq_strides[0] + h * dq_strides[1] + first_q * dq_strides[2]
+    terms = head_terms(term_ptrs, term_strides, sequence, h)
     start_m = tile * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     q = load_rows(q_ptr, q_strides, offs_m, offs_d, T, D, True, PAD_D)
     dout = load_rows(dout_ptr, dout_strides, offs_m, offs_dv, T, DV, True, PAD_DV)
-    lse = load_lse2(lse2_ptr + bh * T, offs_m, T, True)
-    delta = tl.load(delta_ptr + bh * T + offs_m, mask=offs_m < T, other=0.0)
+    lse = load_lse2(lse2_ptr + first_row, offs_m, T, True)
+    delta = tl.load(delta_ptr + first_row + offs_m, mask=offs_m < T, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
     begin, full_begin, full_end, end = band_range(
-        start_m, tl.minimum(start_m + BLOCK_M, T), S, low, high, FLAGS[0], FLAGS[1], BLOCK_N
+        start_m, tl.minimum(start_m + BLOCK_M, T), S, band[0], band[1], FLAGS[0], FLAGS[1], BLOCK_N
     )
     for phase in tl.static_range(3):
         if phase != 0 or FLAGS[0]:
@@ -233,7 +257,7 @@ def attention_bwd_dq_kernel(
                 offs_m,
                 begin if phase == 0 else (full_begin if phase == 1 else full_end),
                 full_begin if phase == 0 else (full_end if phase == 1 else end),
-                bh * T,
+                first_row,
                 term_ptrs,
                 terms,
                 term_strides,
@@ -251,7 +275,7 @@ def attention_bwd_dq_kernel(
             )
     store_rows(dq_ptr, dq_strides, offs_m, offs_d, T, D, dq * scalars[0])
     if dslope_ptr is not None:
-        tl.store(dslope_ptr + bh * T + offs_m, dslope, mask=offs_m < T)
+        tl.store(dslope_ptr + first_row + offs_m, dslope, mask=offs_m < T)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -263,6 +287,8 @@ def attention_bwd_dbias_kernel(
     key_mask_ptr,
     slopes_ptr,
     seed_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
     dout_ptr,
     lse2_ptr,
     delta_ptr,
@@ -284,6 +310,8 @@ def attention_bwd_dbias_kernel(
     S,
     D,
     DV,
+    bias_rows,
+    bias_cols,
     low,
     high,
     diagonal,
@@ -300,8 +328,6 @@ def attention_bwd_dbias_kernel(
     FLAGS: tl.constexpr,
 ):
     """One program owns dbias [BLOCK_M, BLOCK_N] of one bias matrix, whoever shares it."""
-    sizes = (T, S, D, DV)
-    band = (low, high, diagonal)
     scalars = (
         tl.cast(scale, tl.float32),
         tl.cast(softcap, tl.float32),
@@ -310,8 +336,8 @@ def attention_bwd_dbias_kernel(
     )
     term_ptrs = (bias_ptr, key_mask_ptr, slopes_ptr)
     term_strides = (bias_strides, key_mask_strides, slopes_strides)
-    tiles_n = tl.cdiv(S, BLOCK_N)
-    tiles = tl.cdiv(T, BLOCK_M) * tiles_n
+    tiles_n = tl.cdiv(bias_cols, BLOCK_N)
+    tiles = tl.cdiv(bias_rows, BLOCK_M) * tiles_n
     pid = tl.program_id(0)
     matrix = (pid // tiles).to(tl.int64)
     tile = pid % tiles
@@ -327,29 +353,42 @@ def attention_bwd_dbias_kernel(
         b = first_b + sharer // SHARING_HEADS
         h = first_h + sharer % SHARING_HEADS
         hkv = h // G
-        bh = b * H + h
+        first_row = (b * H + h if cu_q_ptr is None else h) * T
+        first_q, rows = extent(cu_q_ptr, b, T)
+        first_k, cols = extent(cu_k_ptr, b, S)
+        first_row += first_q
+        sizes = (
+            rows,
+            cols,
+            D,
+            DV,
+            S,
+            bias_extent(bias_rows, rows, cu_q_ptr),
+            bias_extent(bias_cols, cols, cu_k_ptr),
+        )
         terms = head_terms(term_ptrs, term_strides, b, h)
-        head_q_ptr = q_ptr + b * q_strides[0] + h * q_strides[1]
-        head_k_ptr = k_ptr + b * k_strides[0] + hkv * k_strides[1]
-        head_v_ptr = v_ptr + b * v_strides[0] + hkv * v_strides[1]
+        head_q_ptr = q_ptr + b * q_strides[0] + h * q_strides[1] + first_q * q_strides[2]
+        head_k_ptr = k_ptr + b * k_strides[0] + hkv * k_strides[1] + first_k * k_strides[2]
+        head_v_ptr = v_ptr + b * v_strides[0] + hkv * v_strides[1] + first_k * v_strides[2]
         head_dout_ptr = dout_ptr + b * dout_strides[0] + h * dout_strides[1]
+        head_dout_ptr += first_q * dout_strides[2]
         ds, slope_of_cap = score_gradient(
-            load_rows(head_q_ptr, q_strides, offs_m, offs_d, T, D, True, PAD_D),
-            load_rows(head_k_ptr, k_strides, offs_n, offs_d, S, D, True, PAD_D),
-            load_rows(head_v_ptr, v_strides, offs_n, offs_dv, S, DV, True, PAD_DV),
-            load_rows(head_dout_ptr, dout_strides, offs_m, offs_dv, T, DV, True, PAD_DV),
-            load_lse2(lse2_ptr + bh * T, offs_m, T, True),
-            tl.load(delta_ptr + bh * T + offs_m, mask=offs_m < T, other=0.0),
+            load_rows(head_q_ptr, q_strides, offs_m, offs_d, rows, D, True, PAD_D),
+            load_rows(head_k_ptr, k_strides, offs_n, offs_d, cols, D, True, PAD_D),
+            load_rows(head_v_ptr, v_strides, offs_n, offs_dv, cols, DV, True, PAD_DV),
+            load_rows(head_dout_ptr, dout_strides, offs_m, offs_dv, rows, DV, True, PAD_DV),
+            load_lse2(lse2_ptr + first_row, offs_m, rows, True),
+            tl.load(delta_ptr + first_row + offs_m, mask=offs_m < rows, other=0.0),
             offs_m,
             offs_n,
             start_n,
-            bh * T,
+            first_row,
             seed_ptr,
             term_ptrs,
             terms,
             term_strides,
             sizes,
-            band,
+            band_of(low, high, diagonal, rows, cols, FLAGS),
             scalars,
             BLOCK_N,
             FLAGS,
@@ -357,4 +396,18 @@ def attention_bwd_dbias_kernel(
         )
         dbias += ds
     dbias_ptr += first_b * dbias_strides[0] + first_h * dbias_strides[1]
-    store_rows(dbias_ptr, dbias_strides, offs_m, offs_n, T, S, dbias)
+    store_rows(dbias_ptr, dbias_strides, offs_m, offs_n, bias_rows, bias_cols, dbias)
+
+
+@triton.jit
+def sequence_sum_kernel(rows_ptr, cu_ptr, sums_ptr, H, total, BLOCK: tl.constexpr):
+    """One program owns the sum over one sequence of a head's rows, of (H, total)."""
+    pid = tl.program_id(0).to(tl.int64)
+    b = pid // H
+    first, length = extent(cu_ptr, b, total)
+    rows_ptr += (pid - b * H) * total + first
+    acc = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, length, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        acc += tl.load(rows_ptr + offs, mask=offs < length, other=0.0)
+    tl.store(sums_ptr + pid, tl.sum(acc, 0))

@@ -23,12 +23,16 @@ from trilith.kernels.attention.tiles import (
     LN2,
     LOG2E,
     NOT_SPECIALIZED,
+    band_of,
     band_range,
+    bias_extent,
     head_terms,
     kept_by_dropout,
     load_rows,
     scores,
+    sequence_of_tile,
     store_rows,
+    tile_count,
     tile_of_program,
 )
 
@@ -74,7 +78,7 @@ def _forward_loop(
     )
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    T, S, D, DV = sizes
+    T, S, D, DV, mask_cols, bias_rows, bias_cols = sizes
     for start_n in range(begin, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, k_strides, offs_n, offs_d, S, D, MASKED, PAD_D)
@@ -105,7 +109,7 @@ def _forward_loop(
         m = m_new
         if seed_ptr is not None:
             kept = kept_by_dropout(
-                seed_ptr, row_offset, offs_m, start_n, sizes[1], scalars[2], BLOCK_N
+                seed_ptr, row_offset, offs_m, start_n, mask_cols, scalars[2], BLOCK_N
             )
             p = tl.where(kept, p, 0.0)
         v = load_rows(v_ptr, v_strides, offs_n, offs_dv, S, DV, MASKED, PAD_DV)
@@ -123,6 +127,8 @@ def attention_fwd_kernel(
     slopes_ptr,
     sinks_ptr,
     seed_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
     out_ptr,
     lse_ptr,
     lse2_ptr,
@@ -142,6 +148,9 @@ def attention_fwd_kernel(
     D,
     DV,
     heads_together,
+    sequences,
+    bias_rows,
+    bias_cols,
     low,
     high,
     diagonal,
@@ -160,8 +169,6 @@ def attention_fwd_kernel(
     NEGATIVE_SCALE: tl.constexpr,
 ):
     """One program owns the outputs [BLOCK_M, DV] of one head."""
-    sizes = (T, S, D, DV)
-    band = (low, high, diagonal)
     scalars = (
         tl.cast(scale, tl.float32),
         tl.cast(softcap, tl.float32),
@@ -170,15 +177,31 @@ def attention_fwd_kernel(
     )
     term_ptrs = (bias_ptr, key_mask_ptr, slopes_ptr)
     term_strides = (bias_strides, key_mask_strides, slopes_strides)
-    tile, bh = tile_of_program(tl.cdiv(T, BLOCK_M), BH, heads_together, FLAGS[1])
+    tiles = tile_count(T, cu_q_ptr, sequences, BLOCK_M)
+    tile, bh = tile_of_program(tiles, BH, heads_together, FLAGS[1])
     b = bh // H
     h = bh - b * H
     hkv = h // G
-    q_ptr += b * q_strides[0] + h * q_strides[1]
-    k_ptr += b * k_strides[0] + hkv * k_strides[1]
-    v_ptr += b * v_strides[0] + hkv * v_strides[1]
-    out_ptr += b * out_strides[0] + h * out_strides[1]
-    terms = head_terms(term_ptrs, term_strides, b, h)
+    first_row, mask_cols = bh * T, S
+    tile, sequence, first_q, T, first_k, S = sequence_of_tile(
+        tile, b, cu_q_ptr, cu_k_ptr, T, S, sequences, BLOCK_M
+    )
+    first_row += first_q
+    sizes = (
+        T,
+        S,
+        D,
+        DV,
+        mask_cols,
+        bias_extent(bias_rows, T, cu_q_ptr),
+        bias_extent(bias_cols, S, cu_k_ptr),
+    )
+    band = band_of(low, high, diagonal, T, S, FLAGS)
+    q_ptr += b * q_strides[0] + h * q_strides[1] + first_q * q_strides[2]
+    k_ptr += b * k_strides[0] + hkv * k_strides[1] + first_k * k_strides[2]
+    v_ptr += b * v_strides[0] + hkv * v_strides[1] + first_k * v_strides[2]
+    out_ptr += b * out_strides[0] + h * out_strides[1] + first_q * out_strides[2]
+    terms = head_terms(term_ptrs, term_strides, sequence, h)
 
     start_m = tile * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -193,7 +216,7 @@ def attention_fwd_kernel(
         total += tl.where(sink == -float("inf"), 0.0, 1.0)
 
     begin, full_begin, full_end, end = band_range(
-        start_m, tl.minimum(start_m + BLOCK_M, T), S, low, high, FLAGS[0], FLAGS[1], BLOCK_N
+        start_m, tl.minimum(start_m + BLOCK_M, T), S, band[0], band[1], FLAGS[0], FLAGS[1], BLOCK_N
     )
     for phase in tl.static_range(3):
         if phase != 0 or FLAGS[0]:
@@ -210,7 +233,7 @@ def attention_fwd_kernel(
                 offs_m,
                 begin if phase == 0 else (full_begin if phase == 1 else full_end),
                 full_begin if phase == 0 else (full_end if phase == 1 else end),
-                bh * T,
+                first_row,
                 term_ptrs,
                 terms,
                 term_strides,
@@ -232,6 +255,6 @@ def attention_fwd_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     store_rows(out_ptr, out_strides, offs_m, offs_dv, T, DV, out)
     lse2 = m + tl.log2(safe)
-    rows = bh * T + offs_m
+    rows = first_row + offs_m
     tl.store(lse_ptr + rows, tl.where(total == 0.0, -float("inf"), lse2 * LN2), mask=offs_m < T)
     tl.store(lse2_ptr + rows, tl.where(total == 0.0, float("inf"), lse2), mask=offs_m < T)

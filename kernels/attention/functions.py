@@ -19,7 +19,7 @@ from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels.attention.op import OP
 
 _NAME = "attention"
-_LARGEST_HEAD_DIM = 256
+LARGEST_HEAD_DIM = 256
 _NO_TERMS = (None, None, None, None, None, 1.0, 0.0, 0.0, "top_left", -1, -1)
 
 
@@ -85,8 +85,9 @@ def attention(
     """
     _check_shapes(q, k, v)
     require_probability(_NAME, "dropout_p", dropout_p)
-    alignment, right = _diagonal(causal, q.shape[2], k.shape[2])
-    left, right = _window(window, right)
+    if causal is True:
+        causal = _aligned(q.shape[2], k.shape[2])
+    alignment, left, right = score_window(_NAME, causal, window)
     if softcap is not None:
         require(softcap > 0, _NAME, "softcap", "be positive", softcap)
     bias, slopes = _score_terms(q, k, bias, alibi_slopes)
@@ -202,9 +203,9 @@ def _attend(
     terms = (key_mask, slopes, sinks)
     rest = (scale, softcap, p, alignment, left, right)
     if OP.runs_kernels(q, k, v, bias, *terms, None, *rest):
-        if max(q.shape[3], v.shape[3]) > _LARGEST_HEAD_DIM:
+        if max(q.shape[3], v.shape[3]) > LARGEST_HEAD_DIM:
             raise NotImplementedError(
-                f"{_NAME}: there are kernels for head dims up to {_LARGEST_HEAD_DIM}, got "
+                f"{_NAME}: there are kernels for head dims up to {LARGEST_HEAD_DIM}, got "
                 f"{q.shape[3]} and {v.shape[3]}; use torch.nn.functional"
             )
         seed = draw_seed(q) if p > 0 else None
@@ -236,29 +237,30 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     require(divides, _NAME, "q's heads", f"be a multiple of k's {Hkv}", H)
 
 
-def _diagonal(causal: bool | str, T: int, S: int) -> tuple[str, int]:
-    """(alignment, how far right of the diagonal is seen)."""
-    if causal is False:
-        return "bottom_right", -1
-    if causal is True:
-        if T != S:
-            raise ValueError(
-                f"{_NAME}: causal must say where the diagonal lies when there are {T} queries and "
-                f'{S} keys, "top_left" or "bottom_right", got True'
-            )
-        return "top_left", 0
-    rule = 'be False, True, "top_left" or "bottom_right"'
-    require(causal in ("top_left", "bottom_right"), _NAME, "causal", rule, repr(causal))
-    return causal, 0
+def _aligned(T: int, S: int) -> str:
+    if T != S:
+        raise ValueError(
+            f"{_NAME}: causal must say where the diagonal lies when there are {T} queries and "
+            f'{S} keys, "top_left" or "bottom_right", got True'
+        )
+    return "top_left"
 
 
-def _window(window: tuple[int | None, int | None] | None, right: int) -> tuple[int, int]:
+def score_window(
+    op: str, causal: bool | str, window: tuple[int | None, int | None] | None
+) -> tuple[str, int, int]:
+    """(alignment, how far left and right of the diagonal is seen), negative for any distance."""
+    alignment, right = "bottom_right", -1
+    if causal is not False:
+        rule = 'be False, True, "top_left" or "bottom_right"'
+        require(causal in ("top_left", "bottom_right"), op, "causal", rule, repr(causal))
+        alignment, right = str(causal), 0
     if window is None:
-        return -1, right
+        return alignment, -1, right
     valid = len(window) == 2 and all(n is None or n >= 0 for n in window)
-    require(valid, _NAME, "window", "be (left, right), each None or not negative", window)
+    require(valid, op, "window", "be (left, right), each None or not negative", window)
     before, after = (-1 if n is None else n for n in window)
-    return before, after if right < 0 else 0
+    return alignment, before, after if right < 0 else 0
 
 
 def _score_terms(
@@ -303,9 +305,7 @@ def _common_batch(
     shapes_fit = query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2]
     if (len(dtypes) > 1 and not autocast) or not shapes_fit or not 0.0 <= p <= 1.0:
         return None
-    if max(query.shape[-1], value.shape[-1]) > _LARGEST_HEAD_DIM or (
-        is_causal and mask is not None
-    ):
+    if max(query.shape[-1], value.shape[-1]) > LARGEST_HEAD_DIM or (is_causal and mask is not None):
         return None
     if mask is not None and mask.dtype not in (torch.bool, torch.float32, query.dtype):
         return None

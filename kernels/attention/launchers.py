@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from trilith.kernels.attention.backward import attention_bwd_dkdv_kernel, attent
 from trilith.kernels.attention.backward_queries import (
     attention_bwd_dbias_kernel,
     attention_bwd_dq_kernel,
+    sequence_sum_kernel,
 )
 from trilith.kernels.attention.config import heads_together, tiles_for
 from trilith.kernels.attention.forward import attention_fwd_kernel
@@ -48,21 +49,9 @@ def attention_fwd(
     left: int,
     right: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(q, k, v, bias, key_mask, slopes, seed, scale, softcap, p, alignment, left, right)
+    rest = (scale, softcap, p, alignment, left, right)
     out, lse, lse2 = attention_out(q, v)
-    options = call.options("fwd")
-    launch(
-        attention_fwd_kernel,
-        (call.BH * triton.cdiv(call.T, options["BLOCK_M"]),),
-        *(q, k, v, call.bias, key_mask, call.slopes, sinks, call.seed, out, lse, lse2),
-        *call.strides,
-        0 if sinks is None else sinks.stride(0),
-        out.stride(),
-        *(call.BH, *call.sizes, heads_together(k, v)),
-        *call.scalars,
-        NEGATIVE_SCALE=scale < 0,
-        **options,
-    )
+    AttentionCall(q, k, v, bias, key_mask, slopes, seed, *rest).forward(sinks, out, lse, lse2)
     return out, lse, lse2
 
 
@@ -73,25 +62,45 @@ def attention_bwd(
     (out,) = ctx.outputs
     (lse2,) = ctx.aux
     needs_q, needs_k, needs_v, needs_bias, _, needs_slopes, needs_sinks = ctx.needs_input_grad[:7]
-    if dout is None:
-        dout = out.new_zeros(()).expand(out.shape)
-    call = _Call(q, k, v, bias, key_mask, slopes, seed, *rest)
-    delta = call.delta(out, dout, dlse)
+    call = AttentionCall(q, k, v, bias, key_mask, slopes, seed, *rest)
+    upstream = call.upstream(out, lse2, dout, dlse)
     dq = dk = dv = dbias = dslopes = dsinks = None
     if needs_q or needs_slopes:
-        dq, dslopes = call.query_gradients(dout, lse2, delta, slopes if needs_slopes else None)
+        dq, dslopes = call.query_gradients(upstream, slopes if needs_slopes else None)
     if needs_k or needs_v:
-        dk, dv = call.key_gradients(dout, lse2, delta)
+        dk, dv = call.key_gradients(upstream)
     if needs_bias:
-        dbias = call.bias_gradient(bias, dout, lse2, delta)
+        dbias = call.bias_gradient(bias, upstream)
     if needs_sinks:
-        share = torch.exp(sinks.float()[:, None] - lse2 * math.log(2))
-        dsinks = -torch.where(lse2 == -torch.inf, 0.0, share * delta).sum((0, 2)).to(sinks.dtype)
+        dsinks = sink_gradient(sinks, lse2, upstream.delta)
     return dq, dk, dv, dbias, None, dslopes, dsinks
 
 
-class _Call:
-    """One call's tensors, strides, sizes and scalars, in the order of every kernel's arguments."""
+def sink_gradient(sinks: Tensor, lse2: Tensor, delta: Tensor) -> Tensor:
+    share = torch.exp(sinks.float()[:, None] - lse2 * math.log(2))
+    return -torch.where(lse2 == torch.inf, 0.0, share * delta).sum((0, 2)).to(sinks.dtype)
+
+
+class Packed(NamedTuple):
+    """Where sequences begin in the rows of q and k: (B + 1,) each, from 0 to the number of rows."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+
+
+class Upstream(NamedTuple):
+    """What every backward kernel reads besides the inputs."""
+
+    dout: Tensor
+    lse2: Tensor
+    delta: Tensor
+
+
+class AttentionCall:
+    """One call's tensors, strides, sizes and scalars, in the order of every kernel's arguments.
+
+    Packed sequences come as one batch entry (1, H, total, D), beside where each begins.
+    """
 
     def __init__(
         self,
@@ -108,30 +117,66 @@ class _Call:
         alignment: str,
         left: int,
         right: int,
+        packed: Packed | None = None,
     ) -> None:
         B, H, self.T, D = q.shape
         Hkv, self.S, DV = v.shape[1:]
         self.BH, self.HKV = B * H, Hkv
         self.q, self.k, self.v, self.key_mask = q, k, v, key_mask
-        self.bias = None if bias is None else bias.expand(B, H, self.T, self.S)
-        self.slopes = None if slopes is None else slopes.expand(B, H)
+        self.packed = packed
+        self.B = B if packed is None else packed.cu_q.shape[0] - 1
+        rows, cols = (self.T, self.S) if packed is None or bias is None else bias.shape[2:]
+        self.bias_sizes = (rows, cols)
+        self.bias = None if bias is None else bias.expand(self.B, H, rows, cols)
+        self.slopes = None if slopes is None else slopes.expand(self.B, H)
         self.seed = seed if p > 0 else None
         self.sizes = (H, H // Hkv, self.T, self.S, D, DV)
-        diagonal = diagonal_of(alignment, self.T, self.S)
+        diagonal = 0 if packed else diagonal_of(alignment, self.T, self.S)
         keep_scale = 0.0 if p >= 1 else 1 / (1 - p)
         self.scalars = (
             *(diagonal - left, diagonal + right, diagonal),
             *(scale, softcap, p, keep_scale),
         )
         self.strides = (
-            *(q.stride(), k.stride(), v.stride()),
+            *(self._strides(t) for t in (q, k, v)),
             (0, 0, 0, 0) if self.bias is None else self.bias.stride(),
             (0, 0) if key_mask is None else key_mask.stride(),
             (0, 0) if self.slopes is None else self.slopes.stride(),
         )
         laden = (bias, key_mask, slopes, self.seed)
         self._is_plain = softcap == 0 and all(t is None for t in laden)
-        self._flags = (left >= 0, right >= 0, slopes is not None, softcap > 0)
+        per_sequence = packed is not None and alignment == "bottom_right"
+        self._flags = (left >= 0, right >= 0, slopes is not None, softcap > 0, per_sequence)
+
+    def _strides(self, tensor: Tensor) -> tuple[int, ...]:
+        """Of (B, H, rows, D); packed sequences are told apart by rows, not by a batch stride."""
+        return (0, *tensor.stride()[1:]) if self.packed else tensor.stride()
+
+    def _tiles(self, rows: int, block: int) -> int:
+        return rows // block + self.B if self.packed else triton.cdiv(rows, block)
+
+    def _like(self, tensor: Tensor) -> Tensor:
+        """A gradient of q, k or v; that of packed ones lies as (rows, H, D)."""
+        B, H, rows, D = tensor.shape
+        if self.packed:
+            return tensor.new_empty((B, rows, H, D)).transpose(1, 2)
+        return tensor.new_empty(tensor.shape)
+
+    def forward(self, sinks: Tensor | None, out: Tensor, lse: Tensor, lse2: Tensor) -> None:
+        options = self.options("fwd")
+        launch(
+            attention_fwd_kernel,
+            (self.BH * self._tiles(self.T, options["BLOCK_M"]),),
+            *(self.q, self.k, self.v, self.bias, self.key_mask, self.slopes, sinks, self.seed),
+            *(*self._starts(), out, lse, lse2),
+            *self.strides,
+            0 if sinks is None else sinks.stride(0),
+            self._strides(out),
+            *(self.BH, *self.sizes, heads_together(self.k, self.v), self.B, *self.bias_sizes),
+            *self.scalars,
+            NEGATIVE_SCALE=self.scalars[3] < 0,
+            **options,
+        )
 
     def options(self, kernel: str) -> dict[str, Any]:
         """The constexprs and launch options of fwd, dkdv, dq or dbias."""
@@ -152,7 +197,11 @@ class _Call:
             "FLAGS": self._flags,
         }
 
-    def delta(self, out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    def upstream(
+        self, out: Tensor, lse2: Tensor, dout: Tensor | None, dlse: Tensor | None
+    ) -> Upstream:
+        if dout is None:
+            dout = out.new_zeros(()).expand(out.shape)
         block_dv = max(16, triton.next_power_of_2(out.shape[3]))
         block_m = max(16, 2048 // block_dv)
         delta = out.new_empty(out.shape[:3], dtype=torch.float32)
@@ -166,65 +215,85 @@ class _Call:
             BLOCK_DV=block_dv,
             num_warps=4,
         )
-        return delta
+        return Upstream(dout, lse2, delta)
 
     def query_gradients(
-        self, dout: Tensor, lse2: Tensor, delta: Tensor, slopes: Tensor | None
+        self, upstream: Upstream, slopes: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """dq, and where `slopes` are given their gradient, summed over the rows here."""
-        dq = self.q.new_empty(self.q.shape)
-        dslopes = None if slopes is None else torch.empty_like(delta)
+        dq = self._like(self.q)
+        dslopes = None if slopes is None else torch.empty_like(upstream.delta)
         options = self.options("dq")
         launch(
             attention_bwd_dq_kernel,
-            (self.BH * triton.cdiv(self.T, options["BLOCK_M"]),),
-            *self._tensors(dout, lse2, delta),
+            (self.BH * self._tiles(self.T, options["BLOCK_M"]),),
+            *self._tensors(upstream),
             *(dq, dslopes),
-            *(*self.strides, dout.stride(), dq.stride()),
-            *(self.BH, *self.sizes, heads_together(self.k, self.v)),
+            *(*self.strides, self._strides(upstream.dout), self._strides(dq)),
+            *(self.BH, *self.sizes, heads_together(self.k, self.v), self.B, *self.bias_sizes),
             *self.scalars,
             **options,
         )
         if slopes is not None and dslopes is not None:
-            dslopes = dslopes.sum(2).sum_to_size(slopes.shape).to(slopes.dtype)
+            sums = self._sequence_sums(dslopes) if self.packed else dslopes.sum(2)
+            dslopes = sums.sum_to_size(slopes.shape).to(slopes.dtype)
         return dq, dslopes
 
-    def key_gradients(self, dout: Tensor, lse2: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        dk, dv = self.k.new_empty(self.k.shape), self.v.new_empty(self.v.shape)
+    def _sequence_sums(self, rows: Tensor) -> Tensor:
+        """(1, H, total) -> (B, H)."""
+        assert self.packed is not None
+        sums = rows.new_empty((self.B, self.BH))
+        launch(
+            sequence_sum_kernel,
+            (self.B * self.BH,),
+            *(rows, self.packed.cu_q, sums, self.BH, self.T),
+            BLOCK=1024,
+            num_warps=4,
+        )
+        return sums
+
+    def key_gradients(self, upstream: Upstream) -> tuple[Tensor, Tensor]:
+        dk, dv = self._like(self.k), self._like(self.v)
         options = self.options("dkdv")
         launch(
             attention_bwd_dkdv_kernel,
-            (self.BH // self.sizes[1] * triton.cdiv(self.S, options["BLOCK_N"]),),
-            *self._tensors(dout, lse2, delta),
+            (self.BH // self.sizes[1] * self._tiles(self.S, options["BLOCK_N"]),),
+            *self._tensors(upstream),
             *(dk, dv),
-            *(*self.strides, dout.stride(), dk.stride(), dv.stride()),
-            *(self.BH, *self.sizes, heads_together(self.q, dout, self.sizes[1])),
+            *(*self.strides, *(self._strides(t) for t in (upstream.dout, dk, dv))),
+            *(self.BH, *self.sizes, heads_together(self.q, upstream.dout, self.sizes[1])),
+            *(self.B, *self.bias_sizes),
             *self.scalars,
             **options,
         )
         return dk, dv
 
-    def bias_gradient(self, bias: Tensor, dout: Tensor, lse2: Tensor, delta: Tensor) -> Tensor:
+    def bias_gradient(self, bias: Tensor, upstream: Upstream) -> Tensor:
         """Summed over the sharing batches and heads by the kernel, over T or S of 1 here."""
-        B, H = self.q.shape[:2]
+        H = self.q.shape[1]
         bias_b, bias_h = bias.shape[:2]
-        shape = (bias_b, bias_h, self.T, self.S)
+        shape = (bias_b, bias_h, *self.bias_sizes)
         short = [i for i in (2, 3) if bias.shape[i] != shape[i]]
         dbias = bias.new_empty(shape, dtype=torch.float32 if short else bias.dtype)
         options = self.options("dbias")
-        tiles = triton.cdiv(self.T, options["BLOCK_M"]) * triton.cdiv(self.S, options["BLOCK_N"])
+        tiles = triton.cdiv(shape[2], options["BLOCK_M"]) * triton.cdiv(
+            shape[3], options["BLOCK_N"]
+        )
         launch(
             attention_bwd_dbias_kernel,
             (bias_b * bias_h * tiles,),
-            *self._tensors(dout, lse2, delta),
+            *self._tensors(upstream),
             dbias,
-            *(*self.strides, dout.stride(), dbias.stride()),
-            *(bias_h, B // bias_b, H // bias_h, *self.sizes),
+            *(*self.strides, self._strides(upstream.dout), dbias.stride()),
+            *(bias_h, self.B // bias_b, H // bias_h, *self.sizes, *self.bias_sizes),
             *self.scalars,
             **options,
         )
         return dbias.sum(short, keepdim=True).to(bias.dtype) if short else dbias
 
-    def _tensors(self, dout: Tensor, lse2: Tensor, delta: Tensor) -> tuple[Tensor | None, ...]:
+    def _starts(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.packed or (None, None)
+
+    def _tensors(self, upstream: Upstream) -> tuple[Tensor | None, ...]:
         terms = (self.bias, self.key_mask, self.slopes, self.seed)
-        return (self.q, self.k, self.v, *terms, dout, lse2, delta)
+        return (self.q, self.k, self.v, *terms, *self._starts(), *upstream)

@@ -34,6 +34,29 @@ def attention_reference(
     scores = cap(scale q k^T) + bias - slope |distance|, -inf where a key takes no part; a sink is
     one more score per head, without a value.
     """
+    shape = (*q.shape[:3], k.shape[2])
+    kept = reference_keep_mask(seed, shape, p) if seed is not None and p > 0 else None
+    terms = (bias, key_mask, slopes, sinks, kept)
+    return attend(q, k, v, *terms, scale, softcap, p, alignment, left, right)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    kept: Tensor | None,
+    scale: float,
+    softcap: float,
+    p: float,
+    alignment: str,
+    left: int,
+    right: int,
+) -> tuple[Tensor, Tensor]:
+    """The same, of which dropout keeps the weights `kept`, or random ones."""
     (B, H, T, D), (Hkv, S, Dv) = q.shape, v.shape[1:]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     wide_q, wide_k, wide_v = q.to(wide), k.to(wide), v.to(wide)
@@ -56,7 +79,7 @@ def attention_reference(
     lse = torch.where(dead, -torch.inf, top + torch.log(total)).squeeze(-1)
     weights = weights / total
     if p > 0:
-        weights = _dropped(weights, seed, p)
+        weights = _dropped(weights, kept, p)
     out = (weights.reshape(B, Hkv, H // max(Hkv, 1) * T, S) @ wide_v).reshape(B, H, T, Dv)
     return out.to(q.dtype), lse
 
@@ -91,8 +114,7 @@ def add_terms(
     return scores
 
 
-def _dropped(weights: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    if seed is None:
+def _dropped(weights: Tensor, kept: Tensor | None, p: float) -> Tensor:
+    if kept is None:
         return torch.nn.functional.dropout(weights, p)
-    kept = reference_keep_mask(seed, tuple(weights.shape), p)
     return torch.where(kept, weights * (0.0 if p >= 1 else 1 / (1 - p)), 0.0)

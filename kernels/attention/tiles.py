@@ -13,6 +13,7 @@ from trilith.kernels._runtime.random import keep_mask
 
 # Arguments whose value should not make another binary; a kernel without one of them ignores it.
 NOT_SPECIALIZED = ("BH", "H", "heads_together", "low", "high", "diagonal")
+NOT_SPECIALIZED += ("sequences",)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 _tanh = ACTIVATIONS["tanh"].f
@@ -33,6 +34,68 @@ def tile_of_program(num_tiles, num_heads, heads_together, LONGEST_LAST: tl.const
     if LONGEST_LAST:
         tile = num_tiles - 1 - tile
     return tile, head.to(tl.int64)
+
+
+@triton.jit
+def tile_count(length, cu_ptr, sequences, BLOCK: tl.constexpr):
+    """Tiles of `length` rows; where they are packed sequences, a tile more for each of them."""
+    if cu_ptr is None:
+        return tl.cdiv(length, BLOCK)
+    else:
+        return length // BLOCK + sequences
+
+
+@triton.jit
+def extent(cu_ptr, b, length):
+    """(first row, rows) of batch entry b, or of sequence b where sequences are packed."""
+    if cu_ptr is None:
+        return b * 0, length
+    else:
+        first = tl.load(cu_ptr + b).to(tl.int32)
+        rows = tl.load(cu_ptr + b + 1).to(tl.int32) - first
+        return first.to(tl.int64), rows
+
+
+@triton.jit
+def bias_extent(extent, length, cu_ptr):
+    """Rows or columns of the bias that a sequence meets; all of them where nothing is packed."""
+    if cu_ptr is None:
+        return length
+    else:
+        return tl.minimum(extent, length)
+
+
+@triton.jit
+def sequence_of_tile(tile, b, own_ptr, other_ptr, own, other, sequences, BLOCK: tl.constexpr):
+    """(tile, sequence, first own row, own rows, first other row, other rows) of a program.
+
+    Sequence n has its tiles from cu[n] // BLOCK + n on, as many as it needs or one more; to a tile
+    that is one too many the other side has no rows. What is not packed has b for a sequence.
+    """
+    if own_ptr is None:
+        return tile, b, b * 0, own, b * 0, other
+    else:
+        found = 0
+        stop = sequences
+        while stop - found > 1:
+            middle = (found + stop) // 2
+            before = tl.load(own_ptr + middle).to(tl.int32) // BLOCK + middle <= tile
+            found = tl.where(before, middle, found)
+            stop = tl.where(before, stop, middle)
+        tile -= tl.load(own_ptr + found).to(tl.int32) // BLOCK + found
+        first_own, own_rows = extent(own_ptr, found, own)
+        first_other, other_rows = extent(other_ptr, found, other)
+        other_rows = tl.where(tile * BLOCK < own_rows, other_rows, 0)
+        return tile, found.to(tl.int64), first_own, own_rows, first_other, other_rows
+
+
+@triton.jit
+def band_of(low, high, diagonal, T, S, FLAGS: tl.constexpr):
+    """The band of a sequence, whose diagonal may end at its last key."""
+    if FLAGS[4]:
+        return low + S - T, high + S - T, diagonal + S - T
+    else:
+        return low, high, diagonal
 
 
 @triton.jit
@@ -119,14 +182,15 @@ def scores(
     """(scores in base 2, d score / d (scale * dot)) of a tile of dot products q . k.
 
     Only a MASKED tile looks at the band and at the end of the keys. `pointers` and `strides` are
-    those of bias, key mask and slopes, `terms` comes from `head_terms`; `sizes` is
-    (T, S, D, DV), `band` (low, high, diagonal), `scalars` (scale, softcap, p, 1 / (1 - p)),
-    FLAGS (HAS_LOW, HAS_HIGH, HAS_SLOPE, HAS_SOFTCAP).
+    those of bias, key mask and slopes, `terms` comes from `head_terms`; `sizes` is (T, S, D, DV,
+    row length of the dropout mask, rows and columns of the bias), `band` (low, high, diagonal),
+    `scalars` (scale, softcap, p, 1 / (1 - p)), FLAGS (HAS_LOW, HAS_HIGH, HAS_SLOPE, HAS_SOFTCAP,
+    whether the band is moved to the end of a sequence's keys).
     """
     bias_ptr, key_mask_ptr, slopes_ptr = pointers
     bias_start, key_mask_start, slope = terms
     bias_strides, key_mask_strides, slopes_strides = strides
-    T, S, D, DV = sizes
+    T, S, D, DV, mask_cols, bias_rows, bias_cols = sizes
     low, high, diagonal = band
     if FLAGS[3]:
         t = _tanh(dots * (scalars[0] / scalars[1]))
@@ -139,7 +203,8 @@ def scores(
         x -= (slope * LOG2E) * tl.abs(rows + diagonal - cols).to(tl.float32)
     if bias_ptr is not None:
         offsets = rows.to(tl.int64) * bias_strides[2] + cols.to(tl.int64) * bias_strides[3]
-        bias = tl.load(bias_ptr + bias_start + offsets, mask=(rows < T) & (cols < S), other=0)
+        inside = (rows < bias_rows) & (cols < bias_cols)
+        bias = tl.load(bias_ptr + bias_start + offsets, mask=inside, other=0)
         if bias_ptr.dtype.element_ty == tl.int1:
             x = tl.where(bias, x, -float("inf"))
         else:
@@ -163,7 +228,10 @@ def scores(
 
 @triton.jit
 def kept_by_dropout(seed_ptr, row_offset, rows, first_col, S, p, BLOCK_N: tl.constexpr):
-    """[rows, BLOCK_N] of the mask over (B * H * T, S); `row_offset` is the first row's index."""
+    """[rows, BLOCK_N] of the mask over (B * H * T, S); `row_offset` is the first row's index.
+
+    Packed sequences share a mask over (H * total queries, total keys), each from column 0 on.
+    """
     quads_per_row = tl.cdiv(S, 4)
     quads = first_col // 4 + tl.arange(0, BLOCK_N // 4)
     positions = (row_offset + rows.to(tl.int64))[:, None] * quads_per_row + quads[None, :]

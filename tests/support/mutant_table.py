@@ -27,6 +27,7 @@ _MERGE = "trilith.kernels.attention.merge"
 _MERGE_TESTS = "tests/kernels/test_merge_attention.py"
 _LOSSES = "trilith.kernels.losses"
 _LOSS_TESTS = "tests/kernels/test_losses.py"
+_VARLEN_TESTS = "tests/kernels/test_varlen_attention.py"
 _ROTARY = "trilith.kernels.rotary"
 _OP = "trilith.plugins.op"
 _AUTOGRAD = "trilith.plugins.autograd"
@@ -296,6 +297,41 @@ MUTANTS = (
         _CONFORMANCE + " -k cross_entropy-fp32-nothing_is_written_to",
     ),
     Mutant(
+        "varlen_sequence_one_too_far",
+        _ATTENTION_TILES,
+        "// BLOCK + middle <= tile",
+        "// BLOCK + middle <= tile + 1",
+        _VARLEN_TESTS + " -k alone",
+    ),
+    Mutant(
+        "varlen_rows_of_the_whole_batch",
+        _ATTENTION_TILES,
+        "rows = tl.load(cu_ptr + b + 1).to(tl.int32) - first",
+        "rows = length - first",
+        _VARLEN_TESTS + " -k 'alone or neighbours'",
+    ),
+    Mutant(
+        "varlen_gradient_of_lse_ignored",
+        "trilith.kernels.attention.varlen",
+        "None if dlse is None else dlse[None]",
+        "None",
+        _VARLEN_TESTS + " -k pairs",
+    ),
+    Mutant(
+        "varlen_diagonal_of_the_first_key",
+        _ATTENTION_TILES,
+        "return low + S - T, high + S - T, diagonal + S - T",
+        "return low, high, diagonal",
+        _VARLEN_TESTS + " -k alone",
+    ),
+    Mutant(
+        "varlen_dropout_alike_in_all_sequences",
+        _ATTENTION_FORWARD,
+        "first_row += first_q",
+        "first_row += 0 * first_q",
+        _VARLEN_TESTS + " -k 'dropout or alone'",
+    ),
+    Mutant(
         "attention_padded_keys_scored_0",
         _ATTENTION_TILES,
         'x = tl.where(meets, x, -float("inf"))',
@@ -319,8 +355,8 @@ MUTANTS = (
     Mutant(
         "attention_backward_mask_differs",
         _ATTENTION_BACKWARD,
-        "band = (low, high, diagonal)",
-        "band = (low, high + 1, diagonal)",
+        "band = band_of(low, high, diagonal, T, S, FLAGS)",
+        "band = band_of(low, high + 1, diagonal, T, S, FLAGS)",
         _ATTENTION_TESTS + " -k test_bands",
     ),
     Mutant(
@@ -354,15 +390,15 @@ MUTANTS = (
     Mutant(
         "attention_dropout_of_backward_elsewhere",
         _ATTENTION_BACKWARD,
-        "offs_m, start_n, sizes[1], scalars[2]",
-        "offs_m + 1, start_n, sizes[1], scalars[2]",
+        "offs_m, start_n, mask_cols, scalars[2]",
+        "offs_m + 1, start_n, mask_cols, scalars[2]",
         _ATTENTION_TESTS + " -k dropout",
     ),
     Mutant(
         "attention_dq_dropout_elsewhere",
         _ATTENTION_QUERIES,
-        "offs_m, start_n, sizes[1], scalars[2]",
-        "offs_m + 1, start_n, sizes[1], scalars[2]",
+        "offs_m, start_n, sizes[4], scalars[2]",
+        "offs_m + 1, start_n, sizes[4], scalars[2]",
         _ATTENTION_TESTS + " -k dropout",
     ),
     Mutant(
@@ -599,15 +635,15 @@ MUTANTS = (
     Mutant(
         "attention_slope_gradient_of_the_first_batch",
         "trilith.kernels.attention.launchers",
-        "dslopes.sum(2).sum_to_size(slopes.shape)",
-        "dslopes.sum(2)[: slopes.shape[0]]",
+        "sums.sum_to_size(slopes.shape)",
+        "sums[: slopes.shape[0]]",
         _ATTENTION_TESTS + " -k slopes",
     ),
     Mutant(
         "attention_sink_gradient_without_its_sign",
         "trilith.kernels.attention.launchers",
-        "dsinks = -torch.where",
-        "dsinks = torch.where",
+        "return -torch.where",
+        "return torch.where",
         _ATTENTION_TESTS + " -k sink",
     ),
     Mutant(

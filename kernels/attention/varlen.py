@@ -1,0 +1,347 @@
+"""Attention over packed sequences: q (total queries, H, D), cut by cumulative lengths.
+
+Sequence n has the queries cu_seqlens_q[n] to cu_seqlens_q[n + 1] and the keys likewise; the kernels
+are those of `attention`, and each program finds its sequence on the device, in a grid of
+total / BLOCK + B tiles a head. Nothing is padded, and the host reads no length.
+
+Letters, formulas, numerics and source as in forward.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trilith.kernels._runtime.checks import (
+    require,
+    require_floating,
+    require_probability,
+    require_same_device,
+    require_shape,
+)
+from trilith.kernels._runtime.random import draw_seed, reference_keep_mask
+from trilith.kernels.attention.functions import LARGEST_HEAD_DIM, score_window
+from trilith.kernels.attention.launchers import AttentionCall, Packed, sink_gradient
+from trilith.kernels.attention.reference import attend
+from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
+
+_NAME = "varlen_attention"
+
+
+def _as_batch(packed: Tensor) -> Tensor:
+    """(total, H, D) -> (1, H, total, D), a view."""
+    return packed.transpose(0, 1)[None]
+
+
+def _packed(batch: Tensor) -> Tensor:
+    return batch[0].transpose(0, 1)
+
+
+def _out(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    out = q.new_empty((*q.shape[:2], v.shape[2]))
+    lse, lse2 = (q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32) for _ in range(2))
+    return out, lse, lse2
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _out(q, v)
+
+
+def _varlen_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    p: float,
+    alignment: str,
+    left: int,
+    right: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, lse2 = _out(q, v)
+    rest = (scale, softcap, p, alignment, left, right)
+    call = _call(q, k, v, cu_seqlens_q, cu_seqlens_k, bias, slopes, seed, *rest)
+    call.forward(sinks, _as_batch(out), lse, lse2)
+    return out, lse, lse2
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+    *rest: Any,
+) -> AttentionCall:
+    q, k, v = map(_as_batch, (q, k, v))
+    starts = Packed(cu_q.contiguous(), cu_k.contiguous())
+    return AttentionCall(q, k, v, bias, None, slopes, seed, *rest, packed=starts)
+
+
+def _varlen_bwd(
+    ctx: BackwardContext, dout: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, cu_q, cu_k, bias, slopes, sinks, seed, *rest = ctx.inputs
+    (out,) = ctx.outputs
+    (lse2,) = ctx.aux
+    needs = ctx.needs_input_grad
+    call = _call(q, k, v, cu_q, cu_k, bias, slopes, seed, *rest)
+    upstream = call.upstream(
+        _as_batch(out),
+        lse2,
+        None if dout is None else _as_batch(dout),
+        None if dlse is None else dlse[None],
+    )
+    dq = dk = dv = dbias = dslopes = dsinks = None
+    if needs[0] or needs[6]:
+        dq, dslopes = call.query_gradients(upstream, slopes if needs[6] else None)
+        dq = _packed(dq)
+    if needs[1] or needs[2]:
+        dk, dv = map(_packed, call.key_gradients(upstream))
+    if needs[5]:
+        dbias = call.bias_gradient(bias, upstream)
+    if needs[7]:
+        dsinks = sink_gradient(sinks, lse2[None], upstream.delta)
+    return dq, dk, dv, None, None, dbias, dslopes, dsinks
+
+
+def varlen_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    p: float,
+    alignment: str,
+    left: int,
+    right: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each sequence by itself, one after the other; reads the lengths on the host."""
+    begin, end = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    kept = None
+    if seed is not None and p > 0:
+        kept = reference_keep_mask(seed, (q.shape[1], q.shape[0], k.shape[0]), p)
+    outs, lses = [q.new_empty((0, q.shape[1], v.shape[2]))], []
+    for n, ((i, j), (a, b)) in enumerate(
+        zip(zip(begin, begin[1:], strict=False), zip(end, end[1:], strict=False), strict=True)
+    ):
+        own_bias = None
+        if bias is not None:
+            own_bias = bias[n % bias.shape[0]][None, :, : j - i, : b - a]
+        own_slopes = None if slopes is None else slopes[n % slopes.shape[0]][None]
+        own_kept = None if kept is None else kept[None, :, i:j, : b - a]
+        out, lse = attend(
+            *(_as_batch(q[i:j]), _as_batch(k[a:b]), _as_batch(v[a:b]), own_bias, None, own_slopes),
+            *(sinks, own_kept, scale, softcap, p, alignment, left, right),
+        )
+        outs.append(_packed(out))
+        lses.append(lse[0])
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    empty = q.new_empty((q.shape[1], 0), dtype=wide)
+    return torch.cat(outs), torch.cat([empty, *lses], 1)
+
+
+def _cost(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, *rest: Any) -> Cost:
+    """As if all sequences had one length."""
+    (total, H, D), Dv = q.shape, v.shape[2]
+    pairs = H * total * k.shape[0] // max(1, cu_q.shape[0] - 1) // (2 if rest[-1] >= 0 else 1)
+    out_bytes, lse_bytes = total * H * Dv * q.element_size(), total * H * 4
+    inputs = sum(t.numel() * t.element_size() for t in (q, k, v))
+    bias_bytes = 0 if rest[1] is None else rest[1].numel() * rest[1].element_size()
+    return Cost(
+        forward_bytes=inputs + bias_bytes + out_bytes + lse_bytes,
+        backward_bytes=2 * inputs + bias_bytes + 2 * out_bytes + lse_bytes,
+        forward_flops=2 * pairs * (D + Dv),
+        backward_flops=2 * pairs * (3 * D + 2 * Dv),
+    )
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    def sample(
+        lengths_q: list[int], lengths_k: list[int], H: int, Hkv: int, D: int, Dv: int, **given: Any
+    ) -> Sample:
+        starts = [
+            torch.tensor([0, *lengths], device=device, dtype=torch.int32).cumsum(0).int()
+            for lengths in (lengths_q, lengths_k)
+        ]
+        total_q, total_k = sum(lengths_q), sum(lengths_k)
+        defaults: dict[str, Any] = dict.fromkeys(("bias", "slopes", "sinks", "seed"), None)
+        defaults |= {"scale": 0.3, "softcap": 0.0, "p": 0.0}
+        defaults |= {"alignment": "bottom_right", "left": -1, "right": -1}
+        tensors = (randn(total_q, H, D), randn(total_k, Hkv, D), randn(total_k, Hkv, Dv))
+        return Sample(*tensors, *starts, **(defaults | given))
+
+    seed = torch.tensor([2**40 + 7], device=device)
+    yield sample([5, 0, 34, 3], [7, 4, 33, 0], 2, 2, 16, 16)
+    yield sample([33, 2], [20, 9], 4, 2, 8, 12, right=0, p=0.3, seed=seed)
+    bias = {"bias": randn(2, 1, 20, 36), "slopes": randn(2, 2).abs()}
+    yield sample([3, 18], [35, 17], 2, 1, 16, 16, **bias, softcap=2.0, alignment="top_left")
+    yield sample([1, 40], [1, 40], 2, 2, 5, 3, sinks=randn(2), left=3, right=2, scale=-0.2)
+
+
+VARLEN_ATTENTION = Op(
+    OpSpec(
+        name="trilith::varlen_attention",
+        forward=_varlen_fwd,
+        backward=_varlen_bwd,
+        reference=varlen_reference,
+        samples=_samples,
+        outputs=2,
+        fake=_fake,
+        materialize_grads=False,
+        save_outputs=(0,),
+        cost=_cost,
+        autocast="low",
+    )
+)
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of B sequences that lie one behind the other, of any lengths, also of none.
+
+    Args:
+        q: (total queries, H, D), D from 1 to 256; any strides, as for all floating tensors here.
+        k: (total keys, Hkv, D), q's dtype. Hkv divides H.
+        v: (total keys, Hkv, Dv), q's dtype; Dv from 1 to 256.
+        cu_seqlens_q: (B + 1,) int32 or int64 on q's device: where each sequence's queries begin,
+            from 0 to the total. The values are not checked, for that would wait for the device.
+        cu_seqlens_k: the same of the keys.
+        max_seqlen_q, max_seqlen_k: accepted for those who have them at hand; nothing needs them.
+        causal: False, "top_left" or "bottom_right", of each sequence. True where queries and keys
+            have one and the same `cu_seqlens`.
+        window: (left, right), how many keys before and after the diagonal's are seen.
+        bias: (B or 1, H or 1, R, C), added to score [i, j] of a sequence, or boolean; R and C at
+            least the longest sequence's queries and keys. Beyond them it reads as 0, or False.
+        alibi_slopes: (H,) or (B, H).
+        softcap: positive; scores become softcap * tanh(score / softcap).
+        sinks: (H,), one more score per head, without a value.
+        dropout_p: the probability that a weight is dropped.
+        scale: 1 / sqrt(D) if None.
+        return_lse: whether to return the log-sum-exp of the scores too.
+
+    Returns:
+        (total queries, H, Dv) in q's dtype; with `return_lse` also (H, total queries) in fp32.
+        Both are differentiable. A query that sees no key has output 0, lse -inf, and gradients 0.
+
+    Raises:
+        NotImplementedError: a head dim above 256 where kernels run.
+        TypeError: a dtype that does not fit.
+        ValueError: shapes that do not fit, a value out of range.
+
+    Numerics: as `attention`. Without a GPU the reference reads the lengths on the host.
+
+    Source: Dao, "FlashAttention-2", 2023.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 100, 8, 64).unbind()
+        >>> starts = torch.tensor([0, 30, 30, 100], dtype=torch.int32)
+        >>> varlen_attention(q, k, v, starts, starts, causal=True).shape
+        torch.Size([100, 8, 64])
+    """
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    require_probability(_NAME, "dropout_p", dropout_p)
+    same = cu_seqlens_q is cu_seqlens_k
+    if causal is True and not same:
+        raise ValueError(
+            f"{_NAME}: causal must say where the diagonal lies when cu_seqlens_q is not "
+            'cu_seqlens_k, "top_left" or "bottom_right", got True'
+        )
+    alignment, left, right = score_window(_NAME, "top_left" if causal is True else causal, window)
+    if softcap is not None:
+        require(softcap > 0, _NAME, "softcap", "be positive", softcap)
+    slopes = _check_terms(q, cu_seqlens_q.shape[0] - 1, bias, alibi_slopes, sinks)
+    scale = 1 / math.sqrt(max(1, q.shape[2])) if scale is None else scale
+    rest = (scale, softcap or 0.0, dropout_p, alignment, left, right)
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, bias, slopes, sinks)
+    seed = None
+    if VARLEN_ATTENTION.runs_kernels(*tensors, None, *rest):
+        if max(q.shape[2], v.shape[2]) > LARGEST_HEAD_DIM:
+            raise NotImplementedError(
+                f"{_NAME}: there are kernels for head dims up to {LARGEST_HEAD_DIM}, got "
+                f"{q.shape[2]} and {v.shape[2]}"
+            )
+        seed = draw_seed(q) if dropout_p > 0 else None
+    out, lse = VARLEN_ATTENTION(*tensors, seed, *rest)
+    return (out, lse) if return_lse else out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
+    require_floating(_NAME, q=q, k=k, v=v)
+    require_same_device(_NAME, q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    for arg, tensor in (("q", q), ("k", k), ("v", v)):
+        require(tensor.ndim == 3, _NAME, arg, "be 3-D (total, heads, dim)", tuple(tensor.shape))
+    if not (q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)):
+        raise TypeError(
+            f"{_NAME}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
+        )
+    (_, H, D), (S, Hkv) = q.shape, k.shape[:2]
+    require_shape(_NAME, "k", k, (S, Hkv, D))
+    require_shape(_NAME, "v", v, (S, Hkv, v.shape[2]))
+    divides = H % Hkv == 0 if Hkv else H == 0
+    require(divides, _NAME, "q's heads", f"be a multiple of k's {Hkv}", H)
+    for arg, starts in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        if starts.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{_NAME}: {arg} must be int32 or int64, got {starts.dtype}")
+        fits = starts.ndim == 1 and starts.shape[0] > 0 and starts.shape == cu_q.shape
+        require(fits, _NAME, arg, "be (B + 1,), as long as cu_seqlens_q", tuple(starts.shape))
+
+
+def _check_terms(
+    q: Tensor, B: int, bias: Tensor | None, slopes: Tensor | None, sinks: Tensor | None
+) -> Tensor | None:
+    """Slopes as 2-D."""
+    H = q.shape[1]
+    require_same_device(_NAME, q, bias=bias, alibi_slopes=slopes, sinks=sinks)
+    require_floating(_NAME, alibi_slopes=slopes, sinks=sinks)
+    require_shape(_NAME, "sinks", sinks, (H,))
+    if bias is not None:
+        if bias.dtype != torch.bool:
+            require_floating(_NAME, bias=bias)
+        fits = bias.ndim == 4 and bias.shape[0] in (1, B) and bias.shape[1] in (1, H)
+        rule = f"be ({B} or 1, {H} or 1, longest queries, longest keys)"
+        require(fits, _NAME, "bias", rule, tuple(bias.shape))
+    if slopes is not None:
+        fits = tuple(slopes.shape) in ((H,), (B, H))
+        require(fits, _NAME, "alibi_slopes", f"be {(H,)} or {(B, H)}", tuple(slopes.shape))
+        slopes = slopes if slopes.ndim == 2 else slopes[None]
+    return slopes

@@ -1,0 +1,258 @@
+"""Packed sequences against each sequence by itself, and against the reference in float64."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from tests.kernels.test_attention import differentiable, eager, run
+from tests.support.compare import assert_like_eager
+from tests.support.covering import pairwise
+from tests.support.devices import DEVICE, dtype_name
+from trilith.kernels._runtime.launch import observers
+from trilith.kernels.attention import attention, varlen_attention
+from trilith.kernels.attention.varlen import VARLEN_ATTENTION as OP
+
+QUERIES, KEYS = (5, 0, 34, 1, 3), (17, 4, 33, 1, 0)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def starts(lengths, dtype=torch.int32):
+    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(dtype)
+
+
+def packed(D=16, Dv=None, H=2, Hkv=2, dtype=torch.float32, lengths=(QUERIES, KEYS)):
+    total_q, total_k = map(sum, lengths)
+    shapes = ((total_q, H, D), (total_k, Hkv, D), (total_k, Hkv, Dv or D))
+    return [randn(*shape, dtype=dtype) for shape in shapes]
+
+
+def call(q, k, v, lengths=(QUERIES, KEYS), **given):
+    """The op's arguments, in order."""
+    terms = dict.fromkeys(("bias", "slopes", "sinks", "seed"))
+    scalars = {"scale": q.shape[-1] ** -0.5, "softcap": 0.0, "p": 0.0}
+    band = {"alignment": "bottom_right", "left": -1, "right": -1}
+    return [q, k, v, *map(starts, lengths), *(terms | scalars | band | given).values()]
+
+
+FACTORS = {
+    "band": {
+        "all": {},
+        "top_left": {"alignment": "top_left", "right": 0},
+        "bottom_right": {"right": 0},
+        "window": {"left": 9, "right": 4},
+    },
+    "bias": {
+        "none": {},
+        "bias": lambda: {"bias": randn(5, 2, 34, 33)},
+        "shared": lambda: {"bias": randn(1, 1, 40, 35)},
+        "boolean": lambda: {"bias": randn(5, 1, 34, 33) > -0.5},
+    },
+    "slopes": {
+        "none": {},
+        "by_head": lambda: {"slopes": randn(1, 2).abs() / 8},
+        "by_sequence": lambda: {"slopes": randn(5, 2).abs() / 8},
+    },
+    "sinks": {"none": {}, "sinks": lambda: {"sinks": randn(2)}},
+    "softcap": {"none": {}, "softcap": {"softcap": 1.5}},
+    "dropout": {
+        "none": {},
+        "dropout": lambda: {"p": 0.3, "seed": torch.tensor([2**35 + 3], device=DEVICE)},
+    },
+    "scale": {"default": {}, "negative": {"scale": -0.4}},
+    "shape": {"plain": {}, "grouped": {"Hkv": 1}, "value_dim": {"Dv": 24, "D": 5}},
+}
+ROWS = pairwise({name: tuple(choices) for name, choices in FACTORS.items()})
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(row.values()))
+def test_pairs_of_features(row):
+    given = {}
+    for name, choice in row.items():
+        made = FACTORS[name][choice]
+        given |= made() if callable(made) else made
+    shape = {n: given.pop(n) for n in ("D", "Dv", "Hkv") if n in given}
+    args = call(*packed(**shape), **given)
+    q, v = args[0], args[2]
+    dout, dlse = randn(*q.shape[:2], v.shape[2]), randn(q.shape[1], q.shape[0])
+    chosen = differentiable(args)
+    double = [a.double() if i in chosen else a for i, a in enumerate(args)]
+    actual = run(OP, args, dout, dlse)
+    expected = run(OP.spec.reference, double, dout.double(), dlse.double())
+    yardstick = run(OP.spec.reference, args, dout, dlse)
+    for a, e, p in zip(actual, expected, yardstick, strict=True):
+        assert_like_eager(a, e, p)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=dtype_name)
+def test_16_bit(dtype):
+    args = call(*packed(dtype=dtype), right=0)
+    q = args[0]
+    dout, dlse = randn(*q.shape, dtype=dtype), randn(q.shape[1], q.shape[0])
+    double = [a.double() if i < 3 else a for i, a in enumerate(args)]
+    actual = run(OP, args, dout, dlse)
+    expected = run(OP.spec.reference, double, dout.double(), dlse.double())
+    parts = []
+    for rows, cols in sequences():
+        if rows.start == rows.stop or cols.start == cols.stop:
+            continue
+        qkv = [t[s].transpose(0, 1)[None] for t, s in zip(args, (rows, cols, cols), strict=False)]
+        band = (q.shape[2] ** -0.5, 0.0, 0.0, "bottom_right", -1, 0)
+        own = [*qkv, None, None, None, None, None, *band]
+        above = dout[rows].transpose(0, 1)[None], dlse[None, :, rows]
+        parts.append((rows, cols, eager(own, *above)))
+    yardstick = [e.to(a.dtype) for a, e in zip(actual, expected, strict=True)]
+    for rows, cols, (out, lse, *grads) in parts:
+        yardstick[1][:, rows] = lse[0]
+        for whole, part, at in zip(
+            (yardstick[0], *yardstick[2:]), (out, *grads), (rows, rows, cols, cols), strict=True
+        ):
+            whole[at] = part[0].transpose(0, 1)
+    for a, e, p in zip(actual, expected, yardstick, strict=True):
+        assert_like_eager(a, e, p)
+
+
+def sequences(lengths=(QUERIES, KEYS)):
+    begins = [starts(n).tolist() for n in lengths]
+    for (i, j), (a, b) in zip(*(zip(b, b[1:], strict=False) for b in begins), strict=True):
+        yield slice(i, j), slice(a, b)
+
+
+@pytest.mark.parametrize("causal", [False, "top_left", "bottom_right"])
+def test_each_sequence_gives_the_bits_it_gives_alone(causal):
+    q, k, v = packed()
+    cu_q, cu_k = (starts(n, torch.int64) for n in (QUERIES, KEYS))
+    out, lse = varlen_attention(q, k, v, cu_q, cu_k, causal=causal, return_lse=True)
+    for rows, cols in sequences():
+        alone = [t[s].transpose(0, 1)[None] for t, s in ((q, rows), (k, cols), (v, cols))]
+        own, own_lse = attention(*alone, causal=causal, return_lse=True)
+        assert torch.equal(out[rows].transpose(0, 1), own[0])
+        assert torch.equal(lse[:, rows], own_lse[0])
+
+
+def test_neighbours_are_neither_read_nor_written():
+    """NaN in every other sequence, and around all of them, reaches none of the rest."""
+    lengths = ((3, 20, 35, 2), (4, 33, 18, 5))
+    q, k, v = packed(lengths=lengths)
+    clean = run(
+        OP, call(q, k, v, lengths, right=0), torch.ones_like(q), torch.ones_like(q[..., 0].T)
+    )
+    marked = list(sequences(lengths))[1::2]
+    for rows, cols in marked:
+        q[rows], k[cols], v[cols] = math.nan, math.nan, math.nan
+    frames = [
+        torch.full((t.shape[0] + 40, *t.shape[1:]), math.nan, device=DEVICE) for t in (q, k, v)
+    ]
+    for frame, tensor in zip(frames, (q, k, v), strict=True):
+        frame[20:-20] = tensor
+    views = [f[20:-20] for f in frames]
+    dirty = run(
+        OP, call(*views, lengths, right=0), torch.ones_like(q), torch.ones_like(q[..., 0].T)
+    )
+    for rows, cols in list(sequences(lengths))[::2]:
+        assert torch.equal(dirty[1][:, rows], clean[1][:, rows])
+        for i, at in ((0, rows), (2, rows), (3, cols), (4, cols)):
+            assert torch.equal(dirty[i][at], clean[i][at])
+    for rows, cols in marked:
+        assert all(dirty[i][at].isnan().all() for i, at in ((0, rows), (2, rows), (3, cols)))
+
+
+def test_features_need_not_lie_together():
+    q, k, v = packed()
+    spread = [
+        torch.stack([t, t], -1)[..., 0].transpose(0, 1).contiguous().transpose(0, 1)
+        for t in (q, k, v)
+    ]
+    wide = [torch.stack([t, t], -1)[..., 0] for t in (q, k, v)]
+    cu = starts(QUERIES), starts(KEYS)
+    for views in (spread, wide):
+        assert torch.equal(varlen_attention(*views, *cu), varlen_attention(q, k, v, *cu))
+
+
+def test_the_grid_has_a_tile_more_for_each_sequence():
+    grids = []
+
+    def observe(kernel, grid, args, options):
+        grids.append((grid, options))
+
+    observers.append(observe)
+    try:
+        varlen_attention(*packed(), starts(QUERIES), starts(KEYS))
+    finally:
+        observers.remove(observe)
+    ((grid, options),) = grids
+    assert grid == (2 * (sum(QUERIES) // options["BLOCK_M"] + len(QUERIES)),)
+
+
+def test_a_bias_that_is_too_short_reads_as_zero():
+    lengths = ((20, 3), (20, 3))
+    q, k, v = packed(lengths=lengths)
+    cu = starts(lengths[0])
+    bias = randn(1, 1, 18, 19)
+    whole = torch.nn.functional.pad(bias, (0, 1, 0, 2))
+    assert torch.equal(
+        varlen_attention(q, k, v, cu, cu, bias=bias), varlen_attention(q, k, v, cu, cu, bias=whole)
+    )
+
+
+def test_dropout_draws_anew_in_each_sequence():
+    lengths = ((1,) * 64, (16,) * 64)
+    q, k, v = torch.zeros(64, 1, 16), torch.zeros(64 * 16, 1, 16), torch.ones(64 * 16, 1, 1)
+    v = torch.eye(16).repeat(64, 1)[:, None]
+    cu = [starts(n) for n in lengths]
+    kept = varlen_attention(*(t.to(DEVICE) for t in (q, k, v)), *cu, dropout_p=0.5)[:, 0] != 0
+    assert 0.4 < kept.float().mean() < 0.6
+    assert len({tuple(row) for row in kept.tolist()}) > 60
+
+
+def test_compiles_without_a_break():
+    q, k, v = (t.requires_grad_() for t in packed())
+    cu = starts(QUERIES), starts(KEYS)
+    compiled = torch.compile(
+        lambda *t: varlen_attention(*t, causal="bottom_right"), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(
+        compiled(q, k, v, *cu), varlen_attention(q, k, v, *cu, causal="bottom_right")
+    )
+
+
+CU = starts((3, 4))
+BAD_CALLS = {
+    "four_dims": (lambda q, k, v: varlen_attention(q[None], k, v, CU, CU), ValueError, "be 3-D"),
+    "causal": (
+        lambda q, k, v: varlen_attention(q, k, v, CU, CU.clone(), causal=True),
+        ValueError,
+        '"top_left" or "bottom_right", got True',
+    ),
+    "starts": (
+        lambda q, k, v: varlen_attention(q, k, v, CU, CU[:2]),
+        ValueError,
+        "cu_seqlens_k must be (B + 1,), as long as cu_seqlens_q, got (2,)",
+    ),
+    "starts_dtype": (
+        lambda q, k, v: varlen_attention(q, k, v, CU, CU.float()),
+        TypeError,
+        "cu_seqlens_k must be int32 or int64, got torch.float32",
+    ),
+    "bias": (
+        lambda q, k, v: varlen_attention(q, k, v, CU, CU, bias=randn(7, 7)),
+        ValueError,
+        "bias must be (2 or 1, 2 or 1, longest queries, longest keys), got (7, 7)",
+    ),
+    "slopes": (
+        lambda q, k, v: varlen_attention(q, k, v, CU, CU, alibi_slopes=randn(3)),
+        ValueError,
+        "alibi_slopes must be (2,) or (2, 2), got (3,)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_wrong_arguments_are_named(case):
+    function, error, message = BAD_CALLS[case]
+    with pytest.raises(error, match=re.escape(message)):
+        function(*packed(lengths=((3, 4), (3, 4))))
