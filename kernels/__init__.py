@@ -26,6 +26,7 @@ from trilith.kernels.attention.decode import DECODE_ATTENTION
 from trilith.kernels.attention.merge import MERGE_ATTENTION
 from trilith.kernels.attention.op import OP as ATTENTION
 from trilith.kernels.attention.varlen import VARLEN_ATTENTION
+from trilith.kernels.batch_norm import BATCH_NORM, BATCH_NORM_GIVEN, batch_norm
 from trilith.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from trilith.kernels.dropout import BIAS_DROPOUT_ADD, DROPOUT, bias_dropout_add, dropout
 from trilith.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
@@ -49,6 +50,8 @@ OPS = (
     ADD_NORM,
     ADD_NORM_LINEAR,
     ATTENTION,
+    BATCH_NORM,
+    BATCH_NORM_GIVEN,
     BCE_WITH_LOGITS,
     BIAS_ACT,
     BIAS_ACT_LINEAR,
@@ -74,6 +77,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "batch_norm",
     "bias_act",
     "bias_act_linear",
     "bias_dropout_add",

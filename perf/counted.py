@@ -37,6 +37,7 @@ from perf.oracle import gradient_for, leaves, seeded_arguments
 from perf.workloads import (
     Workload,
     attention,
+    batch_norm,
     bce_with_logits,
     bias_act,
     bias_dropout_add,
@@ -75,6 +76,7 @@ OPS = (
     cross_entropy(32, 8192),
     cross_entropy(4, 131072),
     linear_cross_entropy(64, 256, 8192),
+    batch_norm(512, 1024),
     bce_with_logits(256, 2048),
     mse(256, 2048),
     softmax(256, 2048),

@@ -248,6 +248,16 @@ def mse(m: int, n: int) -> Workload:
     )
 
 
+def batch_norm(n: int, c: int) -> Workload:
+    return Workload(
+        name=f"batch_norm-N{n}-C{c}",
+        arguments=lambda draw: (draw(n, c), draw(c), draw(c)),
+        cost=_cost("batch_norm", 1e-5),
+        trilith=lambda x, w, b: kernels.batch_norm(x, None, None, w, b, True),
+        eager=lambda x, w, b: F.batch_norm(x, None, None, w, b, True),
+    )
+
+
 def rotary(b: int, h: int, t: int, d: int) -> Workload:
     def arguments(draw: Draw) -> tuple[Any, ...]:
         angles = torch.rand(t, d // 2, device=draw.device) * 2 * math.pi

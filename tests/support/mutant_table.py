@@ -710,4 +710,18 @@ MUTANTS = (
         "dx = dy - p * dy",
         "tests/kernels/test_softmax.py -k float64",
     ),
+    Mutant(
+        "batch_norm_shares_merged_without_their_distance",
+        "trilith.kernels._batch_norm_kernels",
+        "var = tl.sum(squares + count * apart * apart, axis=0) / R",
+        "var = tl.sum(squares, axis=0) / R",
+        "tests/kernels/test_batch_norm.py -k float64",
+    ),
+    Mutant(
+        "batch_norm_running_variance_biased",
+        "trilith.kernels.batch_norm",
+        "var.detach() * (count / max(1, count - 1))",
+        "var.detach() * 1.0",
+        "tests/kernels/test_batch_norm.py -k running",
+    ),
 )
