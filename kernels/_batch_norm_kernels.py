@@ -305,11 +305,10 @@ def batch_norm_gradients(
     """The gradients of x, weight and bias; `of_statistics` are those of mean and var."""
     vectors: tuple[Any, ...] = (mean, var, weight, *of_statistics)
     dx = x.new_empty(x.shape) if needs[0] else None
-    work = _work(dy, x)
-    sizes = (work.r, work.c, work.rows.inner, eps)
     sums: tuple[Tensor | None, Tensor | None] = (None, None)
     if training or needs[1] or needs[2]:
-        grid = work.shares()
+        work = _work(dy, x)
+        grid, sizes = work.shares(), (work.r, work.c, work.rows.inner, eps)
         partials = mean.new_empty((2, grid[0], work.c), dtype=torch.float32)
         tensors = (*work.rows.tensors, mean, var, partials)
         strides = (_strides(*vectors), *work.rows.strides)
@@ -317,7 +316,7 @@ def batch_norm_gradients(
         sums = column_sum_pair(partials, torch.float32, torch.float32)
     if dx is not None:
         work = _work(dy, x, dx)
-        down, across = work.blocks()
+        (down, across), sizes = work.blocks(), (work.r, work.c, work.rows.inner, eps)
         tensors = (*work.rows.tensors[:2], *vectors, *(sums if training else (None, None)))
         tensors = (*tensors, work.rows.tensors[2])
         strides = (_strides(*vectors), *work.rows.strides)

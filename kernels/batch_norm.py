@@ -56,8 +56,7 @@ def _train_bwd(
 ) -> tuple[Tensor | None, ...]:
     x, weight, bias, eps = ctx.inputs
     _, mean, var = ctx.outputs
-    dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-    dmean, dvar = (None if d is None else d.contiguous() for d in (dmean, dvar))
+    dy = torch.zeros_like(x) if dy is None else dy
     needs = ctx.needs_input_grad[:3]
     return batch_norm_gradients(dy, x, mean, var, weight, bias, eps, needs, (dmean, dvar), True)
 
@@ -265,7 +264,7 @@ def _check(input: Tensor, vectors: dict[str, Tensor | None], training: bool) -> 
     require_floating(op, input=input, **vectors)
     require_same_device(op, input, **vectors)
     if input.dim() < 2:
-        raise RuntimeError(f"{op}: input must be (N, C, ...), got {tuple(input.shape)}")
+        raise ValueError(f"{op}: input must be (N, C, ...), got {tuple(input.shape)}")
     for name, vector in vectors.items():
         if vector is not None and vector.shape != input.shape[1:2]:
             raise RuntimeError(

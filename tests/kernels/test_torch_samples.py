@@ -11,6 +11,7 @@ from tests.support.devices import DEVICE
 from trilith import kernels
 
 NAMES = {
+    "nn.functional.batch_norm": "batch_norm",
     "softmax": "softmax",
     "log_softmax": "log_softmax",
     "nn.functional.binary_cross_entropy_with_logits": "binary_cross_entropy_with_logits",
