@@ -242,6 +242,8 @@ def batch_norm(
         "weight": weight,
         "bias": bias,
     }
+    if input.dim() == 1 and not input.numel():
+        return input.clone()  # torch takes nothing in any shape
     _check(input, vectors, training)
     if not training:
         assert running_mean is not None
