@@ -104,6 +104,7 @@ def test_either_output_may_be_unused(function, p):
     full = torch.autograd.grad(function(*inputs, p=p), inputs, (g, g))
     for a, b, c in zip(*both, full, strict=True):
         torch.testing.assert_close(a + b, c, rtol=1e-5, atol=1e-6)
+    assert torch.equal(both[1][1], g)  # the sum's own gradient reaches the residual as it is
 
 
 @functions

@@ -94,7 +94,7 @@ def test_neither_the_norm_nor_the_product_is_kept(centred, added):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         outputs = fused(given)
     parameters = {t.data_ptr() for t in given[2:] if t is not None}
-    large = [t for t in saved if t.data_ptr() not in parameters and t.numel() >= 3 * 5 * N]
+    large = [t for t in saved if t.data_ptr() not in parameters and t.numel() >= 3 * 5 * 17]
     assert [t.data_ptr() for t in large] == [(outputs[-1] if added else given[0]).data_ptr()]
 
 

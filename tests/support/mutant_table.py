@@ -472,13 +472,6 @@ MUTANTS = (
         "tests/kernels/test_add_norm.py -k 'row_length and fp32'",
     ),
     Mutant(
-        "branch_gradient_in_the_residuals_dtype",
-        "trilith.kernels.add_norm",
-        "    dx = summed.new_empty(summed.shape, dtype=x_dtype) if needs[0] else None\n    more",
-        "    dx = torch.empty_like(summed) if needs[0] else None\n    more",
-        "tests/kernels/test_add_norm.py -k wider",
-    ),
-    Mutant(
         "sums_gradient_of_the_wrong_input_is_shared",
         "trilith.kernels.add_norm",
         'return {"x": "residual"} if p == 0.0 and x_dtype is None else {}',
