@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from trilith.kernels._runtime.functors import ACTIVATIONS
 from trilith.kernels._runtime.language import tl, triton
+from trilith.kernels._runtime.rows import row_offsets
 
 _tanh, _tanh_grad = ACTIVATIONS["tanh"].f, ACTIVATIONS["tanh"].df
 
@@ -159,6 +160,7 @@ def cross_entropy_fwd_kernel(
     loss_ptr,
     peak_ptr,
     log_sum_ptr,
+    inner,
     x_strides,
     target_stride,
     weight_stride,
@@ -176,8 +178,9 @@ def cross_entropy_fwd_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     label, live, wrong = load_labels(target_ptr, target_stride, rows, M, N, ignore_index)
     weight = class_weights(weight_ptr, weight_stride, label, live)
+    x_rows = x_ptr + row_offsets(rows, inner, x_strides)
     statistics = row_statistics(
-        x_ptr + rows * x_strides[0], x_strides[1], weight_ptr, weight_stride, label, live, N,
+        x_rows, x_strides[2], weight_ptr, weight_stride, label, live, N,
         softcap, SMOOTH, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     loss = row_losses(
@@ -199,7 +202,9 @@ def cross_entropy_bwd_kernel(
     peak_ptr,
     log_sum_ptr,
     dx_ptr,
+    dx_strides,
     dloss_stride,
+    inner,
     x_strides,
     target_stride,
     weight_stride,
@@ -220,11 +225,11 @@ def cross_entropy_bwd_kernel(
     cols = (pid % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     label, live, wrong = load_labels(target_ptr, target_stride, rows, M, N, ignore_index)
     mask = live[:, None] & (cols < N)[None, :]
-    x_rows = x_ptr + rows * x_strides[0]
-    offsets = (cols.to(tl.int64) * x_strides[1])[None, :]
+    x_rows = x_ptr + row_offsets(rows, inner, x_strides)
+    offsets = (cols.to(tl.int64) * x_strides[2])[None, :]
     x = tl.load(x_rows[:, None] + offsets, mask=mask, other=0.0)
     chosen = capped(
-        tl.load(x_rows + label.to(tl.int64) * x_strides[1], mask=live, other=0.0), softcap
+        tl.load(x_rows + label.to(tl.int64) * x_strides[2], mask=live, other=0.0), softcap
     )
     peak = tl.load(peak_ptr + rows, mask=live, other=0.0)
     log_sum = tl.load(log_sum_ptr + rows, mask=live, other=0.0)
@@ -235,9 +240,9 @@ def cross_entropy_bwd_kernel(
         weight_ptr, weight_stride, weight_sum_ptr, label_smoothing, z_loss, softcap, SMOOTH,
     )  # fmt: skip
     inside = (rows < M)[:, None] & (cols < N)[None, :]
-    tl.store(
-        dx_ptr + rows[:, None] * N + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside
-    )
+    places = dx_ptr + row_offsets(rows, inner, dx_strides)[:, None]
+    places += (cols.to(tl.int64) * dx_strides[2])[None, :]
+    tl.store(places, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -149,7 +149,8 @@ def _rows_by_kernel(
     weight_sum = weight.sum(dtype=torch.float32) if smooth and weight is not None else None
     tile = row_tile(min(logits.shape[1], _WIDEST_BLOCK), per_thread=8, max_warps=8)
     weight_stride = None if weight is None else weight.stride(0)
-    strides = (logits.stride(), target.stride(0), weight_stride)
+    strides = (target.stride(0), weight_stride)
+    steps = logits.stride()
     tail = (*strides, *logits.shape, ignore_index, label_smoothing, z_loss, softcap)
     settings = {
         "SMOOTH": smooth,
@@ -161,9 +162,10 @@ def _rows_by_kernel(
     inputs = (logits, target, weight, weight_sum)
     if wants_gradient:
         upstream = (dloss, losses, None if dloss is None else dloss.stride(0))
-        launch(cross_entropy_in_place_kernel, grid, *inputs, *upstream, *tail, **settings)
+        launch(cross_entropy_in_place_kernel, grid, *inputs, *upstream, steps, *tail, **settings)
     else:
-        launch(cross_entropy_fwd_kernel, grid, *inputs, losses, None, None, *tail, **settings)
+        rows = (losses, None, None, 1, (steps[0], 0, steps[1]))
+        launch(cross_entropy_fwd_kernel, grid, *inputs, *rows, *tail, **settings)
     return logits
 
 

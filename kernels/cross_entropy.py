@@ -40,6 +40,7 @@ from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 _WIDEST_BLOCK = 4096
 _WIDEST_CAPPED_BLOCK = 2048  # tanh's temporaries spill at 4096 when rows are unaligned
+_STRIDED_TILE, _STRIDED_WARPS = (16, 128), 4
 _REDUCTIONS = ("none", "mean", "sum")
 _LABEL_DTYPES = (torch.int64, torch.uint8)
 _OP = "cross_entropy"
@@ -55,8 +56,8 @@ def require_labels(op: str, target: Tensor, ignore_index: int, n_classes: int) -
         raise IndexError(f"{op}: target must be in [0, {n_classes}) or {ignore_index}, got {first}")
 
 
-def _cross_entropy_out(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    loss, peak, log_sum = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(3))
+def _cross_entropy_out(x: Tensor, target: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    loss, peak, log_sum = (x.new_empty(target.shape, dtype=torch.float32) for _ in range(3))
     return loss, peak, log_sum
 
 
@@ -70,12 +71,12 @@ def _cross_entropy_fwd(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     require_labels(_OP, target, ignore_index, x.shape[1])
-    outputs = _cross_entropy_out(x)
+    outputs = _cross_entropy_out(x, target)
     weight_sum, tile, tail, options = _launch_arguments(
         x, target, weight, ignore_index, label_smoothing, z_loss, softcap
     )
-    grid = (triton.cdiv(x.shape[0], tile.block_m),)
-    inputs = (x, target, weight, weight_sum)
+    grid = (triton.cdiv(target.numel(), tile.block_m),)
+    inputs = (x, target.reshape(-1), weight, weight_sum)
     launch(cross_entropy_fwd_kernel, grid, *inputs, *outputs, *tail, **options)
     return outputs
 
@@ -84,9 +85,11 @@ def _cross_entropy_bwd(ctx: BackwardContext, dloss: Tensor) -> tuple[Tensor]:
     x, target, weight = ctx.inputs[:3]
     dx = x.new_empty(x.shape)
     weight_sum, tile, tail, options = _launch_arguments(*ctx.inputs)
-    grid = (triton.cdiv(x.shape[0], tile.block_m) * triton.cdiv(x.shape[1], tile.block_n),)
-    inputs = (dloss, x, target, weight, weight_sum, *ctx.aux)
-    launch(cross_entropy_bwd_kernel, grid, *inputs, dx, dloss.stride(0), *tail, **options)
+    grid = (triton.cdiv(target.numel(), tile.block_m) * triton.cdiv(x.shape[1], tile.block_n),)
+    dloss = dloss.reshape(-1)
+    inputs = (dloss, x, target.reshape(-1), weight, weight_sum, *ctx.aux)
+    steps = (_row_strides(dx), dloss.stride(0))
+    launch(cross_entropy_bwd_kernel, grid, *inputs, dx, *steps, *tail, **options)
     return (dx,)
 
 
@@ -99,21 +102,31 @@ def _launch_arguments(
     z_loss: float,
     softcap: float | None,
 ) -> tuple[Tensor | None, RowTile, tuple[Any, ...], dict[str, Any]]:
-    """What both kernels take: sum(weight), the tile, the arguments from x_strides on, options."""
+    """What both kernels take: sum(weight), the tile, the arguments from inner on, options."""
     smooth = label_smoothing > 0
     weight_sum = weight.sum(dtype=torch.float32) if smooth and weight is not None else None
     weight_stride = None if weight is None else weight.stride(0)
-    strides = (x.stride(), target.stride(0), weight_stride)
+    strides = (_row_strides(x), target.reshape(-1).stride(0), weight_stride)
+    inner = x.shape[2] if x.dim() == 3 else 1
     scalars = (ignore_index, label_smoothing, z_loss, softcap)
     widest = _WIDEST_BLOCK if softcap is None else _WIDEST_CAPPED_BLOCK
-    tile = row_tile(min(x.shape[1], widest), per_thread=8, max_warps=8)
+    if inner > 1:  # neighbours in memory are neighbouring rows: a tile has some of them
+        columns = min(triton.next_power_of_2(x.shape[1]), _STRIDED_TILE[1])
+        tile = RowTile(_STRIDED_TILE[0], columns, _STRIDED_WARPS)
+    else:
+        tile = row_tile(min(x.shape[1], widest), per_thread=8, max_warps=8)
     options = {
         "SMOOTH": smooth,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "num_warps": tile.num_warps,
     }
-    return weight_sum, tile, (*strides, *x.shape, *scalars), options
+    return weight_sum, tile, (inner, *strides, target.numel(), x.shape[1], *scalars), options
+
+
+def _row_strides(x: Tensor) -> tuple[int, int, int]:
+    """Steps of logits (N, C) or (N, C, D): from sample to sample, within one, over classes."""
+    return x.stride(0), x.stride(2) if x.dim() == 3 else 0, x.stride(1)
 
 
 def _widened_logits(x: Tensor, softcap: float | None) -> Tensor:
@@ -168,10 +181,12 @@ def _cross_entropy_samples(device: torch.device, dtype: torch.dtype) -> Iterator
     yield Sample(x.t(), target[:6], weight(130), -100, 0.1, 1e-3, None)
     x, target = draw(3, 1)
     yield Sample(x, target, None, -100, 0.0, 0.0, 30.0)
+    x, target = torch.randn(2, 5, 21, device=device, dtype=dtype), draw(42, 5)[1].view(2, 21)
+    yield Sample(x, target, weight(5), 1, 0.1, 1e-2, None)
 
 
 def _cross_entropy_cost(x: Tensor, target: Tensor, *_: object) -> Cost:
-    logits, rows = x.numel() * x.element_size(), 4 * x.shape[0]
+    logits, rows = x.numel() * x.element_size(), 4 * target.numel()
     labels = target.numel() * target.element_size()
     return Cost(
         forward_bytes=logits + labels + 3 * rows,
@@ -209,8 +224,8 @@ def cross_entropy(
     """Cross-entropy between logits and targets, as `torch.nn.functional.cross_entropy`.
 
     Args:
-        input: logits (N, C), (C,) or (N, C, d1, ...), floating-point. Of the last a copy with the
-            classes innermost is made, unless memory has them so.
+        input: logits (N, C), (C,) or (N, C, d1, ...), floating-point. Read where they lie; of
+            several dims d1, ... that are not one stretch of memory a copy is made.
         target: class indices (N,), () or (N, d1, ...), int64 or uint8; or class probabilities,
             floating-point and shaped as input, which run in plain PyTorch.
         weight: (C,) weight of each class, floating-point; it cannot require a gradient.
@@ -249,9 +264,9 @@ def cross_entropy(
     ):
         loss = _in_plain_pytorch(input, target, weight, reduction, *scalars)
     else:
-        class_dim = min(input.dim() - 1, 1)
-        labels = target.reshape(-1).to(torch.int64)
-        x = input.movedim(class_dim, -1).reshape(labels.shape[0], input.shape[class_dim])
+        x = input.unsqueeze(0) if input.dim() == 1 else input
+        x = x.flatten(2) if x.dim() > 3 else x
+        labels = target.to(torch.int64).reshape(x.shape[0], *x.shape[2:])
         loss = CROSS_ENTROPY(x, labels, weight, *scalars)
         if reduction == "none":
             loss = loss.reshape(target.shape)

@@ -22,6 +22,11 @@ def cases() -> Iterator[tuple[str, Sample]]:
             yield _case(x, weight, label_smoothing=0.1, softcap=30.0)
             yield _case(x, weight.to(dtype))
     yield _case(torch.empty(32000, 4096, dtype=_BF16).t())
+    for dtype in (_BF16, _FP32):
+        for classes in (21, 1000):
+            image = torch.empty(8, classes, 64 * 64, dtype=dtype)
+            yield _case(image)
+            yield _case(image, torch.empty(classes), label_smoothing=0.1, softcap=30.0)
 
 
 def _case(
@@ -31,7 +36,7 @@ def _case(
     z_loss: float = 0.0,
     softcap: float | None = None,
 ) -> tuple[str, Sample]:
-    target = torch.empty(x.shape[0], dtype=torch.int64)
+    target = torch.empty(x.shape[0], *x.shape[2:], dtype=torch.int64)
     return (
         "trilith::cross_entropy",
         Sample(x, target, weight, -100, label_smoothing, z_loss, softcap),

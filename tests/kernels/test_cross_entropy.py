@@ -239,6 +239,24 @@ def test_layouts_and_reductions_are_torchs(dtype, layout, weighted, smoothing, r
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_classes_in_the_middle_are_read_where_they_lie(channels_last):
+    x = torch.randn(2, 130, 5, 7, device=DEVICE)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    target = torch.randint(0, 130, (2, 5, 7), device=DEVICE)
+    seen = []
+    observers.append(lambda kernel, grid, args, options: seen.append(args))
+    try:
+        loss = cross_entropy(x.requires_grad_(), target, label_smoothing=0.1)
+        (dx,) = torch.autograd.grad(loss, x)
+    finally:
+        observers.pop()
+    assert [a.data_ptr() for a in (seen[0][0], seen[1][1])] == [x.data_ptr()] * 2
+    expected = F.cross_entropy(x, target, label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(dx, torch.autograd.grad(expected, x)[0])
+
+
 def test_the_loss_adds_terms_as_documented():
     x, target = logits_and_labels(6, 9, torch.float64)
     target[2] = -100
@@ -283,7 +301,7 @@ def test_the_gradient_of_a_mean_is_read_by_stride():
         cross_entropy(x.requires_grad_(), target).backward()
     finally:
         observers.pop()
-    dloss, dloss_stride = seen[-1][0], seen[-1][8]
+    dloss, dloss_stride = seen[-1][0], seen[-1][9]
     assert dloss.shape == (64,) and dloss.stride() == (0,) and dloss_stride == 0
 
 
