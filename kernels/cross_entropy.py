@@ -40,7 +40,7 @@ from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 _WIDEST_BLOCK = 4096
 _WIDEST_CAPPED_BLOCK = 2048  # tanh's temporaries spill at 4096 when rows are unaligned
-_STRIDED_TILE, _STRIDED_WARPS = (16, 128), 4
+_STRIDED_TILE, _STRIDED_WARPS = (16, 64), 4
 _REDUCTIONS = ("none", "mean", "sum")
 _LABEL_DTYPES = (torch.int64, torch.uint8)
 _OP = "cross_entropy"
