@@ -38,6 +38,7 @@ from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels._runtime.reduce import column_sum
+from trilith.kernels._runtime.sharding import Strategy, elementwise
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 __all__ = ["bias_act", "gated_act"]
@@ -330,6 +331,12 @@ def _bias_act_cost(x: Tensor, bias: Tensor | None, *_: object) -> Cost:
     return Cost(forward_bytes=2 * bytes_x + bytes_bias, backward_bytes=3 * bytes_x + 2 * bytes_bias)
 
 
+def _bias_act_sharding(
+    x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, p: float
+) -> list[Strategy]:
+    return [] if p > 0.0 else elementwise(x, 1, biased=True)
+
+
 BIAS_ACT = Op(
     OpSpec(
         name="trilith::bias_act",
@@ -339,6 +346,7 @@ BIAS_ACT = Op(
         samples=_bias_act_samples,
         fake=_bias_act_out,
         cost=_bias_act_cost,
+        sharding=_bias_act_sharding,
         save_outputs=False,
     )
 )
@@ -479,6 +487,10 @@ def _gated_act_cost(gate: Tensor, up: Tensor, *_: object) -> Cost:
     return Cost(forward_bytes=2 * n_bytes + bytes_up, backward_bytes=3 * n_bytes + 2 * bytes_up)
 
 
+def _gated_act_sharding(gate: Tensor, up: Tensor, activation: str) -> list[Strategy]:
+    return elementwise(gate, 2)
+
+
 GATED_ACT = Op(
     OpSpec(
         name="trilith::gated_act",
@@ -488,6 +500,7 @@ GATED_ACT = Op(
         samples=_gated_act_samples,
         fake=_gated_act_out,
         cost=_gated_act_cost,
+        sharding=_gated_act_sharding,
         save_outputs=False,
     )
 )

@@ -36,7 +36,9 @@ from trilith.kernels._runtime.checks import (
 from trilith.kernels._runtime.language import triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.rows import RowTile, row_tile
+from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
+from trilith.plugins.sharding import is_dtensor
 
 _WIDEST_BLOCK = 4096
 _WIDEST_CAPPED_BLOCK = 2048  # tanh's temporaries spill at 4096 when rows are unaligned
@@ -196,6 +198,10 @@ def _cross_entropy_cost(x: Tensor, target: Tensor, *_: object) -> Cost:
     )
 
 
+def _cross_entropy_sharding(*_: object) -> list[Strategy]:
+    return [split([0], [0, 0])]
+
+
 CROSS_ENTROPY = Op(
     OpSpec(
         name="trilith::cross_entropy",
@@ -205,6 +211,7 @@ CROSS_ENTROPY = Op(
         samples=_cross_entropy_samples,
         fake=_cross_entropy_out,
         cost=_cross_entropy_cost,
+        sharding=_cross_entropy_sharding,
         save_outputs=False,
     )
 )
@@ -259,8 +266,9 @@ def cross_entropy(
     """
     _check(input, target, weight, reduction, label_smoothing, softcap)
     scalars = (ignore_index, label_smoothing, z_loss, softcap)
+    needs_op = z_loss or is_dtensor(input)
     if target.is_floating_point() or not (
-        z_loss or CROSS_ENTROPY.runs_kernels(input, target, weight, *scalars)
+        needs_op or CROSS_ENTROPY.runs_kernels(input, target, weight, *scalars)
     ):
         loss = _in_plain_pytorch(input, target, weight, reduction, *scalars)
     else:

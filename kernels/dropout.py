@@ -37,6 +37,7 @@ from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels._runtime.reduce import column_sum
+from trilith.kernels._runtime.sharding import Strategy, elementwise
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 __all__ = ["bias_dropout_add", "dropout"]
@@ -344,6 +345,11 @@ def _bias_dropout_add_cost(x: Tensor, residual: Tensor, bias: Tensor | None, *re
     )
 
 
+def _bias_dropout_add_sharding(x: Tensor, *parameters: Any) -> list[Strategy]:
+    p = parameters[3]
+    return [] if p > 0.0 else elementwise(x, 2, biased=True)
+
+
 BIAS_DROPOUT_ADD = Op(
     OpSpec(
         name="trilith::bias_dropout_add",
@@ -354,6 +360,7 @@ BIAS_DROPOUT_ADD = Op(
         fake=_bias_dropout_add_out,
         fake_backward=_bias_dropout_add_grads,
         cost=_bias_dropout_add_cost,
+        sharding=_bias_dropout_add_sharding,
         save_inputs=("bias", "seed"),
         save_outputs=False,
         shared_gradients=_bias_dropout_add_shared,

@@ -15,6 +15,7 @@ summed in fp32, also over chunks, and rounded once, after the multiplication.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ from trilith.kernels._runtime.checks import (
     require_same_device,
     require_shape,
 )
+from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.kernels.cross_entropy import (
     counted_rows,
     cross_entropy_rows,
@@ -169,6 +171,11 @@ def _linear_cross_entropy_cost(
     return Cost(operands + labels, 2 * operands + labels, flops, 2 * flops)
 
 
+def _linear_cross_entropy_sharding(*parameters: Any) -> list[Strategy]:
+    per_row = parameters[5]
+    return [split([0 if per_row else None], [0, None, 0])]
+
+
 LINEAR_CROSS_ENTROPY = Op(
     OpSpec(
         name="trilith::linear_cross_entropy",
@@ -178,6 +185,7 @@ LINEAR_CROSS_ENTROPY = Op(
         samples=_linear_cross_entropy_samples,
         fake=_linear_cross_entropy_fake,
         cost=_linear_cross_entropy_cost,
+        sharding=_linear_cross_entropy_sharding,
         save_outputs=False,
         rounds_inside=True,
         devices=_DEVICES,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trilith.kernels._norm_kernels import norm_backward, norm_forward
 from trilith.kernels._runtime.checks import require_floating, require_same_device
+from trilith.kernels._runtime.sharding import by_rows
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 
@@ -159,6 +160,7 @@ LAYER_NORM = Op(
         save_outputs=False,
         fake=_layer_norm_out,
         cost=_layer_norm_cost,
+        sharding=by_rows,
     )
 )
 RMS_NORM = Op(
@@ -171,6 +173,7 @@ RMS_NORM = Op(
         save_outputs=False,
         fake=_rms_norm_out,
         cost=_rms_norm_cost,
+        sharding=by_rows,
     )
 )
 

@@ -23,6 +23,7 @@ from trilith.kernels._runtime.checks import require, require_floating, require_s
 from trilith.kernels._runtime.device import multiprocessors
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 _TILE = 2048  # elements of one head
@@ -199,6 +200,12 @@ def _rotary_cost(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Cost
     return Cost(moved, moved, flops, flops)
 
 
+def _rotary_sharding(x: Tensor, cos: Tensor, *_: object) -> list[Strategy]:
+    """Batch, heads, or positions."""
+    batch, position = (0, 1) if cos.dim() == 3 else (None, 0)
+    return [split([dim], [dim, of, of]) for dim, of in ((0, batch), (1, None), (2, position))]
+
+
 ROTARY = Op(
     OpSpec(
         name="trilith::rotary",
@@ -208,6 +215,7 @@ ROTARY = Op(
         samples=_rotary_samples,
         fake=_rotary_out,
         cost=_rotary_cost,
+        sharding=_rotary_sharding,
         save_inputs=("cos", "sin"),
         save_outputs=False,
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trilith.plugins.sharding import PLAIN
 from trilith.plugins.spec import BackwardContext
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _KEY = "CompositeExplicitAutograd"
-_TENSORS = frozenset((Tensor, torch.nn.Parameter, type(None)))
 # The types that the dispatcher hands on unchanged.
 _EXACT: Mapping[str, type] = {"float": float, "int": int, "bool": bool, "str": str}
 
@@ -66,7 +66,7 @@ class TorchOps:
     def _takes_as_they_are(self, types: tuple[type, ...]) -> bool:
         for schema, given in zip(self._parameters.types, types, strict=True):
             if schema.startswith("Tensor"):
-                if given not in _TENSORS:
+                if given not in PLAIN:
                     return False
             elif given is type(None):
                 if not schema.endswith("?"):
@@ -148,7 +148,7 @@ def is_watched() -> bool:
 
 
 def are_plain(tensors: Sequence[Tensor | None]) -> bool:
-    return all(map(_TENSORS.__contains__, map(type, tensors)))
+    return all(map(PLAIN.__contains__, map(type, tensors)))
 
 
 def as_list(results: Any) -> list[Any]:

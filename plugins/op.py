@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trilith.plugins import selection
+from trilith.plugins import selection, sharding
 from trilith.plugins.autograd import autograd_function
 from trilith.plugins.library import TorchOps, is_watched
 from trilith.plugins.parameters import Parameters
@@ -73,6 +73,9 @@ class Op:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) != self._arity:
             args = self.parameters.bind(args, kwargs)
+        for i in self.parameters.tensors:
+            if type(args[i]) not in sharding.PLAIN and sharding.is_dtensor(args[i]):
+                return sharding.call(self, args)
         lead = self.parameters.lead(args)
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(lead.device.type):
             return self._call_in_autocast(lead.device.type, args)

@@ -141,6 +141,13 @@ class OpSpec:
             shaped and typed like the inputs (an input that is not saved: like the first gradient).
         materialize_grads: whether the gradient of an unused output arrives as zeros or as None.
         cost: `(*parameters) -> Cost`.
+        sharding: `(*parameters) -> [(output placements, input placements), ...]`, the ways in which
+            the op takes DTensors on one mesh dimension, each rank by itself. Parameters are those
+            of the call, tensors as DTensors. Inputs have one entry per parameter of forward, None
+            where it is no tensor or is replicated; trailing Nones may be left out. Where an input
+            is split every output is too, or is `Partial`; a split output dimension is as long as
+            the input's. All replicated is taken without saying, and is the default. Any other
+            placement is refused: nothing is gathered unasked.
         autocast: "keep" leaves dtypes alone; "low" casts floating inputs to the autocast dtype.
         rounds_inside: whether it rounds to 16 bits on the way, as matrix products of what it made
             do, so that the conformance checks grant it that. None says so where autocast is "low".
@@ -160,6 +167,7 @@ class OpSpec:
     fake_backward: Backward | None = None
     materialize_grads: bool = True
     cost: Callable[..., Cost] | None = None
+    sharding: Callable[..., Iterable[tuple[Sequence[Any], Sequence[Any]]]] | None = None
     autocast: str = "keep"
     rounds_inside: bool | None = None
     devices: tuple[str, ...] = TRITON_DEVICES

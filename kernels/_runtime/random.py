@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trilith.kernels._runtime.language import tl, triton
+from trilith.plugins.sharding import replicated
 
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
@@ -22,7 +23,8 @@ _LOW = 0xFFFFFFFF
 
 def draw_seed(like: Tensor) -> Tensor:
     """A (1,) int64 seed on `like`'s device from torch's generator there; no synchronisation."""
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=like.device)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=like.device)
+    return replicated(seed, like)
 
 
 @triton.jit

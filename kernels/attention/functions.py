@@ -17,6 +17,7 @@ from trilith.kernels._runtime.checks import (
 )
 from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels.attention.op import OP
+from trilith.plugins.sharding import is_dtensor
 
 _NAME = "attention"
 LARGEST_HEAD_DIM = 256
@@ -198,7 +199,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """The op; where no kernel runs and the lse is not wanted, torch's function for what it can.
 
-    Not for float64, which asks for second derivatives: torch's CPU kernel has none.
+    Not for float64, which asks for second derivatives: torch's CPU kernel has none. Nor for
+    DTensors, for which it has no rule.
     """
     terms = (key_mask, slopes, sinks)
     rest = (scale, softcap, p, alignment, left, right)
@@ -211,7 +213,7 @@ def _attend(
         seed = draw_seed(q) if p > 0 else None
         return OP(q, k, v, bias, *terms, seed, *rest)
     plain = all(t is None for t in terms) and softcap == 0 and left < 0 and right <= 0
-    plain = plain and q.dtype != torch.float64
+    plain = plain and q.dtype != torch.float64 and not is_dtensor(q)
     from_top = right < 0 or alignment == "top_left" or q.shape[2] == k.shape[2]
     if plain and from_top and not return_lse and not (right == 0 and bias is not None):
         gqa = q.shape[1] != k.shape[1]
@@ -298,7 +300,7 @@ def _common_batch(
     tensors = (query, key, value)
     if not all(isinstance(t, Tensor) and t.ndim >= 2 and not t.is_nested for t in tensors):
         return None
-    if not OP.runs_kernels(query, key, value, *_NO_TERMS):
+    if not (is_dtensor(query) or OP.runs_kernels(query, key, value, *_NO_TERMS)):
         return None
     autocast = torch.is_autocast_enabled(query.device.type)
     dtypes = {t.dtype for t in tensors}

@@ -23,6 +23,7 @@ from trilith.kernels._runtime.checks import require, require_floating, require_s
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.rows import as_rows, row_offsets, row_tile
+from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.kernels.attention.tiles import LN2, LOG2E
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
@@ -213,6 +214,10 @@ def _cost(outs: Tensor, lses: Tensor) -> Cost:
     )
 
 
+def _sharding(outs: Tensor, lses: Tensor) -> list[Strategy]:
+    return [split([dim - 1, dim - 1], [dim, dim]) for dim in range(1, lses.ndim)]
+
+
 MERGE_ATTENTION = Op(
     OpSpec(
         name="trilith::merge_attention",
@@ -224,6 +229,7 @@ MERGE_ATTENTION = Op(
         save_outputs=False,
         fake=_merge_out,
         cost=_cost,
+        sharding=_sharding,
     )
 )
 
