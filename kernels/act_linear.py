@@ -29,6 +29,7 @@ from trilith.kernels._runtime.matrix import (
     room_for,
 )
 from trilith.kernels._runtime.random import draw_seed
+from trilith.kernels._runtime.sharding import Strategy, by_rows, split
 from trilith.kernels.activations import (
     BIAS_ACT,
     GATED_ACT,
@@ -115,6 +116,13 @@ def _bias_act_linear_cost(x: Tensor, bias: Tensor | None, weight: Tensor, *_: An
     return _cost(1, x, weight)
 
 
+def _bias_act_linear_sharding(x: Tensor, *rest: Any) -> list[Strategy]:
+    _, _, out_bias, _, _, p = rest
+    if p > 0.0:
+        return []
+    return by_rows(x) if out_bias is not None else [*by_rows(x), split([None], [x.ndim - 1, 0, 1])]
+
+
 BIAS_ACT_LINEAR = Op(
     OpSpec(
         name="trilith::bias_act_linear",
@@ -125,6 +133,7 @@ BIAS_ACT_LINEAR = Op(
         fake=_bias_act_linear_out,
         fake_backward=_bias_act_linear_grads,
         cost=_bias_act_linear_cost,
+        sharding=_bias_act_linear_sharding,
         save_outputs=False,
         autocast="low",
     )
@@ -242,6 +251,14 @@ def _gated_act_linear_cost(gate: Tensor, up: Tensor, weight: Tensor, *_: Any) ->
     return _cost(2, gate, weight)
 
 
+def _gated_act_linear_sharding(
+    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> list[Strategy]:
+    rows = [split([dim], [dim, dim]) for dim in range(gate.ndim - 1)]
+    last = gate.ndim - 1
+    return rows if bias is not None else [*rows, split([None], [last, last, 1])]
+
+
 GATED_ACT_LINEAR = Op(
     OpSpec(
         name="trilith::gated_act_linear",
@@ -252,6 +269,7 @@ GATED_ACT_LINEAR = Op(
         fake=_gated_act_linear_out,
         fake_backward=_gated_act_linear_grads,
         cost=_gated_act_linear_cost,
+        sharding=_gated_act_linear_sharding,
         save_outputs=False,
         autocast="low",
     )

@@ -28,6 +28,7 @@ from trilith.kernels._runtime import checks
 from trilith.kernels._runtime.elementwise import require_seed
 from trilith.kernels._runtime.matrix import room_for
 from trilith.kernels._runtime.random import draw_seed
+from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.kernels.dropout import BIAS_DROPOUT_ADD
 from trilith.kernels.norms import norm_reference
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
@@ -156,6 +157,11 @@ def _cost(x: Tensor, residual: Tensor, *rest: Any) -> Cost:
     )
 
 
+def _sharding(x: Tensor, *rest: Any) -> list[Strategy]:
+    p = rest[5]
+    return [] if p > 0.0 else [split([dim] * 2, [dim] * 2) for dim in range(x.ndim - 1)]
+
+
 ADD_NORM = Op(
     OpSpec(
         name="trilith::add_norm",
@@ -171,6 +177,7 @@ ADD_NORM = Op(
         fake_backward=_grads,
         materialize_grads=False,
         cost=_cost,
+        sharding=_sharding,
     )
 )
 

@@ -22,6 +22,7 @@ from trilith.kernels._runtime.checks import require_floating
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.rows import Rows, as_rows, row_offsets, row_tile
+from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 __all__ = ["log_softmax", "softmax"]
@@ -258,6 +259,10 @@ def _softmax_cost(x: Tensor, dim: int, dtype: torch.dtype) -> Cost:
     return Cost(data + y + 8 * rows, 2 * data + y + 8 * rows, 5 * x.numel(), 6 * x.numel())
 
 
+def _softmax_sharding(x: Tensor, dim: int, dtype: torch.dtype) -> list[Strategy]:
+    return [split([other], [other]) for other in range(x.ndim) if other != dim % x.ndim]
+
+
 SOFTMAX = Op(
     OpSpec(
         name="trilith::softmax",
@@ -267,6 +272,7 @@ SOFTMAX = Op(
         samples=_softmax_samples,
         fake=_softmax_out,
         cost=_softmax_cost,
+        sharding=_softmax_sharding,
         save_outputs=False,
     )
 )
@@ -279,6 +285,7 @@ LOG_SOFTMAX = Op(
         samples=_softmax_samples,
         fake=_softmax_out,
         cost=_softmax_cost,
+        sharding=_softmax_sharding,
         save_outputs=False,
     )
 )

@@ -160,6 +160,35 @@ def activations(mesh):
     agree(up_projection, [draw(4, 3), *parameters], [R, Shard(0), Shard(0)], Shard(1), mesh)
 
 
+def products(mesh):
+    """After an activation: rows, or the product's inner dimension, of which ranks have summands."""
+    inner, beside = [Shard(1), Shard(1)], [Shard(0), Shard(1)]
+    x, weight, bias, out_bias = draw(3, 6), draw(4, 6), draw(6), draw(4)
+    agree(kernels.bias_act_linear, [x, bias, weight], [inner[0], *beside], Partial(), mesh)
+    given = [x, bias, weight, out_bias]
+    agree(kernels.bias_act_linear, given, [Shard(0), R, R, R], Shard(0), mesh)
+    refused(
+        NotImplementedError,
+        r"out_bias is Replicate|x is Shard\(dim=1\)",
+        lambda: agree(kernels.bias_act_linear, given, [inner[0], *beside, R], None, mesh),
+    )
+    gates = [x, draw(3, 6), weight]
+    agree(kernels.gated_act_linear, gates, [*inner, Shard(1)], Partial(), mesh)
+    agree(kernels.gated_act_linear, [*gates, out_bias], [Shard(0)] * 2 + [R, R], Shard(0), mesh)
+
+
+def softmaxes(mesh):
+    for function in (kernels.softmax, kernels.log_softmax):
+        agree(partial(function, dim=0), [draw(4, 5)], [Shard(1)], Shard(1), mesh)
+        agree(partial(function, dim=-1), [draw(5, 4)], [Shard(0)], Shard(0), mesh)
+
+
+def added_norms(mesh):
+    tensors = [draw(5, 8), draw(5, 8), draw(8), draw(8)]
+    agree(kernels.add_layer_norm, tensors, [Shard(0)] * 2 + [R, R], Shard(0), mesh)
+    agree(kernels.add_rms_norm, tensors[:3], [Shard(0)] * 2 + [R], Shard(0), mesh)
+
+
 def losses(mesh):
     x, target = draw(7, 10), labels(10, 7)
     target[3] = -100
@@ -336,7 +365,19 @@ def crossed(mesh):
 CALLS = {
     f.__name__: f
     for f in (
-        *(norms, activations, losses, linear_losses, rotary, attentions, merged, dropped),
+        *(
+            norms,
+            added_norms,
+            activations,
+            products,
+            softmaxes,
+            losses,
+            linear_losses,
+            rotary,
+            attentions,
+            merged,
+            dropped,
+        ),
         *(refusals, third_party, second_derivatives, autocast),
     )
 }
