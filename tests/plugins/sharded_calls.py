@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
 import re
 import sys
 import traceback
@@ -26,6 +27,11 @@ from torch.distributed.tensor import (
     init_device_mesh,
 )
 from torch.distributed.tensor.placement_types import _StridedShard
+
+if __name__ == "__main__" and "TRILITH_MUTANT" in os.environ:
+    from tests.support import mutants
+
+    mutants.install(os.environ["TRILITH_MUTANT"])
 
 from tests.support import interpreter
 from trilith import kernels

@@ -33,6 +33,7 @@ _OP = "trilith.plugins.op"
 _AUTOGRAD = "trilith.plugins.autograd"
 _OP_TESTS = "tests/plugins/test_op.py"
 _CONFORMANCE = "tests/plugins/test_conformance.py"
+_SHARDING_TESTS = "tests/plugins/test_sharding.py -k reference"
 
 MUTANTS = (
     Mutant(
@@ -55,6 +56,20 @@ MUTANTS = (
         "x = tl.where(mask, x - mean[:, None], 0.0)",
         "x = x - mean[:, None]",
         _NORM_TESTS,
+    ),
+    Mutant(
+        "parts_of_a_gradient_taken_for_the_whole",
+        "trilith.plugins.sharding",
+        "own = Partial()",
+        "own = Replicate()",
+        _SHARDING_TESTS,
+    ),
+    Mutant(
+        "whole_bias_on_split_columns",
+        "trilith.kernels._runtime.sharding",
+        "0 if dim == last else None",
+        "None",
+        _SHARDING_TESTS,
     ),
     Mutant(
         "mean_of_g_left_out",
