@@ -159,7 +159,7 @@ class AttentionCall:
         """A gradient of q, k or v; that of packed ones lies as (rows, H, D)."""
         B, H, rows, D = tensor.shape
         if self.packed:
-            return tensor.new_empty((B, rows, H, D)).transpose(1, 2)
+            return tensor.new_zeros((B, rows, H, D)).transpose(1, 2)
         return tensor.new_empty(tensor.shape)
 
     def forward(self, sinks: Tensor | None, out: Tensor, lse: Tensor, lse2: Tensor) -> None:

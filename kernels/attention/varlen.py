@@ -42,8 +42,10 @@ def _packed(batch: Tensor) -> Tensor:
 
 
 def _out(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    out = q.new_empty((*q.shape[:2], v.shape[2]))
-    lse, lse2 = (q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32) for _ in range(2))
+    """Filled, for no program owns the rows past the last sequence."""
+    out = q.new_zeros((*q.shape[:2], v.shape[2]))
+    rows = (q.shape[1], q.shape[0])
+    lse, lse2 = (q.new_full(rows, x * math.inf, dtype=torch.float32) for x in (-1, 1))
     return out, lse, lse2
 
 
@@ -156,8 +158,10 @@ def varlen_reference(
         outs.append(_packed(out))
         lses.append(lse[0])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    empty = q.new_empty((q.shape[1], 0), dtype=wide)
-    return torch.cat(outs), torch.cat([empty, *lses], 1)
+    beyond = q.shape[0] - begin[-1] + begin[0]
+    outs.append(q.new_zeros((beyond, q.shape[1], v.shape[2])))
+    lses.append(q.new_full((q.shape[1], beyond), -torch.inf, dtype=wide))
+    return torch.cat(outs), torch.cat(lses, 1)
 
 
 def _cost(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, *rest: Any) -> Cost:
@@ -244,7 +248,8 @@ def varlen_attention(
         k: (total keys, Hkv, D), q's dtype. Hkv divides H.
         v: (total keys, Hkv, Dv), q's dtype; Dv from 1 to 256.
         cu_seqlens_q: (B + 1,) int32 or int64 on q's device: where each sequence's queries begin,
-            from 0 to the total. The values are not checked, for that would wait for the device.
+            from 0 to the total, or less: rows past the last sequence have output 0, lse -inf and
+            gradients 0. The values are not checked, for that would wait for the device.
         cu_seqlens_k: the same of the keys.
         max_seqlen_q, max_seqlen_k: accepted for those who have them at hand; nothing needs them.
         causal: False, "top_left" or "bottom_right", of each sequence. True where queries and keys

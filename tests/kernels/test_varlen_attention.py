@@ -256,3 +256,12 @@ def test_wrong_arguments_are_named(case):
     function, error, message = BAD_CALLS[case]
     with pytest.raises(error, match=re.escape(message)):
         function(*packed(lengths=((3, 4), (3, 4))))
+
+
+def test_rows_past_the_last_sequence_are_zero():
+    q, k, v = (t.requires_grad_() for t in packed(lengths=((3, 9), (4, 12))))
+    cu = [starts(n) for n in ((3, 5), (4, 6))]
+    out, lse = varlen_attention(q, k, v, *cu, return_lse=True)
+    dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+    assert (out[8:] == 0).all() and (lse[:, 8:] == -torch.inf).all()
+    assert (dq[8:] == 0).all() and (dk[10:] == 0).all() and (dv[10:] == 0).all()
