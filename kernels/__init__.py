@@ -7,6 +7,7 @@ if __name__ == "kernels":
     raise ImportError("import trilith.kernels, not kernels: the folder is mapped by the package")
 
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._soft_cross_entropy import SOFT_CROSS_ENTROPY
 from trilith.kernels.act_linear import (
     BIAS_ACT_LINEAR,
     GATED_ACT_LINEAR,
@@ -70,6 +71,7 @@ OPS = (
     RMS_NORM,
     ROTARY,
     SOFTMAX,
+    SOFT_CROSS_ENTROPY,
     VARLEN_ATTENTION,
 )
 

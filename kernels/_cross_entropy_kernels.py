@@ -10,11 +10,34 @@ Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 201
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from trilith.kernels._runtime.functors import ACTIVATIONS
 from trilith.kernels._runtime.language import tl, triton
-from trilith.kernels._runtime.rows import row_offsets
+from trilith.kernels._runtime.rows import RowTile, row_offsets, row_tile
 
+_STRIDED_TILE, _STRIDED_WARPS = (16, 64), 4
 _tanh, _tanh_grad = ACTIVATIONS["tanh"].f, ACTIVATIONS["tanh"].df
+
+
+def class_strides(x: Tensor) -> tuple[int, int, int]:
+    """Steps of logits (N, C) or (N, C, D): from sample to sample, within one, over classes."""
+    return x.stride(0), x.stride(2) if x.dim() == 3 else 0, x.stride(1)
+
+
+def logits_tile(x: Tensor, widest: int) -> RowTile:
+    """The tile for rows of logits (N, C), at most `widest` classes, or for those of (N, C, D)."""
+    if x.dim() == 3 and x.shape[2] > 1:  # neighbours in memory are neighbouring rows
+        columns = min(triton.next_power_of_2(x.shape[1]), _STRIDED_TILE[1])
+        return RowTile(_STRIDED_TILE[0], columns, _STRIDED_WARPS)
+    return row_tile(min(x.shape[1], widest), per_thread=8, max_warps=8)
+
+
+def widened_logits(x: Tensor, softcap: float | None) -> Tensor:
+    """What `capped` computes, in plain PyTorch: in fp32, or float64 for float64."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
 
 
 @triton.jit

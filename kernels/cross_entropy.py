@@ -24,8 +24,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from trilith.kernels._cross_entropy_kernels import (
+    class_strides,
     cross_entropy_bwd_kernel,
     cross_entropy_fwd_kernel,
+    logits_tile,
+    widened_logits,
 )
 from trilith.kernels._runtime.checks import (
     require,
@@ -35,14 +38,14 @@ from trilith.kernels._runtime.checks import (
 )
 from trilith.kernels._runtime.language import triton
 from trilith.kernels._runtime.launch import launch
-from trilith.kernels._runtime.rows import RowTile, row_tile
+from trilith.kernels._runtime.rows import RowTile
 from trilith.kernels._runtime.sharding import Strategy, split
+from trilith.kernels._soft_cross_entropy import SOFT_CROSS_ENTROPY
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 from trilith.plugins.sharding import is_dtensor
 
 _WIDEST_BLOCK = 4096
 _WIDEST_CAPPED_BLOCK = 2048  # tanh's temporaries spill at 4096 when rows are unaligned
-_STRIDED_TILE, _STRIDED_WARPS = (16, 64), 4
 _REDUCTIONS = ("none", "mean", "sum")
 _LABEL_DTYPES = (torch.int64, torch.uint8)
 _OP = "cross_entropy"
@@ -90,7 +93,7 @@ def _cross_entropy_bwd(ctx: BackwardContext, dloss: Tensor) -> tuple[Tensor]:
     grid = (triton.cdiv(target.numel(), tile.block_m) * triton.cdiv(x.shape[1], tile.block_n),)
     dloss = dloss.reshape(-1)
     inputs = (dloss, x, target.reshape(-1), weight, weight_sum, *ctx.aux)
-    steps = (_row_strides(dx), dloss.stride(0))
+    steps = (class_strides(dx), dloss.stride(0))
     launch(cross_entropy_bwd_kernel, grid, *inputs, dx, *steps, *tail, **options)
     return (dx,)
 
@@ -108,15 +111,11 @@ def _launch_arguments(
     smooth = label_smoothing > 0
     weight_sum = weight.sum(dtype=torch.float32) if smooth and weight is not None else None
     weight_stride = None if weight is None else weight.stride(0)
-    strides = (_row_strides(x), target.reshape(-1).stride(0), weight_stride)
+    strides = (class_strides(x), target.reshape(-1).stride(0), weight_stride)
     inner = x.shape[2] if x.dim() == 3 else 1
     scalars = (ignore_index, label_smoothing, z_loss, softcap)
     widest = _WIDEST_BLOCK if softcap is None else _WIDEST_CAPPED_BLOCK
-    if inner > 1:  # neighbours in memory are neighbouring rows: a tile has some of them
-        columns = min(triton.next_power_of_2(x.shape[1]), _STRIDED_TILE[1])
-        tile = RowTile(_STRIDED_TILE[0], columns, _STRIDED_WARPS)
-    else:
-        tile = row_tile(min(x.shape[1], widest), per_thread=8, max_warps=8)
+    tile = logits_tile(x, widest)
     options = {
         "SMOOTH": smooth,
         "BLOCK_M": tile.block_m,
@@ -124,16 +123,6 @@ def _launch_arguments(
         "num_warps": tile.num_warps,
     }
     return weight_sum, tile, (inner, *strides, target.numel(), x.shape[1], *scalars), options
-
-
-def _row_strides(x: Tensor) -> tuple[int, int, int]:
-    """Steps of logits (N, C) or (N, C, D): from sample to sample, within one, over classes."""
-    return x.stride(0), x.stride(2) if x.dim() == 3 else 0, x.stride(1)
-
-
-def _widened_logits(x: Tensor, softcap: float | None) -> Tensor:
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x if softcap is None else softcap * torch.tanh(x / softcap)
 
 
 def cross_entropy_rows(
@@ -146,7 +135,7 @@ def cross_entropy_rows(
     softcap: float | None,
 ) -> Tensor:
     """Cross-entropy per row, fp32 (float64 for float64 logits); class weights are constants."""
-    logits = _widened_logits(x, softcap)
+    logits = widened_logits(x, softcap)
     weight = None if weight is None else weight.detach().to(logits.dtype)
     loss = F.cross_entropy(
         logits,
@@ -234,11 +223,13 @@ def cross_entropy(
         input: logits (N, C), (C,) or (N, C, d1, ...), floating-point. Read where they lie; of
             several dims d1, ... that are not one stretch of memory a copy is made.
         target: class indices (N,), () or (N, d1, ...), int64 or uint8; or class probabilities,
-            floating-point and shaped as input, which run in plain PyTorch.
+            floating-point and shaped as input, which may require a gradient.
         weight: (C,) weight of each class, floating-point; it cannot require a gradient.
         ignore_index: label of the rows that have loss and gradient exactly 0 and are not counted.
+            Negative with class probabilities, which ignore no row.
         reduction: "none", "sum", or "mean": the mean over the counted rows, weighted by their
-            labels' weights. If no row is counted the mean is NaN, and the gradient 0.
+            labels' weights. If no row is counted the mean is NaN, and the gradient 0. With class
+            probabilities the plain mean over all rows.
         label_smoothing: share of the target that is spread evenly over all classes.
         z_loss: adds `z_loss * lse ** 2` to the loss of each row, multiplied like the rest of it by
             its label's weight, so that the mean is a weighted mean of both; with class
@@ -251,7 +242,8 @@ def cross_entropy(
 
     Raises:
         IndexError: a label is out of range, on CPU. On a GPU that row's loss and gradient are NaN.
-        RuntimeError: target is of another integer dtype, or weight requires a gradient; as torch.
+        RuntimeError: target is of another integer dtype, weight requires a gradient, or
+            ignore_index is not negative with class probabilities; as torch.
         ValueError: shapes don't fit, or an option is out of its range.
         TypeError: input or weight is not floating-point.
 
@@ -264,24 +256,28 @@ def cross_entropy(
     Example:
         >>> loss = cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), z_loss=1e-4)
     """
-    _check(input, target, weight, reduction, label_smoothing, softcap)
-    scalars = (ignore_index, label_smoothing, z_loss, softcap)
-    needs_op = z_loss or is_dtensor(input)
-    if target.is_floating_point() or not (
-        needs_op or CROSS_ENTROPY.runs_kernels(input, target, weight, *scalars)
-    ):
-        loss = _in_plain_pytorch(input, target, weight, reduction, *scalars)
+    _check(input, target, weight, ignore_index, reduction, label_smoothing, softcap)
+    x = input.unsqueeze(0) if input.dim() == 1 else input
+    x = x.flatten(2) if x.dim() > 3 else x
+    soft, scalars = target.is_floating_point(), (label_smoothing, z_loss, softcap)
+    if soft:
+        op, arguments = SOFT_CROSS_ENTROPY, (x, target.reshape(x.shape), weight, *scalars)
     else:
-        x = input.unsqueeze(0) if input.dim() == 1 else input
-        x = x.flatten(2) if x.dim() > 3 else x
         labels = target.to(torch.int64).reshape(x.shape[0], *x.shape[2:])
-        loss = CROSS_ENTROPY(x, labels, weight, *scalars)
+        op, arguments = CROSS_ENTROPY, (x, labels, weight, ignore_index, *scalars)
+    if z_loss or is_dtensor(input) or op.runs_kernels(*arguments):
+        loss = op(*arguments)
         if reduction == "none":
-            loss = loss.reshape(target.shape)
+            loss = loss.reshape(input.shape[:1] + input.shape[2:] if input.dim() > 1 else ())
+        elif soft and reduction == "mean":
+            loss = loss.mean()
         else:
             loss = loss.sum()
             if reduction == "mean":
                 loss = loss / counted_rows(labels, weight, ignore_index)
+    else:
+        options = (ignore_index, label_smoothing, softcap)
+        loss = _in_plain_pytorch(input, target, weight, reduction, *options)
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
 
 
@@ -289,6 +285,7 @@ def _check(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    ignore_index: int,
     reduction: str,
     label_smoothing: float,
     softcap: float | None,
@@ -301,6 +298,11 @@ def _check(
     if not target.is_floating_point():
         del shape[class_dim]
         require_label_dtype(op, target)
+    elif ignore_index >= 0:
+        raise RuntimeError(
+            f"{op}: ignore_index must be negative with class probabilities, got {ignore_index}; "
+            "zero the rows' probabilities"
+        )
     require_shape(op, "target", target, shape)
     require_shape(op, "weight", weight, (classes,))
     require_same_device(op, input, target=target, weight=weight)
@@ -343,12 +345,11 @@ def _in_plain_pytorch(
     reduction: str,
     ignore_index: int,
     label_smoothing: float,
-    z_loss: float,
     softcap: float | None,
 ) -> Tensor:
-    """The loss by torch's own function, widened to fp32 or float64; labels without a z loss."""
-    logits = _widened_logits(input, softcap)
-    loss = F.cross_entropy(
+    """The loss without a z loss by torch's own function, in fp32 or float64."""
+    logits = widened_logits(input, softcap)
+    return F.cross_entropy(
         logits,
         target.to(logits.dtype) if target.is_floating_point() else target,
         None if weight is None else weight.detach().to(logits.dtype),
@@ -356,7 +357,3 @@ def _in_plain_pytorch(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
-    if z_loss:
-        z = z_loss * torch.logsumexp(logits, dim=min(input.dim() - 1, 1)).square()
-        loss = loss + (z if reduction == "none" else z.sum() if reduction == "sum" else z.mean())
-    return loss

@@ -189,6 +189,17 @@ def cross_entropy(n: int, v: int) -> Workload:
     )
 
 
+def soft_cross_entropy(n: int, v: int) -> Workload:
+    """The loss against class probabilities."""
+    return Workload(
+        name=f"soft_cross_entropy-N{n}-V{v}",
+        arguments=lambda draw: (draw(n, v), draw.constant(n, v).softmax(1)),
+        cost=_cost("soft_cross_entropy", None, 0.0, 0.0, None),
+        trilith=kernels.cross_entropy,
+        eager=lambda logits, target: F.cross_entropy(_widened(logits), _widened(target)),
+    )
+
+
 def linear_cross_entropy(n: int, d: int, v: int) -> Workload:
     """The loss of a head: hidden states (n, d), vocabulary v."""
 

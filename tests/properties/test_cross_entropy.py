@@ -73,3 +73,40 @@ def test_cross_entropy(call, classes, lead, trail, dtype, weighted, ignored, **o
     if lead is not None:
         upstream = upstream.expand(labels).unsqueeze(1)
     assert_one_rounding(dx, dx64, scale=upstream * torch.ones_like(dx64))
+
+
+@draw.bounded(16)
+@given(
+    call=draw.calls,
+    classes=draw.sizes,
+    lead=st.sampled_from((None, 1, 2, 5)),
+    trail=st.sampled_from(((), (), (1,), (3,), (2, 2))),
+    dtype=draw.dtypes,
+    weighted=st.booleans(),
+    reduction=st.sampled_from(("none", "mean", "sum")),
+    label_smoothing=st.sampled_from((0.0, 0.1, 1.0)),
+)
+def test_class_probabilities(call, classes, lead, trail, dtype, weighted, **options):
+    shape = (classes,) if lead is None else (lead, classes, *trail)
+    dim = min(len(shape) - 1, 1)
+    x = call.randn(*shape, dtype=dtype)
+    values = torch.randn(shape, generator=call.generator).softmax(dim)
+    target = call.constant(values, dtype).requires_grad_()
+    weight = None
+    if weighted:
+        weight = call.constant(torch.rand(classes, generator=call.generator) + 0.5)
+    loss = cross_entropy(x, target, weight, **options)
+    dloss = call.upstream(loss)
+    gradients = draw.gradients(loss, [x, target], dloss)
+
+    x64, target64 = draw.doubled(x), draw.doubled(target)
+    loss64 = F.cross_entropy(x64, target64, draw.doubled(weight), **options)
+    gradients64 = draw.gradients(loss64, [x64, target64], dloss)
+    farthest = 1.5 * (1 + torch.log_softmax(x64.detach(), dim).abs().max())
+    rows = max(1, x.numel() // classes)
+    added = rows if options["reduction"] == "sum" else 1
+    assert_one_rounding(loss.detach(), loss64.detach(), scale=farthest * added, terms=rows)
+    upstream = dloss.double().abs().max()
+    for actual, expected in zip(gradients, gradients64, strict=True):
+        assert actual.is_contiguous()
+        assert_one_rounding(actual, expected, scale=upstream * farthest)

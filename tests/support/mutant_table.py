@@ -9,6 +9,8 @@ _NORMS = "trilith.kernels._norm_kernels"
 _NORM_TESTS = "tests/kernels/test_norms.py"
 _CE = "trilith.kernels._cross_entropy_kernels"
 _CE_TESTS = "tests/kernels/test_cross_entropy.py"
+_SOFT = "trilith.kernels._soft_cross_entropy"
+_SOFT_TESTS = "tests/kernels/test_soft_cross_entropy.py"
 _LCE = "trilith.kernels._linear_cross_entropy_chunks"
 _LCE_TESTS = "tests/kernels/test_linear_cross_entropy.py"
 _ACT = "trilith.kernels.activations"
@@ -168,6 +170,27 @@ MUTANTS = (
         "tl.where(mask, dx * dloss[:, None],",
         "tl.where(mask, dx,",
         _CE_TESTS,
+    ),
+    Mutant(
+        "soft_cross_entropy_probabilities_taken_to_sum_to_one",
+        _SOFT,
+        "* total[:, None] - q",
+        "- q",
+        _SOFT_TESTS + " -k add_up",
+    ),
+    Mutant(
+        "soft_cross_entropy_sum_not_moved_to_the_new_maximum",
+        _SOFT,
+        "below_lanes += share_lanes * rise[:, None]",
+        "below_lanes += 0.0",
+        _SOFT_TESTS + " -k last",
+    ),
+    Mutant(
+        "soft_cross_entropy_target_gradient_without_the_class_weight",
+        _SOFT,
+        "slope = weight * (1.0 - smoothing)\n    return slope * t.to(tl.float32)",
+        "slope = (1.0 - smoothing) + 0.0 * weight\n    return weight * slope * t.to(tl.float32)",
+        _SOFT_TESTS + " -k 9x7",
     ),
     Mutant(
         "mean_over_all_rows_instead_of_valid_ones",
