@@ -26,6 +26,7 @@ PUBLIC = {
         "blocks",
         "explain",
         "fuse",
+        "inspect",
         "kernels",
         "op",
         "plugins",
@@ -55,6 +56,7 @@ PUBLIC = {
         "trace",
         "use_implementation",
     },
+    "trilith.inspect": {"GradientFlow", "Layer", "gradcheck", "gradient_flow", "jacobian"},
     "trilith.kernels": {
         "add_layer_norm",
         "add_rms_norm",

@@ -18,13 +18,14 @@ _FUNCTIONS = {
     "unfuse": ("trilith.blocks.fuse", "unfuse"),
     "use_implementation": ("trilith.plugins.manager", "use_implementation"),
 }
-_PACKAGES = ("blocks", "kernels", "plugins")
+_MODULES = ("blocks", "inspect", "kernels", "plugins")
 
 __all__ = [
     "__version__",
     "blocks",
     "explain",
     "fuse",
+    "inspect",
     "kernels",
     "op",
     "plugins",
@@ -35,7 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PACKAGES:
+    if name in _MODULES:
         return import_module(f"trilith.{name}")
     if name in _FUNCTIONS:
         module, function = _FUNCTIONS[name]
