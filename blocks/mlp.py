@@ -69,6 +69,8 @@ class MLP(nn.Module):
 class GatedMLP(nn.Module):
     """down(dropout(activation(gate(x)) * up(x))): SwiGLU with silu, GeGLU with gelu.
 
+    Likewise ReGLU with relu and GLU with sigmoid.
+
     Args:
         gate, up, down: linear layers dim -> hidden twice and hidden -> dim, or anything called
             like them. `gate` and `up` are apart because a packed pair would have to be split, and

@@ -321,7 +321,7 @@ def _bias_act_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Samp
     yield Sample(
         randn(4, 18), randn(18, dtype=torch.promote_types(dtype, torch.float32)), None, "elu", 0.0
     )
-    for activation in ("identity", "relu", "leaky_relu"):
+    for activation in ("identity", "relu", "relu2", "leaky_relu"):
         yield Sample(randn(1, 17), randn(17), None, activation, 0.0)
 
 
@@ -477,7 +477,7 @@ def _gated_act_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sam
     yield Sample(*randn(3, 5, 48).chunk(2, dim=-1), "gelu")
     yield Sample(randn(2, 3, 16).transpose(0, 1), randn(3, 2, 16), "relu")
     yield Sample(randn(40, 6).t(), randn(6, 40), "sigmoid")
-    for activation in ("gelu_tanh", "tanh", "elu", "leaky_relu", "identity"):
+    for activation in ("gelu_tanh", "tanh", "elu", "relu2", "leaky_relu", "identity"):
         yield Sample(randn(2, 19), randn(2, 19), activation)
 
 

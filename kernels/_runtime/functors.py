@@ -2,7 +2,7 @@
 
     f(z) = act(z)        df(z, g) = g * act'(z)
 
-df takes the incoming gradient g, because relu, leaky_relu and elu select it rather than scale it:
+df takes the incoming gradient g, because relu and its kin and elu select it rather than scale it:
 an infinite g times a zero slope stays 0 there. Infinities and NaN come out where torch has them.
 
 Numerics: act' of a sigmoid-like function is s * (1 - s). Near saturation 1 - s loses every digit,
@@ -50,6 +50,16 @@ def _relu(z):
 @triton.jit
 def _relu_grad(z, g):
     return tl.where(z <= 0, 0.0, g)
+
+
+@triton.jit
+def _relu2(z):
+    return tl.where(z <= 0, 0.0, z * z)
+
+
+@triton.jit
+def _relu2_grad(z, g):
+    return tl.where(z <= 0, 0.0, g * (2.0 * z))
 
 
 @triton.jit
@@ -145,6 +155,10 @@ def _silu_grad(z, g):
     return g * (s + z * (s * c))
 
 
+def _squared_relu(z: Tensor) -> Tensor:
+    return F.relu(z).square()
+
+
 class Activation(NamedTuple):
     """f and df are kernel functors; `torch` is the same function in plain PyTorch."""
 
@@ -156,6 +170,7 @@ class Activation(NamedTuple):
 ACTIVATIONS = {
     "identity": Activation(_identity, _identity_grad, torch.clone),
     "relu": Activation(_relu, _relu_grad, F.relu),
+    "relu2": Activation(_relu2, _relu2_grad, _squared_relu),
     "leaky_relu": Activation(_leaky_relu, _leaky_relu_grad, F.leaky_relu),
     "elu": Activation(_elu, _elu_grad, F.elu),
     "sigmoid": Activation(_sigmoid, _sigmoid_grad, torch.sigmoid),

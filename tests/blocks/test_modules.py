@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from tests.support.devices import DEVICE
 from trilith.blocks import MLP, GatedMLP, LayerNorm, Residual, RMSNorm
+from trilith.kernels import gated_act
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -42,6 +43,36 @@ def test_gated_mlp_formula():
     x = torch.randn(4, 6, device=DEVICE)
     expected = mlp.down(F.gelu(mlp.gate(x)) * mlp.up(x))
     torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def relu2(x):
+    return F.relu(x).square()
+
+
+GATES = {"GLU": "sigmoid", "SwiGLU": "silu", "GeGLU": "gelu", "ReGLU": "relu", "relu2": "relu2"}
+FORMULAS = {"sigmoid": torch.sigmoid, "silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gated_units_by_name(name):
+    """GLU(g, u) = sigmoid(g) u, and its kin with other gates; output and gradients."""
+    act = FORMULAS.get(GATES[name], relu2)
+    gate, up, dy = torch.randn(3, 5, 9, device=DEVICE)
+    linears = {"gate": nn.Linear(9, 9), "up": nn.Linear(9, 9), "down": nn.Linear(9, 9)}
+    mlp = GatedMLP(**linears, activation=GATES[name]).to(DEVICE)
+    expected = mlp.down(act(mlp.gate(gate)) * mlp.up(gate))
+    torch.testing.assert_close(mlp(gate), expected, rtol=1e-5, atol=1e-6)
+    inputs = (gate.requires_grad_(), up.requires_grad_())
+    ours, theirs = gated_act(gate, up, GATES[name]), act(gate) * up
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    found, wanted = (torch.autograd.grad(y, inputs, dy) for y in (ours, theirs))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_mlp_of_relu2():
+    mlp = MLP(up=nn.Linear(6, 9), down=nn.Linear(9, 6), activation="relu2").to(DEVICE)
+    x = torch.randn(4, 6, device=DEVICE)
+    torch.testing.assert_close(mlp(x), mlp.down(relu2(mlp.up(x))), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -10,6 +10,7 @@ from trilith.kernels._runtime.launch import observers
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "tanh": torch.tanh}
+ACTIVATIONS["relu2"] = lambda z: F.relu(z).square()
 
 
 def results(function, given, dy):

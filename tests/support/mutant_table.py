@@ -116,6 +116,13 @@ MUTANTS = (
         _ACT_TESTS,
     ),
     Mutant(
+        "relu2_gradient_without_its_two",
+        _FUNCTORS,
+        "g * (2.0 * z)",
+        "g * z",
+        _ACT_TESTS,
+    ),
+    Mutant(
         "bias_gradient_of_padded_rows",
         _ACT,
         "dbias += tl.where(mask, dx, 0.0)",
