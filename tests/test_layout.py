@@ -107,6 +107,9 @@ PUBLIC = {
         "TransformerEncoderLayer",
     },
     "trilith.blocks": {
+        "Alibi",
+        "CrossAttention",
+        "StochasticDepth",
         "GatedMLP",
         "KVCache",
         "LMConfig",
