@@ -1,6 +1,8 @@
 """Cross-attention, ALiBi and stochastic depth: each is the formula it says."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.support.devices import DEVICE
-from trilith.blocks import Alibi, CrossAttention, Residual, StochasticDepth
+from trilith.blocks import MLP, Alibi, CrossAttention, LayerNorm, Residual, StochasticDepth
 
 
 @pytest.mark.parametrize("alibi", [False, True])
@@ -54,3 +56,26 @@ def test_stochastic_depth_under_checkpoint_draws_the_same():
     torch.manual_seed(3)
     y = checkpoint(block, x, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], plain)
+
+
+@pytest.mark.parametrize("by", ["norm", "value"])
+def test_gradients_are_clipped(by):
+    model = nn.Sequential(LayerNorm(6), MLP(up=nn.Linear(6, 9), down=nn.Linear(9, 6))).to(DEVICE)
+    (100 * model(torch.randn(4, 6, device=DEVICE)).square().sum()).backward()
+    before = torch.cat([p.grad.flatten() for p in model.parameters()])
+    if by == "norm":
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        expected = before / before.norm()
+    else:
+        nn.utils.clip_grad_value_(model.parameters(), 0.5)
+        expected = before.clamp(-0.5, 0.5)
+    after = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_links_of_the_course_resolve():
+    folder = Path(__file__).parents[2] / "blocks"
+    links = re.findall(r"\]\(([^)#]+)\)", (folder / "README.md").read_text())
+    assert len(links) > 25
+    assert not [link for link in links if not (folder / link).is_file()]
