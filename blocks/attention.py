@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from trilith.blocks.alibi import Alibi
 from trilith.blocks.cache import KVCache, PagedKVCache
 from trilith.blocks.linear import plain_linear, reset, reset_linear
-from trilith.kernels import scaled_dot_product_attention
+from trilith.kernels import attention, scaled_dot_product_attention
 
 
 class SelfAttention(nn.Module):
@@ -17,7 +18,8 @@ class SelfAttention(nn.Module):
         out: linear layer n_heads * D -> dim.
         n_heads: query heads.
         n_kv_heads: key and value heads, a divisor of n_heads; None for as many as queries.
-        position: called as `position(q, k) -> (q, k)` on (B, heads, T, D), such as `Rotary`.
+        position: called as `position(q, k) -> (q, k)` on (B, heads, T, D), such as `Rotary`;
+            or `Alibi`, whose slopes the scores take (not with a cache).
         causal: whether a token sees only itself and what came before.
         dropout: probability, applied to the attention weights.
         gain: scales `out`'s initial weights; 1 / sqrt(2 * layers) where it ends in a residual.
@@ -73,12 +75,17 @@ class SelfAttention(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention (B, H, T, D) over these keys, or over those of a cache, these the last."""
+        p = self.dropout if self.training else 0.0
+        if isinstance(self.position, Alibi):
+            if self.cache is not None:
+                raise NotImplementedError("SelfAttention: cache must be None with Alibi, got one")
+            slopes = self.position()
+            return attention(q, k, v, causal=self.causal, alibi_slopes=slopes, dropout_p=p)
         if self.cache is not None:
             continued = any(self.cache.filled)
             self.cache.append(k, v)
             if continued:
                 return self.cache.attend(q)
-        p = self.dropout if self.training else 0.0
         return scaled_dot_product_attention(
             q, k, v, dropout_p=p, is_causal=self.causal, enable_gqa=True
         )
@@ -87,7 +94,7 @@ class SelfAttention(nn.Module):
         """q (B, H, T, D), k and v (B, Hkv, T, D), q and k with their positions."""
         packed_BTHD = packed.unflatten(-1, (sum(self.heads), -1))
         q, k, v = (part.transpose(1, 2) for part in packed_BTHD.split(self.heads, dim=2))
-        if self.position is None:
+        if self.position is None or isinstance(self.position, Alibi):
             return q, k, v
         q, k = self.position(q, k)
         # v as a view would keep the whole packed buffer for backward, beside the new q and k

@@ -10,7 +10,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.support.devices import DEVICE
-from trilith.blocks import MLP, Alibi, CrossAttention, LayerNorm, Residual, StochasticDepth
+from trilith.blocks import (
+    MLP,
+    Alibi,
+    CrossAttention,
+    LayerNorm,
+    Residual,
+    SelfAttention,
+    StochasticDepth,
+)
 
 
 @pytest.mark.parametrize("alibi", [False, True])
@@ -27,6 +35,22 @@ def test_cross_attention_formula(alibi):
         scores = scores - torch.tensor([2**-4, 2**-8], device=DEVICE)[:, None, None] * far
     expected = block.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(block(x, memory), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_self_attention_with_alibi(causal):
+    linears = {"qkv": nn.Linear(8, 24), "out": nn.Linear(8, 8)}
+    block = SelfAttention(**linears, n_heads=2, position=Alibi(2), causal=causal).to(DEVICE)
+    x = torch.randn(2, 5, 8, device=DEVICE)
+    q, k, v = block.qkv(x).unflatten(-1, (6, 4)).transpose(1, 2).chunk(3, dim=1)
+    place = torch.arange(5, device=DEVICE)
+    far = (place[:, None] - place).abs()
+    slopes = torch.tensor([2**-4, 2**-8], device=DEVICE)[:, None, None]
+    scores = q @ k.transpose(-1, -2) / 2 - slopes * far
+    if causal:
+        scores = scores.masked_fill(place[:, None] < place, -math.inf)
+    expected = block.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_alibi_slopes():
