@@ -24,9 +24,9 @@ class KVCache(nn.Module):
     same numbers as Python ints.
     """
 
-    k: Tensor | None
-    v: Tensor | None
-    lengths: Tensor | None
+    k: Tensor
+    v: Tensor
+    lengths: Tensor
 
     def __init__(self, max_len: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class KVCache(nn.Module):
         self.lengths += k.shape[2] if new is None else new
         self.filled, self._expected = filled, None
 
-    def attend(self, q: Tensor, **options: Any) -> Tensor:
+    def attend(self, q: Tensor, **options: Any) -> Any:
         """`decode_attention` of the last tokens' queries (B, H, T, D) over all that is stored."""
         return decode_attention(q, self.k, self.v, self.lengths, **options)
 
@@ -105,10 +105,10 @@ class PagedKVCache(nn.Module):
     `block_table` (B, max_len / block_size) int32, as `decode_attention` reads them.
     """
 
-    k: Tensor | None
-    v: Tensor | None
-    lengths: Tensor | None
-    block_table: Tensor | None
+    k: Tensor
+    v: Tensor
+    lengths: Tensor
+    block_table: Tensor
 
     def __init__(self, num_blocks: int, block_size: int, max_len: int) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class PagedKVCache(nn.Module):
         CACHE_APPEND(self.k, self.v, k, v, self.lengths, new, self.block_table)
         self.lengths += k.shape[2] if new is None else new
 
-    def attend(self, q: Tensor, **options: Any) -> Tensor:
+    def attend(self, q: Tensor, **options: Any) -> Any:
         """`decode_attention` of the last tokens' queries (B, H, T, D) over all that is stored."""
         table = self.block_table
         return decode_attention(q, self.k, self.v, self.lengths, block_table=table, **options)
@@ -194,8 +194,9 @@ class PagedKVCache(nn.Module):
                 own.append(self.free_blocks.pop())
                 taken.append(own[-1])
         if taken:
-            rows, places, taken = torch.tensor([rows, places, taken]).to(self.block_table.device)
-            self.block_table[rows, places] = taken.int()
+            table = self.block_table
+            at = torch.tensor([rows, places, taken], dtype=torch.int32).to(table.device)
+            table[at[0], at[1]] = at[2]
 
     def extra_repr(self) -> str:
         return (

@@ -105,7 +105,7 @@ def _steps(
         new = list(tokens.clamp_min(0)[:, None])
 
 
-def cache_obstacle(model: nn.Module) -> str | None:
+def cache_obstacle(model: TransformerLM) -> str | None:
     """Why a model cannot generate over a cache, or None.
 
     Each block must have one attention with a `cache`, causal; position modules must have
@@ -136,37 +136,33 @@ class _Cached:
         self.model = model
         self.caches = [(a, KVCache(room)) for block in model.blocks for a in _attentions(block)]
         self.positions = [m for m in model.modules() if hasattr(m, "acts_on")]
-        self.starts: Tensor | int = 0
+        self.starts: Tensor | int = 0  # how many tokens of each sequence have been read
 
     def logits(self, new: list[Tensor]) -> Tensor:
         counts = [len(tokens) for tokens in new]
         padded = pad_sequence(new, batch_first=True)
+        lengths = torch.tensor(counts, device=padded.device)
         if isinstance(self.starts, int):
-            self.starts = torch.zeros(len(new), dtype=torch.long, device=padded.device)
+            self.starts = torch.zeros_like(lengths)
         for _, cache in self.caches:
             cache.expect(counts)
         with _evaluating(self.model), self._attached():
             hidden = self.model.hidden(padded)
-            taken = padded.shape[1]
-            if min(counts) == taken:
-                last = hidden[:, -1]
-            else:
-                taken = torch.tensor(counts, device=padded.device)
-                last = hidden[torch.arange(len(new), device=padded.device), taken - 1]
-            self.starts = self.starts + taken
+            last = hidden[torch.arange(len(new), device=padded.device), lengths - 1]
+            self.starts = self.starts + lengths
             return self.model.logits(last)
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
         try:
             for attention, cache in self.caches:
-                attention.cache = cache
+                setattr(attention, "cache", cache)  # noqa: B010 (a module's attribute, unknown to types)
             for position in self.positions:
-                position.offsets = self.starts
+                setattr(position, "offsets", self.starts)  # noqa: B010
             yield
         finally:
             for attention, _ in self.caches:
-                attention.cache = None
+                setattr(attention, "cache", None)  # noqa: B010
             for position in self.positions:
                 del position.offsets
 
@@ -215,7 +211,9 @@ def _require_room(model: nn.Module, texts: list[Tensor], new: int) -> None:
         raise TypeError("generate: prompts must be integer token ids")
     if new < 0:
         raise ValueError(f"generate: max_new_tokens must not be negative, got {new}")
-    limits = [m.max_len for m in model.modules() if hasattr(m, "acts_on") and hasattr(m, "max_len")]
+    limits: list[Any] = [
+        m.max_len for m in model.modules() if hasattr(m, "acts_on") and hasattr(m, "max_len")
+    ]
     longest = max(map(len, texts)) + new - 1  # the last token is not read again
     if limits and longest > min(limits):
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -56,7 +58,7 @@ class MLP(nn.Module):
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The rest of forward, from x @ up.weight.T."""
-        return self._act_down(hidden, self.up.bias)
+        return self._act_down(hidden, cast("Tensor | None", self.up.bias))
 
     def _act_down(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
         p, training = self.dropout, self.training
@@ -108,8 +110,8 @@ class GatedMLP(nn.Module):
 
     def first_layers(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
         """What makes `finish`'s arguments; nothing where `gate` or `up` must be called."""
-        layers = (self.gate, self.up)
-        return tuple((m.weight, m.bias) for m in layers) if all(map(plain_linear, layers)) else ()
+        layers = [m for m in (self.gate, self.up) if plain_linear(m)]
+        return tuple((m.weight, m.bias) for m in layers) if len(layers) == 2 else ()
 
     def finish(self, gate: Tensor, up: Tensor) -> Tensor:
         """The rest of forward, from gate(x) and up(x)."""

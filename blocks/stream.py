@@ -7,7 +7,7 @@ read past its own forward (`blocks.linear.plain`), it is called.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -18,6 +18,8 @@ from trilith.blocks.norms import LayerNorm, RMSNorm
 from trilith.kernels import bias_dropout_add
 
 _BRANCHES = (SelfAttention, MLP, GatedMLP)
+_Norm = LayerNorm | RMSNorm
+_Branch = SelfAttention | MLP | GatedMLP
 
 
 class Stream(NamedTuple):
@@ -33,17 +35,19 @@ class Stream(NamedTuple):
     def normed(self, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """(norm(total), total)."""
         if self.added is not None and plain(norm, LayerNorm, RMSNorm):
-            return norm.added(self.added, self.x, self.p)
+            return cast("_Norm", norm).added(self.added, self.x, self.p)
         total = self.total()
         return norm(total), total
 
     def through(self, norm: nn.Module, branch: nn.Module) -> tuple[Tensor, Tensor]:
         """(branch(norm(total)), total)."""
-        fuses = kernels_run(self.x) and plain(norm, LayerNorm, RMSNorm)
-        layers = branch.first_layers() if fuses and plain(branch, *_BRANCHES) else ()
+        known = plain(norm, LayerNorm, RMSNorm) and plain(branch, *_BRANCHES)
+        fuses = known and kernels_run(self.x)
+        layers = cast("_Branch", branch).first_layers() if fuses else ()
         if not layers:
             normed, total = self.normed(norm)
             return branch(normed), total
+        norm, branch = cast("_Norm", norm), cast("_Branch", branch)
         weights, biases = zip(*layers, strict=True)
         if len(weights) == 1:
             weights, biases = weights[0], biases[0]

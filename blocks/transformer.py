@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ class TransformerLM(nn.Module):
 def extended(part: nn.Module, stream: Stream) -> Stream:
     """The stream behind a part of the model; one that must be called is called with the sum."""
     if plain(part, TransformerBlock, Residual):
-        return part.extend(stream)
+        return cast("TransformerBlock | Residual", part).extend(stream)
     return Stream(part(stream.total()))
 
 

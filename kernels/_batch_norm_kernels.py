@@ -310,16 +310,19 @@ def batch_norm_gradients(
         work = _work(dy, x)
         grid, sizes = work.shares(), (work.r, work.c, work.rows.inner, eps)
         partials = mean.new_empty((2, grid[0], work.c), dtype=torch.float32)
-        tensors = (*work.rows.tensors, mean, var, partials)
+        read = (*work.rows.tensors, mean, var, partials)
         strides = (_strides(*vectors), *work.rows.strides)
-        launch(_sums_kernel, grid, *tensors, *strides, *sizes, **work.options)
+        launch(_sums_kernel, grid, *read, *strides, *sizes, **work.options)
         sums = column_sum_pair(partials, torch.float32, torch.float32)
     if dx is not None:
         work = _work(dy, x, dx)
         (down, across), sizes = work.blocks(), (work.r, work.c, work.rows.inner, eps)
-        tensors = (*work.rows.tensors[:2], *vectors, *(sums if training else (None, None)))
-        tensors = (*tensors, work.rows.tensors[2])
+        *inputs, out = work.rows.tensors
+        tensors = (*inputs, *vectors, *(sums if training else (None, None)), out)
         strides = (_strides(*vectors), *work.rows.strides)
         launch(_gradient_kernel, (down * across,), *tensors, *strides, *sizes, **work.options)
-    dweight = sums[0].to(weight.dtype) if needs[1] else None
-    return dx, dweight, sums[1].to(bias.dtype) if needs[2] else None
+    dweight, dbias = (
+        total.to(like.dtype) if need and total is not None and like is not None else None
+        for total, like, need in zip(sums, (weight, bias), needs[1:], strict=True)
+    )
+    return dx, dweight, dbias

@@ -103,6 +103,10 @@ def _buffers(
     return Gradients(dx, dweight, dbias)
 
 
+def _rounded(gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return gradient.to(dtype) if scale is None else scaled(gradient, scale, dtype)
+
+
 def _linear_cross_entropy_bwd(ctx: BackwardContext, dloss: Tensor) -> tuple[Tensor | None, ...]:
     x, linear_weight, target, linear_bias, weight, per_row, *scalars = ctx.inputs
     needs = [ctx.needs_input_grad[i] for i in (_INPUT, _WEIGHT, _BIAS)]
@@ -113,10 +117,9 @@ def _linear_cross_entropy_bwd(ctx: BackwardContext, dloss: Tensor) -> tuple[Tens
         rows = dloss if per_row else dloss.expand(x.shape[0])
         options = Options(weight, *scalars)
         run_chunks(x, linear_weight, target, linear_bias, options, None, rows, gradients)
-    dtypes = [None if t is None else t.dtype for t in (x, linear_weight, linear_bias)]
     dx, dweight, dbias = (
-        None if not need else g.to(dtype) if scale is None else scaled(g, scale, dtype)
-        for g, dtype, need in zip(gradients, dtypes, needs, strict=True)
+        _rounded(g, scale, like.dtype) if need and g is not None and like is not None else None
+        for g, like, need in zip(gradients, (x, linear_weight, linear_bias), needs, strict=True)
     )
     return dx, dweight, None, dbias
 

@@ -78,8 +78,10 @@ def autograd_function(op: Op) -> type[torch.autograd.Function]:
             gradients = [next(found) if ask else None for ask in asked]
             for name, source in sources.items():
                 i = parameters.positions[name]
-                own = isinstance(source, int)
-                gradients[i] = grads[source] if own else gradients[parameters.positions[source]]
+                if isinstance(source, int):
+                    gradients[i] = grads[source]
+                else:
+                    gradients[i] = gradients[parameters.positions[source]]
             return (None, *gradients)
 
     Function.__name__ = Function.__qualname__ = spec.name.replace("::", "_")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor, Placement
+    from torch.distributed.tensor import DTensor, Placement, Shard
 
     from trilith.plugins.op import Op
 
@@ -170,8 +170,8 @@ def _global_shape(
     for outputs, inputs in chosen:
         if not outputs[n].is_shard():
             continue
-        out_dim = outputs[n].dim
-        i, dim = next((i, p.dim) for i, p in enumerate(inputs) if p is not None and p.is_shard())
+        i, given = next((i, p) for i, p in enumerate(inputs) if p is not None and p.is_shard())
+        out_dim, dim = (cast("Shard", place).dim for place in (outputs[n], given))
         whole = tensors[i]
         assert whole is not None
         if result.shape[out_dim] != local[i].shape[dim]:

@@ -81,8 +81,9 @@ def _decode_fwd(
     _require_one_dtype(q, k, v)
     (B, H, T, D), (N, L, Hkv, DV) = q.shape, v.shape
     capacity = L if table is None else L * table.shape[1]
-    blocks = {"BLOCK_D": _padded(D), "BLOCK_DV": _padded(DV)}
-    tiles = _tiles(q, *blocks.values(), H // Hkv * T)
+    block_d, block_dv = _padded(D), _padded(DV)
+    blocks = {"BLOCK_D": block_d, "BLOCK_DV": block_dv}
+    tiles = _tiles(q, block_d, block_dv, H // Hkv * T)
     programs = B * Hkv * triton.cdiv(H // Hkv * T, tiles["BLOCK_M"])
     splits = _splits(q.device, programs, capacity, tiles["BLOCK_N"])
     out, lse = _decode_out(q, k, v)
@@ -319,9 +320,9 @@ def _check(
         require(tensor.ndim == 4, _NAME, arg, "be 4-D", tuple(tensor.shape))
     if not torch.is_autocast_enabled(q.device.type):
         _require_one_dtype(q, k, v)
-    for arg, tensor in (("cache_lengths", lengths), ("block_table", table)):
-        if tensor is not None and tensor.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{_NAME}: {arg} must be int32 or int64, got {tensor.dtype}")
+    for arg, indices in (("cache_lengths", lengths), ("block_table", table)):
+        if indices is not None and indices.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{_NAME}: {arg} must be int32 or int64, got {indices.dtype}")
     B, H, _, D = q.shape
     require_shape(_NAME, "cache_lengths", lengths, (B,))
     Hkv = k.shape[1 if table is None else 2]

@@ -117,6 +117,7 @@ class AttentionCall:
         alignment: str,
         left: int,
         right: int,
+        *,
         packed: Packed | None = None,
     ) -> None:
         B, H, self.T, D = q.shape

@@ -12,8 +12,7 @@ from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.random import keep_mask
 
 # Arguments whose value should not make another binary; a kernel without one of them ignores it.
-NOT_SPECIALIZED = ("BH", "H", "heads_together", "low", "high", "diagonal")
-NOT_SPECIALIZED += ("sequences",)
+NOT_SPECIALIZED = ("BH", "H", "heads_together", "low", "high", "diagonal", "sequences")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 _tanh = ACTIVATIONS["tanh"].f
@@ -75,7 +74,7 @@ def sequence_of_tile(tile, b, own_ptr, other_ptr, own, other, sequences, BLOCK: 
     if own_ptr is None:
         return tile, b, b * 0, own, b * 0, other
     else:
-        found = 0
+        found = tl.full((), 0, tl.int32)
         stop = sequences
         while stop - found > 1:
             middle = (found + stop) // 2

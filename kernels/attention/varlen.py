@@ -152,8 +152,14 @@ def varlen_reference(
         own_slopes = None if slopes is None else slopes[n % slopes.shape[0]][None]
         own_kept = None if kept is None else kept[None, :, i:j, : b - a]
         out, lse = attend(
-            *(_as_batch(q[i:j]), _as_batch(k[a:b]), _as_batch(v[a:b]), own_bias, None, own_slopes),
-            *(sinks, own_kept, scale, softcap, p, alignment, left, right),
+            *(_as_batch(q[i:j]), _as_batch(k[a:b]), _as_batch(v[a:b])),
+            *(own_bias, None, own_slopes, sinks, own_kept),
+            scale,
+            softcap,
+            p,
+            alignment,
+            left,
+            right,
         )
         outs.append(_packed(out))
         lses.append(lse[0])

@@ -71,7 +71,8 @@ def _assert_rounded_once(
 def assert_like_eager(actual: Tensor, expected64: Tensor, eager: Tensor) -> None:
     """Errors at most twice those of eager PyTorch in the same dtype (float32: ten times).
 
-    In the maximum, in the mean (1.1 times), and in the mean of every row and every matrix.
+    In the maximum, in the mean (1.1 times), and in the mean of every row and every matrix. In
+    float32 the mean may be 2 ulp off whatever eager's is: of a few sums eager's may be 0 by chance.
     """
     expected = _checked(actual, expected64)
     if eager.shape != actual.shape or eager.dtype != actual.dtype:
@@ -92,6 +93,8 @@ def assert_like_eager(actual: Tensor, expected64: Tensor, eager: Tensor) -> None
     if not actual.numel():
         return
     limit = mean * yardstick.mean() + floor / 10
+    if single:
+        limit = limit + 2 * ulp(magnitude, actual.dtype).mean()
     _assert_mean(error.mean(), limit, "the tensor", f"{mean:g} * eager's")
     for trailing, name in ((1, "row"), (2, "matrix")):
         if actual.ndim <= trailing:
