@@ -49,7 +49,7 @@ class GradientFlow:
     layers: tuple[Layer, ...]
 
     def __str__(self) -> str:
-        rows = [("layer", "kind", *_COLUMNS)]
+        rows: list[tuple[str, ...]] = [("layer", "kind", *_COLUMNS)]
         for layer in self.layers:
             values = (getattr(layer, column) for column in _COLUMNS)
             cells = ("" if math.isnan(value) else f"{value:.3g}" for value in values)
@@ -115,7 +115,7 @@ def gradient_flow(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Grad
             )
         trained = [p for p in model.parameters() if p.requires_grad]
         found = torch.autograd.grad(value, trained, allow_unused=True)
-        gradients = dict(zip(map(id, trained), found, strict=True))
+        gradients: dict[int, Tensor | None] = dict(zip(map(id, trained), found, strict=True))
     return GradientFlow(tuple(recorder.row(call, gradients) for call in recorder.calls))
 
 

@@ -25,7 +25,7 @@ def spectrum(
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     start = start / start.norm()
-    out, pull = vjp(function, x)
+    out, pull = vjp(function, x)[:2]
 
     def push(v: Tensor) -> Tensor:
         return jvp(function, (x,), (v,))[1]

@@ -199,7 +199,9 @@ def _soft_cross_entropy_bwd(
     tile, tail, options = _launch_arguments(*ctx.inputs)
     grid = (triton.cdiv(dloss.numel(), tile.block_m) * triton.cdiv(x.shape[1], tile.block_n),)
     dloss = dloss.reshape(-1)
-    steps = (class_strides(dtarget if dx is None else dx), dloss.stride(0))
+    made = dtarget if dx is None else dx
+    assert made is not None
+    steps = (class_strides(made), dloss.stride(0))
     inputs = (dloss, x, target, weight, *ctx.aux)
     launch(soft_cross_entropy_bwd_kernel, grid, *inputs, dx, dtarget, *steps, *tail, **options)
     return dx, dtarget

@@ -260,6 +260,7 @@ def cross_entropy(
     x = input.unsqueeze(0) if input.dim() == 1 else input
     x = x.flatten(2) if x.dim() > 3 else x
     soft, scalars = target.is_floating_point(), (label_smoothing, z_loss, softcap)
+    arguments: tuple[Any, ...]
     if soft:
         op, arguments = SOFT_CROSS_ENTROPY, (x, target.reshape(x.shape), weight, *scalars)
     else:

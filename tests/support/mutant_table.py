@@ -587,6 +587,13 @@ MUTANTS = (
         _DECODE_TESTS + " -k exist",
     ),
     Mutant(
+        "decoding_splits_are_not_merged",
+        "trilith.kernels.attention.decode",
+        "merge_partials(parts, lses, out, lse)",
+        "merge_partials(parts[:1], lses[:1], out, lse)",
+        _DECODE_TESTS + " -k lengths",
+    ),
+    Mutant(
         "padding_is_cached",
         "trilith.kernels.attention.cache",
         "stored &= t < tl.load(counts_ptr + b)",
