@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from trilith.blocks.alibi import Alibi
@@ -80,7 +82,8 @@ class SelfAttention(nn.Module):
             if self.cache is not None:
                 raise NotImplementedError("SelfAttention: cache must be None with Alibi, got one")
             slopes = self.position()
-            return attention(q, k, v, causal=self.causal, alibi_slopes=slopes, dropout_p=p)
+            mixed = attention(q, k, v, causal=self.causal, alibi_slopes=slopes, dropout_p=p)
+            return cast(Tensor, mixed)
         if self.cache is not None:
             continued = any(self.cache.filled)
             self.cache.append(k, v)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from trilith.blocks.alibi import Alibi
@@ -64,7 +66,7 @@ class CrossAttention(nn.Module):
         k, v = packed_BHSD.chunk(2, dim=1)
         slopes = None if self.position is None else self.position()
         p = self.dropout if self.training else 0.0
-        mixed_BHTD = attention(q, k, v, alibi_slopes=slopes, dropout_p=p)
+        mixed_BHTD = cast(Tensor, attention(q, k, v, alibi_slopes=slopes, dropout_p=p))
         return self.out(mixed_BHTD.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:

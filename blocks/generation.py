@@ -135,7 +135,7 @@ class _Cached:
     def __init__(self, model: TransformerLM, room: int) -> None:
         self.model = model
         self.caches = [(a, KVCache(room)) for block in model.blocks for a in _attentions(block)]
-        self.positions = [m for m in model.modules() if hasattr(m, "acts_on")]
+        self.positions: list[Any] = [m for m in model.modules() if hasattr(m, "acts_on")]
         self.starts: Tensor | int = 0  # how many tokens of each sequence have been read
 
     def logits(self, new: list[Tensor]) -> Tensor:
@@ -156,13 +156,13 @@ class _Cached:
     def _attached(self) -> Iterator[None]:
         try:
             for attention, cache in self.caches:
-                setattr(attention, "cache", cache)  # noqa: B010 (a module's attribute, unknown to types)
+                attention.cache = cache
             for position in self.positions:
-                setattr(position, "offsets", self.starts)  # noqa: B010
+                position.offsets = self.starts
             yield
         finally:
             for attention, _ in self.caches:
-                setattr(attention, "cache", None)  # noqa: B010
+                attention.cache = None
             for position in self.positions:
                 del position.offsets
 
@@ -199,7 +199,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _attentions(block: nn.Module) -> list[nn.Module]:
+def _attentions(block: nn.Module) -> list[Any]:
     return [module for module in block.modules() if hasattr(module, "cache")]
 
 
