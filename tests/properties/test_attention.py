@@ -7,32 +7,11 @@ from hypothesis import strategies as st
 
 from tests.kernels.test_attention import eager
 from tests.support import strategies as draw
+from tests.support.compare import assert_fair
 from tests.support.devices import DEVICE
 from trilith.kernels import attention, scaled_dot_product_attention
 from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels.attention.op import OP
-
-ROUNDINGS = {torch.float32: 10.0, torch.float16: 2.0, torch.bfloat16: 2.0}
-
-
-def assert_fair(actual, expected, eager, rows=1):
-    """Errors within twice eager's worst (float32: ten times).
-
-    Of few elements that says little, least where they are sums over `rows` rows that cancel.
-    """
-    assert (actual.shape, actual.dtype) == (expected.shape, eager.dtype)
-    dtype, finite = actual.dtype, expected.isfinite()
-    assert torch.equal(actual.isfinite(), finite)
-    assert torch.equal(actual[~finite].double(), expected[~finite])
-    actual, expected, eager = (t.double()[finite] for t in (actual, expected, eager.to(actual)))
-    if not actual.numel():
-        return
-    bound = ROUNDINGS[dtype] * (eager - expected).abs().max() + 1e-5 * max(1, expected.abs().max())
-    if actual.numel() < 64:
-        bound += torch.finfo(dtype).eps * max(4 * expected.abs().max(), rows**0.5)
-    error = (actual - expected).abs().max()
-    assert error <= bound, f"error {error:.3g}, bound {bound:.3g}"
-
 
 lengths = st.sampled_from((1, 2, 3, 16, 17, 31, 33, 47, 65))
 dims = st.sampled_from((1, 3, 8, 16, 17, 24, 40, 64))

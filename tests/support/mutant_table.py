@@ -342,10 +342,10 @@ MUTANTS = (
         _CONFORMANCE + " -k cross_entropy-fp32-nothing_is_written_to",
     ),
     Mutant(
-        "varlen_sequence_one_too_far",
+        "varlen_keys_begin_where_queries_do",
         _ATTENTION_TILES,
-        "// BLOCK + middle <= tile",
-        "// BLOCK + middle <= tile + 1",
+        "first_own, own_rows, first_other, other_rows\n\n\n@triton.jit\ndef band_of",
+        "first_own, own_rows, first_own, other_rows\n\n\n@triton.jit\ndef band_of",
         _VARLEN_TESTS + " -k alone",
     ),
     Mutant(
