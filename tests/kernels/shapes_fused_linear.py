@@ -1,4 +1,4 @@
-"""add_norm, norm_linear and act_linear as blocks call them, for the ahead-of-time compiles."""
+"""norm_linear and act_linear as blocks call them, for the ahead-of-time compiles."""
 
 import torch
 
@@ -17,16 +17,10 @@ def _empty(*shape, dtype):
 
 
 def _norms(dtype, n):
-    x, residual = _empty(4096, n, dtype=dtype), _empty(4096, n, dtype=dtype)
+    x = _empty(4096, n, dtype=dtype)
     weight, bias = _empty(n, dtype=dtype), _empty(n, dtype=dtype)
     first, second = _empty(64, n, dtype=dtype), _empty(64, n, dtype=dtype)
-    seed = torch.empty(1, dtype=torch.int64)
     layers = (first, None, second, None)
-    for dropout, p in ((None, 0.0), (seed, 0.1)):
-        yield "trilith::add_norm", Sample(x, residual, dropout, weight, bias, 1e-5, p, True)
-        yield "trilith::add_norm", Sample(x, residual, dropout, weight, None, 1e-6, p, False)
-        arguments = (x, residual, dropout, weight, None, *layers, 1e-6, p, False)
-        yield "trilith::add_norm_linear", Sample(*arguments)
     yield "trilith::norm_linear", Sample(x, weight, bias, first, None, None, None, 1e-5, True)
     yield "trilith::norm_linear", Sample(x, weight, None, *layers, 1e-6, False)
 
