@@ -141,15 +141,18 @@ class _Cached:
     def logits(self, new: list[Tensor]) -> Tensor:
         counts = [len(tokens) for tokens in new]
         padded = pad_sequence(new, batch_first=True)
-        lengths = torch.tensor(counts, device=padded.device)
         if isinstance(self.starts, int):
-            self.starts = torch.zeros_like(lengths)
+            self.starts = torch.zeros(len(new), dtype=torch.long, device=padded.device)
         for _, cache in self.caches:
             cache.expect(counts)
         with _evaluating(self.model), self._attached():
             hidden = self.model.hidden(padded)
-            last = hidden[torch.arange(len(new), device=padded.device), lengths - 1]
-            self.starts = self.starts + lengths
+            taken: Tensor | int = padded.shape[1]
+            last = hidden[:, -1]
+            if min(counts) < taken:  # else nothing need be copied to the device
+                taken = torch.tensor(counts, device=padded.device)
+                last = hidden[torch.arange(len(new), device=padded.device), taken - 1]
+            self.starts = self.starts + taken
             return self.model.logits(last)
 
     @contextmanager
