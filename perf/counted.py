@@ -55,7 +55,6 @@ from perf.workloads import (
     swiglu,
     varlen_attention,
 )
-from tests.support import interpreter
 from trilith.blocks import TransformerBlock
 
 BASELINE = Path(__file__).parent / "baselines" / "counted.json"
@@ -279,7 +278,6 @@ def main() -> int:
 
     start = time.perf_counter()
     torch.set_num_threads(1)
-    interpreter.apply()
     figures, seconds = count_all(lambda name: print(name, file=sys.stderr))
     host: Figures = {}
     for direction in DIRECTIONS:

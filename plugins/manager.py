@@ -16,8 +16,8 @@ from typing import Any
 import pluggy
 import torch
 
+from trilith.plugins import interpreter, selection
 from trilith.plugins import op as op_module
-from trilith.plugins import selection
 from trilith.plugins.hookspecs import CONTRACT, PROJECT, HookSpecs
 from trilith.plugins.op import Op
 from trilith.plugins.registry import Registry, UnknownOpError, registry
@@ -74,6 +74,7 @@ class Manager:
             if self._done or self._loading:
                 return
             self._loading = True
+            interpreter.apply()
             try:
                 self._load_all(_installed() if found is None else found)
                 self._done = True

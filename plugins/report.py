@@ -14,7 +14,6 @@ from trilith.plugins.conformance import (
     NUMERIC_CHECKS,
     Check,
     compare,
-    interpreter,
     samples_of,
 )
 from trilith.plugins.manager import Manager
@@ -126,7 +125,6 @@ def run_check(op: Op, provider: str, check: Check, device: torch.device, dtype: 
 
     A sample that the implementation's `supports` refuses is passed over.
     """
-    interpreter.apply()
     samples = samples_of(op, device, dtype)
     if not samples:
         raise AssertionError(f"{op.spec.name}: samples() gave none for {dtype}")

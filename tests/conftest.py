@@ -20,7 +20,7 @@ if "TRILITH_MUTANT" in os.environ:
 
     mutants.install(os.environ["TRILITH_MUTANT"])
 
-from tests.support import interpreter
+from trilith.plugins import interpreter
 
 interpreter.apply()
 

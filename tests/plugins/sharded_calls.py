@@ -33,7 +33,6 @@ if __name__ == "__main__" and "TRILITH_MUTANT" in os.environ:
 
     mutants.install(os.environ["TRILITH_MUTANT"])
 
-from tests.support import interpreter
 from trilith import kernels
 from trilith.plugins import TRITON_DEVICES, Op, OpSpec
 
@@ -409,7 +408,6 @@ def run_rank(rank, sizes, folder):
 
 
 def main(sizes, folder):
-    interpreter.apply()
     torch.set_num_threads(1)
     fork = multiprocessing.get_context("fork")  # what was imported is there
     ranks = range(math.prod(sizes))

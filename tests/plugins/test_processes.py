@@ -41,10 +41,7 @@ def module(name, device=DEVICE):
 
 def results(names):
     """Of each op the first output of its first sample; runs in a child process."""
-    from tests.support import interpreter
-
     torch.set_num_threads(1)
-    interpreter.apply()
     return {name: module(name)().numpy() for name in names}
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.support import interpreter
 from trilith.kernels import attention, merge_attention
 
 
@@ -51,7 +50,6 @@ def ring_attention(q, k, v):
 
 
 def main(rank, world, folder):
-    interpreter.apply()
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     q, k, v, dout, dlse = (

@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter treat bfloat16 as a GPU does.
+"""Makes Triton's interpreter treat bfloat16 as a GPU does, wherever kernels are interpreted.
 
 It keeps bfloat16 as uint16 bit patterns, truncates on fp32 -> bf16, and multiplies bit patterns in
 `tl.dot`. With `apply()` casts round to nearest even and dots take the values in fp32. Arithmetic on
@@ -7,13 +7,14 @@ bfloat16 tiles stays wrong: kernels convert to fp32 before any.
 
 from __future__ import annotations
 
-import os
 from typing import Any
+
+from trilith.plugins.spec import INTERPRETING
 
 
 def apply() -> None:
     """Patch the interpreter, if it is in use. Idempotent; for triton 3.6 and 3.7."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not INTERPRETING:
         return
     try:
         import triton.language as tl
