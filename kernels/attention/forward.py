@@ -212,6 +212,8 @@ def attention_fwd_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + h * sinks_stride).to(tl.float32)
+        if cu_q_ptr is not None:
+            sink = tl.where(first_q < tl.load(cu_q_ptr + sequences), sink, -float("inf"))
         m = tl.zeros([BLOCK_M], tl.float32) + sink * LOG2E
         total += tl.where(sink == -float("inf"), 0.0, 1.0)
 

@@ -154,13 +154,13 @@ class AttentionCall:
         return (0, *tensor.stride()[1:]) if self.packed else tensor.stride()
 
     def _tiles(self, rows: int, block: int) -> int:
-        return rows // block + self.B if self.packed else triton.cdiv(rows, block)
+        return rows // block + self.B + 1 if self.packed else triton.cdiv(rows, block)
 
     def _like(self, tensor: Tensor) -> Tensor:
         """A gradient of q, k or v; that of packed ones lies as (rows, H, D)."""
         B, H, rows, D = tensor.shape
         if self.packed:
-            return tensor.new_zeros((B, rows, H, D)).transpose(1, 2)
+            return tensor.new_empty((B, rows, H, D)).transpose(1, 2)
         return tensor.new_empty(tensor.shape)
 
     def forward(self, sinks: Tensor | None, out: Tensor, lse: Tensor, lse2: Tensor) -> None:

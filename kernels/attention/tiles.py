@@ -37,11 +37,11 @@ def tile_of_program(num_tiles, num_heads, heads_together, LONGEST_LAST: tl.const
 
 @triton.jit
 def tile_count(length, cu_ptr, sequences, BLOCK: tl.constexpr):
-    """Tiles of `length` rows; where they are packed sequences, a tile more for each of them."""
+    """Tiles of `length` rows; of packed sequences a tile more for each, one for rows past them."""
     if cu_ptr is None:
         return tl.cdiv(length, BLOCK)
     else:
-        return length // BLOCK + sequences
+        return length // BLOCK + sequences + 1
 
 
 @triton.jit
@@ -69,23 +69,29 @@ def sequence_of_tile(tile, b, own_ptr, other_ptr, own, other, sequences, BLOCK: 
     """(tile, sequence, first own row, own rows, first other row, other rows) of a program.
 
     Sequence n has its tiles from cu[n] // BLOCK + n on, as many as it needs or one more; to a tile
-    that is one too many the other side has no rows. What is not packed has b for a sequence.
+    that is one too many the other side has no rows. Nor has it to the rows past the last sequence,
+    which count as one more, so that every row is stored. What is not packed has b for a sequence.
     """
     if own_ptr is None:
         return tile, b, b * 0, own, b * 0, other
     else:
         found = tl.full((), 0, tl.int32)
-        stop = sequences
+        stop = sequences + 1
         while stop - found > 1:
             middle = (found + stop) // 2
             before = tl.load(own_ptr + middle).to(tl.int32) // BLOCK + middle <= tile
             found = tl.where(before, middle, found)
             stop = tl.where(before, stop, middle)
         tile -= tl.load(own_ptr + found).to(tl.int32) // BLOCK + found
-        first_own, own_rows = extent(own_ptr, found, own)
-        first_other, other_rows = extent(other_ptr, found, other)
+        first_own = tl.load(own_ptr + found).to(tl.int32)
+        first_other = tl.load(other_ptr + found).to(tl.int32)
+        after = tl.minimum(found + 1, sequences)
+        own_rows = tl.where(found == after, own, tl.load(own_ptr + after).to(tl.int32)) - first_own
+        other_rows = tl.load(other_ptr + after).to(tl.int32) - first_other
         other_rows = tl.where(tile * BLOCK < own_rows, other_rows, 0)
-        return tile, found.to(tl.int64), first_own, own_rows, first_other, other_rows
+        sequence = tl.maximum(after - 1, 0).to(tl.int64)
+        first_own, first_other = first_own.to(tl.int64), first_other.to(tl.int64)
+        return tile, sequence, first_own, own_rows, first_other, other_rows
 
 
 @triton.jit

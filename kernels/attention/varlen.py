@@ -2,7 +2,8 @@
 
 Sequence n has the queries cu_seqlens_q[n] to cu_seqlens_q[n + 1] and the keys likewise; the kernels
 are those of `attention`, and each program finds its sequence on the device, in a grid of
-total / BLOCK + B tiles a head. Nothing is padded, and the host reads no length.
+total / BLOCK + B + 1 tiles a head. Nothing is padded, and the host reads no length. Rows past the
+last sequence have tiles too, which write zeros.
 
 Letters, formulas, numerics and source as in forward.py.
 """
@@ -42,10 +43,9 @@ def _packed(batch: Tensor) -> Tensor:
 
 
 def _out(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Filled, for no program owns the rows past the last sequence."""
-    out = q.new_zeros((*q.shape[:2], v.shape[2]))
+    out = q.new_empty((*q.shape[:2], v.shape[2]))
     rows = (q.shape[1], q.shape[0])
-    lse, lse2 = (q.new_full(rows, x * math.inf, dtype=torch.float32) for x in (-1, 1))
+    lse, lse2 = (q.new_empty(rows, dtype=torch.float32) for _ in range(2))
     return out, lse, lse2
 
 

@@ -185,7 +185,7 @@ def test_the_grid_has_a_tile_more_for_each_sequence():
     finally:
         observers.remove(observe)
     ((grid, options),) = grids
-    assert grid == (2 * (sum(QUERIES) // options["BLOCK_M"] + len(QUERIES)),)
+    assert grid == (2 * (sum(QUERIES) // options["BLOCK_M"] + len(QUERIES) + 1),)
 
 
 def test_a_bias_that_is_too_short_reads_as_zero():
@@ -258,10 +258,15 @@ def test_wrong_arguments_are_named(case):
         function(*packed(lengths=((3, 4), (3, 4))))
 
 
-def test_rows_past_the_last_sequence_are_zero():
-    q, k, v = (t.requires_grad_() for t in packed(lengths=((3, 9), (4, 12))))
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("past", [4, 32, 70])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rows_past_the_last_sequence_are_zero(past, sinks):
+    q, k, v = (t.requires_grad_() for t in packed(lengths=((8, past), (10, past))))
     cu = [starts(n) for n in ((3, 5), (4, 6))]
-    out, lse = varlen_attention(q, k, v, *cu, return_lse=True)
-    dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+    terms = {"sinks": randn(2).requires_grad_()} if sinks else {}
+    out, lse = varlen_attention(q, k, v, *cu, return_lse=True, **terms)
+    dq, dk, dv, *rest = torch.autograd.grad(out.sum(), (q, k, v, *terms.values()))
     assert (out[8:] == 0).all() and (lse[:, 8:] == -torch.inf).all()
     assert (dq[8:] == 0).all() and (dk[10:] == 0).all() and (dv[10:] == 0).all()
+    assert all(t.isfinite().all() for t in (out, lse[:, :8], dq, dk, dv, *rest))

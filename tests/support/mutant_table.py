@@ -351,8 +351,8 @@ MUTANTS = (
     Mutant(
         "varlen_rows_of_the_whole_batch",
         _ATTENTION_TILES,
-        "rows = tl.load(cu_ptr + b + 1).to(tl.int32) - first",
-        "rows = length - first",
+        "other_rows = tl.load(other_ptr + after).to(tl.int32) - first_other",
+        "other_rows = other - first_other",
         _VARLEN_TESTS + " -k 'alone or neighbours'",
     ),
     Mutant(
