@@ -14,6 +14,10 @@ _FUNCTIONS = {
     "op": ("trilith.plugins.manager", "find_op"),
     "explain": ("trilith.plugins.manager", "explain"),
     "fuse": ("trilith.blocks.fuse", "fuse"),
+    "register_transformers": (
+        "trilith.blocks.drop_in.attention_interface",
+        "register_transformers",
+    ),
     "trace": ("trilith.plugins.manager", "trace"),
     "unfuse": ("trilith.blocks.fuse", "unfuse"),
     "use_implementation": ("trilith.plugins.manager", "use_implementation"),
@@ -29,6 +33,7 @@ __all__ = [
     "kernels",
     "op",
     "plugins",
+    "register_transformers",
     "trace",
     "unfuse",
     "use_implementation",

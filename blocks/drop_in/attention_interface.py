@@ -1,0 +1,171 @@
+"""transformers' attention by name: `attn_implementation="trilith"`.
+
+Shapes: B batch, H heads, T queries, S keys, D head dim, W how many keys back a query sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from trilith.kernels import attention, decode_attention
+
+NAME = "trilith"
+
+
+def register_transformers() -> None:
+    """Make `attn_implementation="trilith"` known to transformers, once for the process.
+
+    Models then take the name in `from_pretrained`, `from_config` and `set_attn_implementation`, and
+    run `trilith.kernels.attention`: causal or not, sliding windows, grouped heads, soft cap, sinks,
+    position bias, dropout, masks, and every cache but the paged one. What a mask only says by rule
+    (causal, a window, padding) never becomes a (T, S) tensor. Attention weights are not returned.
+
+    Raises:
+        ImportError: transformers is not installed, or older than 5.
+
+    Example:
+        >>> trilith.register_transformers()
+        >>> AutoModelForCausalLM.from_pretrained(path, attn_implementation="trilith")
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise ImportError(
+            "register_transformers: transformers must be installed, version 5 or newer; "
+            "pip install 'trilith[transformers]'"
+        ) from error
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cache: Any = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What a model calls: query (B, H, T, D), key and value with a divisor of H heads.
+
+    The mask is 4-D, boolean or added; or `attention_mask`'s uint8 one; or None, for which causal
+    modules count from the first key, as with scaled_dot_product_attention. A window comes with the
+    mask alone: not every model names its window here.
+
+    Returns:
+        (B, T, H, D), and None for the weights.
+    """
+    if cache is not None:
+        raise NotImplementedError(
+            f'attn_implementation="{NAME}": continuous batching is not supported; use generate()'
+        )
+    T, S = query.shape[2], key.shape[2]
+    if query.shape[0] != key.shape[0]:
+        batch = max(query.shape[0], key.shape[0])
+        query, key, value = (t.expand(batch, *t.shape[1:]) for t in (query, key, value))
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or None, "sinks": s_aux}
+    plain = attention_mask is None and position_bias is None
+    if T == 1 and S > 0 and plain and not (dropout or torch.is_grad_enabled()):
+        lengths = torch.full((len(key),), S, dtype=torch.int32, device=key.device)
+        out = cast(Tensor, decode_attention(query, key, value, lengths, **options))
+        return out.transpose(1, 2).contiguous(), None
+    options |= _masking(module, T, attention_mask, is_causal)
+    if position_bias is not None:
+        options["bias"] = _with_mask(position_bias, options["bias"])
+    out = cast(Tensor, attention(query, key, value, dropout_p=dropout, **options))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _masking(
+    module: nn.Module, T: int, mask: Tensor | None, is_causal: bool | None
+) -> dict[str, Any]:
+    if mask is not None and mask.dtype == torch.uint8:
+        S, W = mask.shape[2:]
+        padding = mask[:, 0, :, 0].view(torch.bool)
+        window = (W - 1, 0) if W < S else None
+        return {"causal": "bottom_right", "window": window} | {
+            "key_padding_mask": padding,
+            "bias": None,
+        }
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    alone = mask is None and T > 1
+    return {"causal": "top_left" if causal and alone else False, "bias": mask}
+
+
+def _with_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Both as one added bias; what the mask forbids is -inf."""
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
+    config: Any = None,
+    **rest: Any,
+) -> Tensor | None:
+    """The mask of a model's layers, as small as it can be; called by transformers.
+
+    Returns:
+        None where nothing is masked, or nothing but what comes after each query.
+        (B, 1, S, W) uint8, no memory behind its last dimension: the queries are the last of S keys
+        and causal; key s takes part where [:, 0, s], for the W queries from its own on.
+        (B, 1, 1, S) boolean: keys that take part, for all queries.
+        (B, 1, T, S) boolean, as for scaled_dot_product_attention, where no rule is known.
+    """
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    padding = _padding(attention_mask, kv_length, kv_offset)
+    if mask_function is bidirectional_mask_function and allow_is_bidirectional_skip:
+        return None if padding is None else padding[:, None, None, :]
+    chunked = local_size is not None and getattr(config, "attention_chunk_size", None) is not None
+    # a static cache's offset is a tensor: its queries are not the last of the keys
+    last = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+    if not (allow_is_causal_skip and last) or chunked:
+        skips = {
+            "allow_is_causal_skip": allow_is_causal_skip,
+            "allow_is_bidirectional_skip": allow_is_bidirectional_skip,
+        }
+        return sdpa_mask(
+            *(batch_size, q_length, kv_length, q_offset, kv_offset),
+            *(mask_function, attention_mask, local_size),
+            **skips,
+            device=device,
+            **rest,
+        )
+    window = kv_length if local_size is None else min(local_size, kv_length)
+    if padding is None and window == kv_length and q_length in (1, kv_length):
+        return None
+    if padding is None:
+        padding = torch.ones((batch_size, kv_length), dtype=torch.bool, device=device)
+    return padding.view(torch.uint8)[:, None, :, None].expand(-1, -1, -1, window)
+
+
+def _padding(mask: Tensor | None, length: int, offset: int) -> Tensor | None:
+    """The (B, S) of a (B, any) mask; None where every key takes part, as far as one may look."""
+    if mask is None:
+        return None
+    missing = offset + length - mask.shape[-1]
+    mask = torch.nn.functional.pad(mask, (0, max(0, missing)))[:, offset : offset + length]
+    looking = not torch.compiler.is_compiling()
+    return None if looking and bool(mask.all()) else mask
