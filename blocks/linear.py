@@ -8,8 +8,19 @@ from typing import TypeGuard
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trilith.kernels import bias_act, bias_act_linear, gated_act, gated_act_linear
-from trilith.plugins import TRITON_DEVICES
+from trilith.kernels import (
+    BIAS_ACT,
+    BIAS_ACT_LINEAR,
+    DROPOUT,
+    GATED_ACT,
+    GATED_ACT_LINEAR,
+    bias_act,
+    bias_act_linear,
+    dropout,
+    gated_act,
+    gated_act_linear,
+)
+from trilith.plugins import TRITON_DEVICES, may_fuse
 
 
 def plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -45,8 +56,8 @@ def linear_act(
     Elsewhere the matrix product adds the bias at no cost, and adding it apart would be a pass more.
     """
     if kernels_run(x) and plain_linear(linear):
-        return bias_act(F.linear(x, linear.weight), linear.bias, activation, p=p, training=training)
-    return bias_act(linear(x), None, activation, p=p, training=training)
+        return _act(F.linear(x, linear.weight), linear.bias, activation, p if training else 0.0)
+    return _act(linear(x), None, activation, p if training else 0.0)
 
 
 def act_linear(
@@ -59,15 +70,24 @@ def act_linear(
     training: bool,
 ) -> Tensor:
     """linear(dropout(activation(x + bias)))."""
-    if kernels_run(x) and plain_linear(linear):
-        weight, out_bias = linear.weight, linear.bias
-        return bias_act_linear(x, bias, weight, out_bias, activation, p=p, training=training)
-    return linear(bias_act(x, bias, activation, p=p, training=training))
+    p = p if training else 0.0
+    parts = (BIAS_ACT, DROPOUT) if p else (BIAS_ACT,)
+    if kernels_run(x) and plain_linear(linear) and may_fuse(BIAS_ACT_LINEAR, x, *parts):
+        return bias_act_linear(x, bias, linear.weight, linear.bias, activation, p=p)
+    return linear(_act(x, bias, activation, p))
+
+
+def _act(x: Tensor, bias: Tensor | None, activation: str, p: float) -> Tensor:
+    """dropout(activation(x + bias)), in one pass where nobody else was chosen for the dropout."""
+    if p and not may_fuse(BIAS_ACT, x, DROPOUT):
+        return dropout(bias_act(x, bias, activation), p)
+    return bias_act(x, bias, activation, p=p)
 
 
 def gate_linear(gate: Tensor, up: Tensor, activation: str, linear: nn.Module) -> Tensor:
     """linear(activation(gate) * up)."""
-    if kernels_run(gate) and plain_linear(linear):
+    fuses = kernels_run(gate) and may_fuse(GATED_ACT_LINEAR, gate, GATED_ACT)
+    if fuses and plain_linear(linear):
         return gated_act_linear(gate, up, linear.weight, linear.bias, activation)
     return linear(gated_act(gate, up, activation))
 

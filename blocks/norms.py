@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from trilith.kernels import (
+    LAYER_NORM,
+    RMS_NORM,
     add_layer_norm,
     add_rms_norm,
     layer_norm,
@@ -15,10 +17,13 @@ from trilith.kernels import (
     rms_norm,
     rms_norm_linear,
 )
+from trilith.plugins import Op
 
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last `dim` elements."""
+
+    op: ClassVar[Op] = LAYER_NORM
 
     def __init__(self, dim: int, *, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__()
@@ -56,6 +61,8 @@ class RMSNorm(nn.Module):
 
     `eps` None is the machine epsilon of the arithmetic, as in torch.nn.RMSNorm.
     """
+
+    op: ClassVar[Op] = RMS_NORM
 
     def __init__(self, dim: int, *, eps: float | None = 1e-6) -> None:
         super().__init__()

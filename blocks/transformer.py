@@ -15,7 +15,14 @@ from trilith.blocks import generation
 from trilith.blocks.linear import plain, plain_linear, reset, reset_linear
 from trilith.blocks.residual import Residual
 from trilith.blocks.stream import Stream
-from trilith.kernels import cross_entropy, dropout, linear_cross_entropy
+from trilith.kernels import (
+    CROSS_ENTROPY,
+    LINEAR_CROSS_ENTROPY,
+    cross_entropy,
+    dropout,
+    linear_cross_entropy,
+)
+from trilith.plugins import may_fuse
 
 LOGIT_DEVIATION = 0.5
 
@@ -73,7 +80,8 @@ class TransformerLM(nn.Module):
         x = self.hidden(tokens)
         if targets is None:
             return self.logits(x)
-        if not logits and (self.head is None or plain_linear(self.head)):
+        readable = self.head is None or plain_linear(self.head)
+        if readable and not logits and may_fuse(LINEAR_CROSS_ENTROPY, x, CROSS_ENTROPY):
             return self._fused_loss(x, targets, num_items)
         every = self.logits(x)
         rows, labels = every.flatten(0, -2), targets.flatten()

@@ -134,6 +134,7 @@ BIAS_ACT_LINEAR = Op(
         fake_backward=_bias_act_linear_grads,
         cost=_bias_act_linear_cost,
         sharding=_bias_act_linear_sharding,
+        parts=(BIAS_ACT.spec.name, *BIAS_ACT.spec.parts),
         save_outputs=False,
         autocast="low",
     )
@@ -270,6 +271,7 @@ GATED_ACT_LINEAR = Op(
         fake_backward=_gated_act_linear_grads,
         cost=_gated_act_linear_cost,
         sharding=_gated_act_linear_sharding,
+        parts=(GATED_ACT.spec.name,),
         save_outputs=False,
         autocast="low",
     )

@@ -347,6 +347,7 @@ BIAS_ACT = Op(
         fake=_bias_act_out,
         cost=_bias_act_cost,
         sharding=_bias_act_sharding,
+        parts=("trilith::dropout",),
         save_outputs=False,
     )
 )

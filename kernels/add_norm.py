@@ -178,6 +178,12 @@ ADD_NORM = Op(
         materialize_grads=False,
         cost=_cost,
         sharding=_sharding,
+        parts=(
+            "trilith::layer_norm",
+            "trilith::rms_norm",
+            "trilith::bias_dropout_add",
+            "trilith::dropout",
+        ),
     )
 )
 

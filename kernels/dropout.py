@@ -361,6 +361,7 @@ BIAS_DROPOUT_ADD = Op(
         fake_backward=_bias_dropout_add_grads,
         cost=_bias_dropout_add_cost,
         sharding=_bias_dropout_add_sharding,
+        parts=(DROPOUT.spec.name,),
         save_inputs=("bias", "seed"),
         save_outputs=False,
         shared_gradients=_bias_dropout_add_shared,

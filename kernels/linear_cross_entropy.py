@@ -189,6 +189,7 @@ LINEAR_CROSS_ENTROPY = Op(
         fake=_linear_cross_entropy_fake,
         cost=_linear_cross_entropy_cost,
         sharding=_linear_cross_entropy_sharding,
+        parts=("trilith::cross_entropy",),
         save_outputs=False,
         rounds_inside=True,
         devices=_DEVICES,

@@ -39,6 +39,7 @@ from trilith.kernels._runtime.matrix import (
 )
 from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels.add_norm import (
+    ADD_NORM,
     check_sum,
     residual_sum,
     rms_eps,
@@ -310,6 +311,7 @@ NORM_LINEAR = Op(
         fake_backward=_norm_linear_grads,
         materialize_grads=False,
         cost=_norm_linear_cost,
+        parts=("trilith::layer_norm", "trilith::rms_norm"),
         autocast="low",
     )
 )
@@ -328,6 +330,7 @@ ADD_NORM_LINEAR = Op(
         fake_backward=_add_norm_linear_grads,
         materialize_grads=False,
         cost=_add_norm_linear_cost,
+        parts=(ADD_NORM.spec.name, *ADD_NORM.spec.parts),
         autocast="low",
     )
 )

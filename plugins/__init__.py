@@ -3,6 +3,7 @@
 if __name__ == "plugins":
     raise ImportError("import trilith.plugins, not plugins: the folder is mapped by the package")
 
+from trilith.plugins.fusion import may_fuse
 from trilith.plugins.hookspecs import CONTRACT, hookimpl
 from trilith.plugins.manager import Failure, Manager, manager, trace, use_implementation
 from trilith.plugins.op import Op
@@ -37,6 +38,7 @@ __all__ = [
     "SelectionKey",
     "hookimpl",
     "manager",
+    "may_fuse",
     "registry",
     "trace",
     "use_implementation",

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from trilith.plugins import fusion, selection
 from trilith.plugins import op as op_module
-from trilith.plugins import selection
 from trilith.plugins.op import Op
 from trilith.plugins.selection import SelectionKey, Vote
 from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec
@@ -148,7 +148,25 @@ class Registry:
             lines.append(f"  why: {found.reason}")
         first = next((i.provider for i in found.implementations), "the reference (PyTorch)")
         lines.append(f"  takes: {first}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._fusions(op, device, dtype)])
+
+    def _fusions(self, op: Op, device: torch.device, dtype: torch.dtype) -> list[str]:
+        """In whose one pass blocks have this op's work done, and whose work is done in its pass."""
+        wholes = [whole for whole in self.ops() if op.spec.name in whole.spec.parts]
+        parts = [self.op(name) for name in op.spec.parts]
+        inside = [(w.spec.name, fusion.standing_in(w, op, device, dtype)) for w in wholes]
+        instead = [(p.spec.name, fusion.standing_in(op, p, device, dtype)) for p in parts]
+        lines = []
+        for said, otherwise, found in (
+            ("done in blocks by", "not done in blocks by", inside),
+            ("stands in blocks for", "stands not in blocks for", instead),
+        ):
+            yes, no = (", ".join(n for n, taken in found if taken is t) for t in (True, False))
+            lines += [f"  {said}: {yes}"] if yes else []
+            lines += (
+                [f"  {otherwise}: {no} (who runs the part is not who runs the whole)"] if no else []
+            )
+        return lines
 
 
 registry = Registry()

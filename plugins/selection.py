@@ -49,17 +49,21 @@ class SelectionKey:
 class Selection:
     """Implementations to try in order; none of them is the reference. `reason` says why so.
 
-    With `by_name`, the one implementation runs or the call raises.
+    With `by_name`, the one implementation runs or the call raises. `is_choice` tells a reference
+    that was chosen from one that is left over.
     """
 
     implementations: tuple[Implementation, ...]
     reason: str
     by_name: bool = False
+    is_choice: bool = True
+    first: str | None = field(init=False)
     always: str | None = field(init=False)  # runs whatever the arguments are
 
     def __post_init__(self) -> None:
         first = next(iter(self.implementations), None)
         always = first.provider if first is not None and first.supports is None else None
+        object.__setattr__(self, "first", None if first is None else first.provider)
         object.__setattr__(self, "always", always)
 
     @property
@@ -97,7 +101,8 @@ def choose(op: Op, key: SelectionKey, scoped: str | None) -> Selection:
     vote = op.vote(name, key, able) if op.vote is not None and able else None
     if vote is None:
         _warn_of_tie(op, able)
-        return Selection(able, "the highest priority of those that can run")
+        reason = "the highest priority of those that can run"
+        return Selection(able, reason, is_choice=False)
     provider, voter = vote
     chosen = () if provider == REFERENCE else _moved_up(able, provider)
     return Selection(chosen, f"plugin {voter} chose it")

@@ -148,6 +148,9 @@ class OpSpec:
             is split every output is too, or is `Partial`; a split output dimension is as long as
             the input's. All replicated is taken without saying, and is the default. Any other
             placement is refused: nothing is gathered unasked.
+        parts: names of the ops whose work it does in one pass, as add_norm does rms_norm's. Blocks
+            ask `Op.may_fuse` before they call it in their place, so that whoever was chosen to run
+            a part runs it.
         autocast: "keep" leaves dtypes alone; "low" casts floating inputs to the autocast dtype.
         rounds_inside: whether it rounds to 16 bits on the way, as matrix products of what it made
             do, so that the conformance checks grant it that. None says so where autocast is "low".
@@ -168,6 +171,7 @@ class OpSpec:
     materialize_grads: bool = True
     cost: Callable[..., Cost] | None = None
     sharding: Callable[..., Iterable[tuple[Sequence[Any], Sequence[Any]]]] | None = None
+    parts: tuple[str, ...] = ()
     autocast: str = "keep"
     rounds_inside: bool | None = None
     devices: tuple[str, ...] = TRITON_DEVICES

@@ -53,6 +53,7 @@ PUBLIC = {
         "TRITON_DEVICES",
         "hookimpl",
         "manager",
+        "may_fuse",
         "registry",
         "trace",
         "use_implementation",

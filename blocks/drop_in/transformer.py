@@ -20,7 +20,15 @@ from trilith.blocks.drop_in.layouts import nested, padded
 from trilith.blocks.drop_in.norms import LayerNorm
 from trilith.blocks.drop_in.swap import adopt, unhooked
 from trilith.blocks.linear import kernels_run, linear_act
-from trilith.kernels import add_layer_norm, bias_dropout_add
+from trilith.kernels import (
+    ADD_NORM,
+    BIAS_DROPOUT_ADD,
+    DROPOUT,
+    LAYER_NORM,
+    add_layer_norm,
+    bias_dropout_add,
+)
+from trilith.plugins import may_fuse
 
 _CHILDREN: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,
@@ -145,7 +153,8 @@ def _mix(
 
 
 def _residual(dropout: nn.Module, branch: Tensor, x: Tensor) -> Tensor:
-    if plain_dropout(dropout) and branch.dtype == x.dtype:
+    plain = plain_dropout(dropout) and branch.dtype == x.dtype
+    if plain and may_fuse(BIAS_DROPOUT_ADD, x, DROPOUT):
         return bias_dropout_add(branch, x, None, float(dropout.p), dropout.training)  # type: ignore[arg-type]
     return x + dropout(branch)
 
@@ -162,6 +171,7 @@ def _added_and_normed(
         and unhooked(norm)
         and len(norm.normalized_shape) == 1
         and branch.dtype == x.dtype
+        and may_fuse(ADD_NORM, x, LAYER_NORM, BIAS_DROPOUT_ADD, DROPOUT)
     ):
         total = _residual(dropout, branch, x)
         return norm(total), total

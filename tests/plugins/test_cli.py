@@ -54,7 +54,7 @@ def test_explain(capsys, monkeypatch):
     assert main(["explain", "trilith::rms_norm", "--device", "cpu", "--dtype", "float64"]) == 0
     out = capsys.readouterr().out
     assert "trilith (priority 0): takes torch.float32, torch.float16, torch.bfloat16" in out
-    assert out.endswith("takes: the reference (PyTorch)\n")
+    assert "takes: the reference (PyTorch)\n" in out
 
 
 @pytest.mark.parametrize(
