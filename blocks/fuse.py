@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from trilith.blocks import drop_in
+from trilith.blocks.causal_lm import FusedLossClass, causal_lm, has_causal_parts
 from trilith.blocks.drop_in.swap import adopt, may_be_passed_over
 from trilith.blocks.lookalike import (
     Activation,
@@ -28,6 +29,7 @@ _EXACT: dict[type[nn.Module], type[nn.Module]] = {
 }
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _CLASSES = "_trilith_classes"
+_FUSED_LOSS = "fused_linear_cross_entropy"
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,24 @@ class FuseReport:
         )
 
 
-def fuse(model: nn.Module) -> FuseReport:
+def fuse(model: nn.Module, *, fused_linear_cross_entropy: bool = True) -> FuseReport:
     """Give `model`'s layers Trilith's kernels, in place, instance by instance.
 
     Swapped: layers whose class is exactly one that `trilith.blocks.drop_in` has; an nn.Sequential
-    that holds Linear, activation, Linear; and of other libraries RMS norms, gated MLPs and
-    activations, known by their parts and by computing on a probe what ours does. Left: subclasses,
-    parametrized layers, layers whose forward was replaced. A wrapped model is treated inside the
-    wrapper. Doing it again changes nothing.
+    that holds Linear, activation, Linear or norm, Linear; and of other libraries RMS norms, gated
+    MLPs and activations, known by their parts and by computing on a probe what ours does. Left:
+    subclasses, parametrized layers, layers whose forward was replaced. A wrapped model (PEFT, DDP,
+    FSDP, torch.compile) is treated inside the wrapper. Doing it again changes nothing.
+
+    A causal language model of transformers no longer makes its logits in training with labels, only
+    the loss: its output's `logits` are None there, unless it is called with `logits=True`.
 
     Dropout's masks on a GPU are others than torch draws from the same seed. Results otherwise are
     the same function's, differently rounded.
 
     Args:
         model: any module; it may be one of the layers itself.
+        fused_linear_cross_entropy: whether causal language models are treated so.
 
     Returns:
         What was swapped, what was left, and why.
@@ -96,12 +102,15 @@ def fuse(model: nn.Module) -> FuseReport:
         if _CLASSES in vars(module):
             continue
         was = type(module)
-        target, why = _target(module)
+        known = _inner(was)
+        target, why = _target(module, known)
+        if isinstance(target, FusedLossClass) and not fused_linear_cross_entropy:
+            target, why = None, "fused_linear_cross_entropy is off"
         if target is not None:
-            adopt(module, target)
-            vars(module)[_CLASSES] = (was, target)
+            adopt(module, target if known is was else _rewrapped(was, target))
+            vars(module)[_CLASSES] = (was, type(module))
         if target is not None or why:
-            became = None if target is None else target.__name__
+            became = None if target is None else _label(target)
             entries.append(Entry(name, was.__name__, became, why))
     return FuseReport(entries)
 
@@ -121,13 +130,27 @@ def unfuse(model: nn.Module) -> FuseReport:
         vars(module).pop(Activation.ATTRIBUTE, None)
         module.__class__ = was
         may_be_passed_over(module)
-        entries.append(Entry(name, became.__name__, was.__name__, "swapped by fuse"))
+        entries.append(Entry(name, _label(became), was.__name__, "swapped by fuse"))
     return FuseReport(entries)
 
 
-def _target(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
-    """The class to give a module, and why; None and "" where there is nothing to say."""
-    cls = type(module)
+def _label(cls: type[nn.Module]) -> str:
+    return _FUSED_LOSS if isinstance(cls, FusedLossClass) else cls.__name__
+
+
+def _inner(cls: type[nn.Module]) -> type[nn.Module]:
+    """What a class was before `fully_shard` put FSDPModule before it."""
+    return cls.__mro__[2] if cls.__bases__[0].__name__ == "FSDPModule" else cls
+
+
+def _rewrapped(cls: type[nn.Module], target: type[nn.Module]) -> type[nn.Module]:
+    """`target` with FSDPModule before it, as `cls` has its own."""
+    own = {name: cls.__dict__[name] for name in ("__deepcopy__",) if name in cls.__dict__}
+    return type(target)(f"FSDP{target.__name__}", (cls.__bases__[0], target), own)
+
+
+def _target(module: nn.Module, cls: type[nn.Module]) -> tuple[type[nn.Module] | None, str]:
+    """The class to give a module of class `cls`, and why; None and "" where nothing is to say."""
     if cls in _EXACT.values() or cls is FusedSequential:
         return None, ""
     if parametrize.is_parametrized(module):
@@ -138,11 +161,16 @@ def _target(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
         return _EXACT[cls], "a torch.nn layer"
     if isinstance(module, nn.Sequential) and cls is nn.Sequential:
         return (
-            (FusedSequential, "Linear, activation, Linear") if has_pattern(module) else (None, "")
+            (FusedSequential, "its linear layers' neighbours")
+            if has_pattern(module)
+            else (None, "")
         )
     ancestor = next((base for base in _EXACT if isinstance(module, base)), None)
     if ancestor is not None:
         return None, f"a subclass of {ancestor.__name__}, whose forward may be its own"
+    if has_causal_parts(module):
+        lm = causal_lm(module, cls)
+        return lm, "its loss without logits" if lm else "a causal model whose loss is another"
     return _lookalike(module)
 
 

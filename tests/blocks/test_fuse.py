@@ -5,7 +5,9 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils import parametrizations
 
 import trilith
@@ -260,6 +262,32 @@ def test_a_compiled_model_is_treated_inside():
     expected = compiled(x)
     assert {e.name for e in trilith.fuse(compiled).swapped} >= {"_orig_mod.norm"}
     torch.testing.assert_close(compiled(x), expected, **CLOSE)
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="gloo shards on CPUs")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_sharded_modules_are_treated_inside(process_group):
+    model, x = Model(), tokens()
+    expected = model(x)
+    for module in (model.mlp, *model.encoder.layers, model.norm, model):
+        fully_shard(module, mesh=process_group)
+    was = classes(model)
+    names = {entry.name for entry in trilith.fuse(model).swapped}
+    assert names >= {"mlp", "encoder.layers.0", "norm", "rms"}
+    assert isinstance(model.norm, (drop_in.LayerNorm, FSDPModule))
+    out = model(x)
+    torch.testing.assert_close(out, expected, **CLOSE)
+    out.square().mean().backward()
+    assert not trilith.fuse(model).swapped
+    trilith.unfuse(model)
+    assert classes(model) == was
 
 
 def test_dropout_within_a_sequence_acts_in_training_only():

@@ -4,6 +4,7 @@
 """
 
 import copy
+import pickle
 import re
 import sys
 from contextlib import contextmanager
@@ -53,6 +54,8 @@ MODELS = {
     "Qwen2": ("Qwen2Config", "Qwen2ForCausalLM", DECODER),
     "Qwen3": ("Qwen3Config", "Qwen3ForCausalLM", DECODER),
     "Gemma": ("GemmaConfig", "GemmaForCausalLM", DECODER),
+    "Gemma 2": ("Gemma2Config", "Gemma2ForCausalLM", DECODER),
+    "Gemma 3": ("Gemma3TextConfig", "Gemma3ForCausalLM", DECODER),
     "GPT-2": ("GPT2Config", "GPT2LMHeadModel", {"vocab_size": 64, "n_embd": 32, "n_layer": 2})
     + ({"n_head": 4, "bos_token_id": 1, "eos_token_id": 2},),
     "BERT": ("BertConfig", "BertForMaskedLM", {"vocab_size": 64, **ENCODER}),
@@ -61,7 +64,7 @@ MODELS = {
     "Whisper": ("WhisperConfig", "WhisperForConditionalGeneration", SPEECH),
 }
 models = pytest.mark.parametrize("name", MODELS)
-CAUSAL = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "GPT-2")
+CAUSAL = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma 2", "Gemma 3", "GPT-2")
 
 
 def build(name):
@@ -88,8 +91,8 @@ def inputs(name):
     return {"input_ids": tokens, "labels": tokens}
 
 
-def results(model, given):
-    out = model(**given)
+def results(model, given, **asked):
+    out = model(**given, **asked)
     loss = out.logits.square().mean() if out.loss is None else out.loss
     model.zero_grad()
     loss.backward()
@@ -103,8 +106,13 @@ def test_logits_and_gradients_are_as_before(name):
     expected = results(model, given)
     report = trilith.fuse(model)
     assert report.swapped
-    actual = results(model, given)
+    asked = {"logits": True} if name in CAUSAL else {}
+    actual = results(model, given, **asked)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+    if name in CAUSAL:
+        logits, gradients = results(model, given)
+        assert logits is None
+        torch.testing.assert_close(gradients, expected[1], rtol=1e-3, atol=1e-5)
     with torch.no_grad():
         fused_eval = model.eval()(**given).logits
     assert list(model.state_dict()) == keys
@@ -122,6 +130,92 @@ def test_generating_with_a_cache_gives_the_same_tokens(name):
     expected = model.generate(tokens, **options)
     trilith.fuse(model)
     assert torch.equal(model.generate(tokens, **options), expected)
+
+
+def loss_calls():
+    """What the loss of a causal model may depend on, beside tokens and labels."""
+    tokens = inputs("Llama")
+    given = {**tokens, "labels": tokens["labels"].masked_fill(tokens["labels"] % 5 == 0, -100)}
+    yield "ignored labels", given
+    yield "a batch in parts", {**given, "num_items_in_batch": torch.tensor(17, device=DEVICE)}
+    yield "labels that are shifted already", {**given, "shift_labels": given["labels"].roll(-1)}
+    yield "another ignored label", {**tokens, "ignore_index": int(tokens["labels"][0, 1])}
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
+def test_the_loss_of_a_causal_model_needs_no_logits(name, monkeypatch):
+    model, heads = build(name), []
+    model.lm_head.weight.data *= 60  # the soft cap matters
+    calls = list(loss_calls())
+    expected = [model(**given).loss for _, given in calls]
+    trilith.fuse(model)
+    forward = torch.nn.Linear.forward
+    monkeypatch.setattr(
+        torch.nn.Linear, "forward", lambda self, x: heads.append(self) or forward(self, x)
+    )
+    for (what, given), theirs in zip(calls, expected, strict=True):
+        torch.testing.assert_close(model(**given).loss, theirs, rtol=1e-4, atol=1e-5, msg=what)
+    assert heads and model.lm_head not in heads
+    labels = calls[0][1]
+    assert model(**labels, logits=True).logits.shape == (2, 6, 64)
+    assert isinstance(model(**labels, return_dict=False), tuple)
+    assert model.eval()(**labels).logits.shape == (2, 6, 64)
+
+
+def test_the_loss_of_a_bfloat16_model_is_float32():
+    model, given = build("Llama").bfloat16(), inputs("Llama")
+    expected = model(**given).loss
+    trilith.fuse(model)
+    loss = model(**given).loss
+    assert loss.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+
+
+def test_a_head_that_must_be_called_and_a_loss_of_ones_own_are():
+    model, given, seen = build("Llama"), inputs("Llama"), []
+    trilith.fuse(model)
+    hook = model.lm_head.register_forward_hook(lambda *_: seen.append(True))
+    assert model(**given).logits is not None
+    assert seen
+    hook.remove()
+    model.loss_function = lambda logits, labels, vocab_size, **_: logits.sum()
+    out = model(**given)
+    torch.testing.assert_close(out.loss, out.logits.sum())
+
+
+def test_fused_causal_models_copy_pickle_and_keep_their_name(tmp_path):
+    model, given = build("Llama"), inputs("Llama")
+    trilith.fuse(model)
+    expected = model(**given).loss
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(**given).loss, expected)
+        assert twin(**given).logits is None
+        trilith.unfuse(twin)
+        assert type(twin) is transformers.LlamaForCausalLM
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).to(DEVICE)
+    assert type(again) is transformers.LlamaForCausalLM
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_causal_models_keep_their_logits_where_they_are_told_to():
+    model = build("Llama")
+    report = trilith.fuse(model, fused_linear_cross_entropy=False)
+    assert type(model) is transformers.LlamaForCausalLM
+    assert "fused_linear_cross_entropy is off" in {entry.why for entry in report.left}
+    assert model(**inputs("Llama")).logits is not None
+
+
+def test_a_causal_model_whose_loss_is_another_is_left():
+    class Scaled(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.loss = None if out.loss is None else 2 * out.loss
+            return out
+
+    config = transformers.LlamaConfig(**DECODER)
+    report = trilith.fuse(Scaled(config))
+    assert "a causal model whose loss is another" in {entry.why for entry in report.left}
 
 
 def test_training_through_the_trainer(tmp_path):
@@ -144,15 +238,16 @@ def test_training_through_the_trainer(tmp_path):
 
 
 def table():
-    kinds = ("norms", "gated MLP", "activations", "dropout", "left")
+    kinds = ("norms", "gated MLP", "activations", "dropout", "loss", "left")
     lines = ["| model | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
     for name in MODELS:
         report = trilith.fuse(build(name))
         cells = dict.fromkeys(kinds[:-1], 0)
         for entry in report.swapped:
             became = entry.became or ""
-            kind = "norms" if "Norm" in became else "gated MLP" if "MLP" in became else None
-            cells[kind or ("dropout" if became == "Dropout" else "activations")] += 1
+            parts = {"Norm": "norms", "MLP": "gated MLP", "Dropout": "dropout", "entropy": "loss"}
+            kind = next((kind for part, kind in parts.items() if part in became), "activations")
+            cells[kind] += 1
         left = sorted({entry.was for entry in report.left})
         row = [str(cells[kind] or "–") for kind in kinds[:-1]] + [", ".join(left)]
         lines.append(f"| {name} | " + " | ".join(row) + " |")

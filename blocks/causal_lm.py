@@ -1,0 +1,182 @@
+"""transformers' causal language models with their loss but without their logits.
+
+A model is known by its parts (a base model, a linear `lm_head`) and by a probe: its own forward,
+with stand-ins for both parts, must give the loss that ours gives.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import dataclasses
+import functools
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trilith.blocks.linear import plain_linear
+from trilith.kernels import linear_cross_entropy
+
+_PROBE_DIM = 8
+_IGNORED = -100
+_OUTPUT = {"loss", "logits", "past_key_values", "hidden_states", "attentions", "cross_attentions"}
+
+
+class FusedLossClass(type):
+    """The type of the classes that `fused_loss_class` makes; they are pickled by what made them."""
+
+    base: type[nn.Module]
+    output: type
+
+
+def fused_loss_class(base: type[nn.Module], output: type) -> FusedLossClass:
+    """A subclass of `base`, by its name, that in training makes the loss without the logits.
+
+    Its forward takes one argument more: `logits=True` asks for the logits too, which then are made
+    by the model's own forward, and so are they in eval, without labels, with `logits_to_keep`, and
+    where the head must be called (LoRA, hooks, a sharded head).
+    """
+    return _made(base, output)
+
+
+@functools.cache
+def _made(base: type[nn.Module], output: type) -> FusedLossClass:
+    own = base.forward
+    order = [name for name in inspect.signature(own).parameters if name != "self"]
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, logits: bool = False, **kwargs: Any) -> Any:
+        kwargs |= dict(zip(order, args, strict=False))
+        if logits or not (self.training and takes(self, kwargs)):
+            return own(self, **kwargs)
+        return _with_loss(self, output, **kwargs)
+
+    names = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    made = FusedLossClass(base.__name__, (base,), {**names, "forward": forward})
+    made.base, made.output = base, output
+    return made
+
+
+copyreg.pickle(FusedLossClass, lambda made: (fused_loss_class, (made.base, made.output)))  # type: ignore[arg-type, return-value]
+
+
+def takes(model: Any, given: dict[str, Any]) -> bool:
+    """Whether a call's loss can be made without its logits."""
+    keep = given.get("logits_to_keep", 0)
+    as_dict = given.get("return_dict", getattr(model.config, "return_dict", True))
+    return (
+        given.get("labels") is not None
+        and as_dict is not False
+        and isinstance(keep, int)
+        and keep == 0
+        and model.loss_function.__name__ == "ForCausalLMLoss"
+        and plain_linear(model.lm_head)
+    )
+
+
+def _with_loss(
+    model: Any,
+    output: type,
+    *,
+    labels: Tensor,
+    logits_to_keep: int = 0,
+    return_dict: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    hidden = model._modules[model.base_model_prefix](**kwargs)
+    ignored = kwargs.get("ignore_index", _IGNORED)
+    targets = kwargs.get("shift_labels")
+    if targets is None:
+        targets = F.pad(labels, (0, 1), value=ignored)[..., 1:]
+    items = kwargs.get("num_items_in_batch")
+    x, head = hidden.last_hidden_state, model.lm_head
+    with _loss_in_float32(x):
+        loss = linear_cross_entropy(
+            x,
+            head.weight,
+            targets.to(x.device),
+            linear_bias=head.bias,
+            ignore_index=ignored,
+            softcap=getattr(model.config, "final_logit_softcapping", None),
+            num_items=items.to(x.device) if isinstance(items, Tensor) else items,
+        )
+    kept = [field.name for field in dataclasses.fields(output)]
+    kept = [name for name in kept if name not in ("loss", "logits")]
+    return output(loss=loss, logits=None, **{name: getattr(hidden, name, None) for name in kept})
+
+
+def _loss_in_float32(x: Tensor) -> AbstractContextManager[Any]:
+    """transformers takes the loss of half-precision logits in float32, as autocast does here."""
+    device = x.device.type
+    if x.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(device):
+        return torch.autocast(device, x.dtype)
+    return nullcontext()
+
+
+def has_causal_parts(module: Any) -> bool:
+    prefix = getattr(module, "base_model_prefix", None)
+    parts = module._modules
+    return bool(prefix) and prefix in parts and "lm_head" in parts and hasattr(module, "config")
+
+
+def causal_lm(module: Any, cls: type[nn.Module]) -> FusedLossClass | None:
+    """The class for a model of class `cls` whose loss is ours; None where a probe finds another."""
+    vocabulary = getattr(module.config, "vocab_size", None)
+    if not isinstance(module.lm_head, nn.Linear) or not isinstance(vocabulary, int):
+        return None
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            return _agreeing(cls, _probe(module, vocabulary), _calls(vocabulary))
+    except Exception:  # another library's forward may raise anything
+        return None
+
+
+def _agreeing(
+    cls: type[nn.Module], probe: Any, calls: list[dict[str, Any]]
+) -> FusedLossClass | None:
+    output: Any = type(cls.forward(probe, **calls[0]))
+    if not {field.name for field in dataclasses.fields(output)} <= _OUTPUT:
+        return None
+    for given in calls:
+        theirs, ours = cls.forward(probe, **given).loss, _with_loss(probe, output, **given).loss
+        if not torch.allclose(ours, theirs, rtol=1e-4):
+            return None
+    return fused_loss_class(cls, output)
+
+
+class _Base(nn.Module):
+    """In the base model's place: hidden states that depend on nothing, as large as logits need."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = import_module("transformers.modeling_outputs")
+        x = 4 * torch.sin(torch.arange(2.0 * 5 * _PROBE_DIM)).view(2, 5, _PROBE_DIM)
+        return outputs.BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x)
+
+
+def _probe(module: Any, vocabulary: int) -> Any:
+    probe = object.__new__(type(module))
+    vars(probe).update(vars(module))
+    head = nn.utils.skip_init(
+        nn.Linear, _PROBE_DIM, vocabulary, bias=module.lm_head.bias is not None
+    )
+    for scale, parameter in enumerate(head.parameters(), start=1):
+        steps = torch.arange(parameter.numel(), dtype=torch.float32)
+        parameter.data = torch.cos(scale * steps).view(parameter.shape)
+    vars(probe)["_modules"] = {module.base_model_prefix: _Base(), "lm_head": head}
+    vars(probe)["training"] = True
+    return probe
+
+
+def _calls(vocabulary: int) -> list[dict[str, Any]]:
+    labels = (torch.arange(10) % vocabulary).view(2, 5)
+    labels[1, 2] = _IGNORED
+    plain = {"input_ids": labels.clamp(min=0), "labels": labels}
+    return [plain, {**plain, "num_items_in_batch": torch.tensor(17)}]
