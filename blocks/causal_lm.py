@@ -12,7 +12,7 @@ import functools
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +40,12 @@ def fused_loss_class(base: type[nn.Module], output: type) -> FusedLossClass:
     by the model's own forward, and so are they in eval, without labels, with `logits_to_keep`, and
     where the head must be called (LoRA, hooks, a sharded head).
     """
-    return _made(base, output)
+    made: FusedLossClass = cast(Any, _made)(base, output)
+    return made
 
 
 @functools.cache
-def _made(base: type[nn.Module], output: type) -> FusedLossClass:
+def _made(base: Any, output: Any) -> FusedLossClass:
     own = base.forward
     order = [name for name in inspect.signature(own).parameters if name != "self"]
 
@@ -127,7 +128,7 @@ def has_causal_parts(module: Any) -> bool:
     return bool(prefix) and prefix in parts and "lm_head" in parts and hasattr(module, "config")
 
 
-def causal_lm(module: Any, cls: type[nn.Module]) -> FusedLossClass | None:
+def causal_lm(module: Any, cls: type[nn.Module]) -> Any:
     """The class for a model of class `cls` whose loss is ours; None where a probe finds another."""
     vocabulary = getattr(module.config, "vocab_size", None)
     if not isinstance(module.lm_head, nn.Linear) or not isinstance(vocabulary, int):

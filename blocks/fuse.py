@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -146,7 +147,8 @@ def _inner(cls: type[nn.Module]) -> type[nn.Module]:
 def _rewrapped(cls: type[nn.Module], target: type[nn.Module]) -> type[nn.Module]:
     """`target` with FSDPModule before it, as `cls` has its own."""
     own = {name: cls.__dict__[name] for name in ("__deepcopy__",) if name in cls.__dict__}
-    return type(target)(f"FSDP{target.__name__}", (cls.__bases__[0], target), own)
+    make: Any = type(target)
+    return make(f"FSDP{target.__name__}", (cls.__bases__[0], target), own)
 
 
 def _target(module: nn.Module, cls: type[nn.Module]) -> tuple[type[nn.Module] | None, str]:
