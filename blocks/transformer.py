@@ -23,6 +23,7 @@ from trilith.kernels import (
     linear_cross_entropy,
 )
 from trilith.plugins import may_fuse
+from trilith.plugins.sharding import is_dtensor
 
 LOGIT_DEVIATION = 0.5
 
@@ -59,6 +60,7 @@ class TransformerLM(nn.Module):
         self.head = head
         self.dropout = dropout
         self.checkpoint_activations = checkpoint_activations
+        self.projection = Projection()
 
     def forward(
         self,
@@ -80,9 +82,9 @@ class TransformerLM(nn.Module):
         x = self.hidden(tokens)
         if targets is None:
             return self.logits(x)
-        readable = self.head is None or plain_linear(self.head)
-        if readable and not logits and may_fuse(LINEAR_CROSS_ENTROPY, x, CROSS_ENTROPY):
-            return self._fused_loss(x, targets, num_items)
+        fused = not logits and self._head_is_read()
+        if fused and may_fuse(LINEAR_CROSS_ENTROPY, x, CROSS_ENTROPY):
+            return self.projection.loss(x, *self._head_parameters(), targets, num_items)
         every = self.logits(x)
         rows, labels = every.flatten(0, -2), targets.flatten()
         if num_items is None:
@@ -134,13 +136,24 @@ class TransformerLM(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The head's output for hidden states that have passed the norm."""
-        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+        if self._head_is_read():
+            return self.projection.logits(x, *self._head_parameters())
+        return cast(nn.Module, self.head)(x)
 
-    def _fused_loss(self, x: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:
-        head = self.embedding if self.head is None else self.head
-        weight, bias = head.weight, getattr(head, "bias", None)
-        assert isinstance(weight, Tensor)
-        return linear_cross_entropy(x, weight, targets, linear_bias=bias, num_items=num_items)
+    def _head_is_read(self) -> bool:
+        return self.head is None or plain_linear(self.head)
+
+    def _head_parameters(self) -> tuple[Tensor, Tensor | None]:
+        if self.head is not None:
+            return cast(Tensor, self.head.weight), cast("Tensor | None", self.head.bias)
+        weight = self.embedding.weight
+        if is_dtensor(weight) and not self.projection.takes_shards:
+            raise ValueError(
+                "TransformerLM: embedding.weight must be whole where the head reads it, got a "
+                f"shard {weight.placements}; shard a tied embedding with the whole model, not "  # type: ignore[attr-defined]
+                "apart: fully_shard(model) without fully_shard(model.embedding)"
+            )
+        return weight, None
 
     def reset_parameters(self) -> None:
         """Initialise every weight. A fresh model's loss is near log(vocabulary).
@@ -161,6 +174,25 @@ class TransformerLM(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}, tied={self.head is None}"
+
+
+class Projection:
+    """The head: hidden states (..., dim) to logits, or straight to the mean cross-entropy."""
+
+    takes_shards = False
+
+    def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def loss(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        num_items: int | Tensor | None,
+    ) -> Tensor:
+        return linear_cross_entropy(x, weight, targets, linear_bias=bias, num_items=num_items)
 
 
 def extended(part: nn.Module, stream: Stream) -> Stream:

@@ -108,6 +108,11 @@ PUBLIC = {
         "TransformerDecoderLayer",
         "TransformerEncoderLayer",
     },
+    "trilith.blocks.parallel": {
+        "tensor_parallel_plan",
+        "vocab_parallel_cross_entropy",
+        "vocab_parallel_linear_cross_entropy",
+    },
     "trilith.blocks": {
         "Alibi",
         "CrossAttention",

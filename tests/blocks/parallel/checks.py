@@ -1,0 +1,304 @@
+"""What is checked on every rank, by name and by the worlds in which it is."""
+
+from __future__ import annotations
+
+import copy
+import os
+from functools import cache
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.support.compare import assert_like_eager
+from trilith.blocks import LMConfig, build_lm
+from trilith.blocks.parallel import (
+    tensor_parallel_plan,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+)
+from trilith.blocks.parallel.vocab import VocabParallel
+from trilith.kernels._runtime.launch import observers
+
+SIZES = {"vocab_size": 53, "dim": 32, "n_layers": 2, "n_heads": 8, "mlp_hidden": 24, "max_len": 8}
+STYLES = {
+    "llama": {"n_kv_heads": 4, "tied": False},
+    "gpt": {
+        "norm": "layer_norm",
+        "mlp": "mlp",
+        "activation": "gelu",
+        "position": "learned",
+        "bias": True,
+    },
+    "sandwich": {"residual": "sandwich", "position": "sinusoidal", "n_kv_heads": 4},
+}
+_CHECKS = {}
+
+
+def check(worlds=(2, 4), kernels=False, **cases):
+    """Registers a function, once for each choice of the cases; `kernels`: in the interpreter."""
+
+    def register(function):
+        named = {f"{function.__name__}": {}}
+        for key, values in cases.items():
+            named = {
+                f"{name}-{value}": {**given, key: value}
+                for name, given in named.items()
+                for value in values
+            }
+        for name, given in named.items():
+            _CHECKS[name] = (function, worlds, kernels, given)
+        return function
+
+    return register
+
+
+def names(world, interpreted=None):
+    if interpreted is None:
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return [
+        name
+        for name, (_, worlds, kernels, _) in _CHECKS.items()
+        if world in worlds and kernels == interpreted
+    ]
+
+
+def run(name, folder):
+    function, _, _, given = _CHECKS[name]
+    parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
+    function(**given, **({"folder": folder} if "folder" in parameters else {}))
+
+
+def model_of(style, **changes):
+    """The same weights on every rank; norms and biases are not at their initial 1 and 0."""
+    torch.manual_seed(1)
+    model = build_lm(LMConfig(**SIZES | STYLES[style] | changes))
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.2)
+    return model
+
+
+def batch(n=4, length=8):
+    generator = torch.Generator().manual_seed(2)
+    data = torch.randint(0, SIZES["vocab_size"], (n, length + 1), generator=generator)
+    return data[:, :-1], data[:, 1:].clone()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradients(model):
+    """Of all parameters, whole, by the names of one process."""
+    return {
+        name.removeprefix("module."): whole(p.grad).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+@cache
+def mesh_of(*sizes):
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "tp")[-len(sizes) :])
+
+
+def expected(model, tokens, targets, **options):
+    """Loss and gradients of one process: in float64, and as it rounds them."""
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        twin = copy.deepcopy(model).to(dtype)
+        loss = twin(tokens, targets, **options)
+        loss.backward()
+        found.append((loss.detach(), gradients(twin)))
+    return found
+
+
+def agree(loss, found, model, tokens, targets, **options):
+    """What numerics.md asks of products: no worse than one process, by its rule for float32."""
+    (loss64, exact), (eager_loss, eager) = expected(model, tokens, targets, **options)
+    assert_like_eager(loss.detach()[None], loss64[None], eager_loss[None])
+    assert found.keys() == exact.keys()
+    for name, gradient in found.items():
+        try:
+            assert_like_eager(gradient, exact[name], eager[name])
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+TINY = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden": 8, "max_len": 4}
+
+
+@check(style=["llama", "gpt"], sequence=[False, True])
+def tensor_parallel(style, sequence):
+    tensor_parallel_model(model_of(style), sequence)
+
+
+@check(worlds=(2,), kernels=True)
+def tensor_parallel_kernels():
+    tensor_parallel_model(model_of("gpt", **TINY), sequence=True, n=2, length=4)
+
+
+def tensor_parallel_model(model, sequence, **sizes):
+    mesh = mesh_of(dist.get_world_size())
+    tokens, targets = batch(**sizes)
+    targets[0, :3] = -100
+    ours = copy.deepcopy(model)
+    parallelize_module(ours, mesh, tensor_parallel_plan(ours, sequence_parallel=sequence))
+    assert all(isinstance(p, DTensor) for p in ours.parameters())
+    with mock.patch.object(VocabParallel, "logits", pytest.fail):
+        loss = ours(tokens, targets)
+        loss.backward()
+    agree(loss, gradients(ours), model, tokens, targets)
+    torch.testing.assert_close(ours(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+    names = [name for name, _ in model.named_parameters()]
+    assert [name for name, _ in ours.named_parameters()] == names
+
+
+@check(worlds=(2,))
+def vocabulary_parallel_losses():
+    world = dist.get_world_size()
+    mesh = mesh_of(world)
+    x = torch.randn(9, 16).requires_grad_()
+    head, bias = torch.randn(7, 16).requires_grad_(), torch.randn(7).requires_grad_()
+    target = torch.tensor([0, 1, 2, 3, 4, 5, 6, -100, 6])
+    for reduction in ("none", "mean", "sum"):
+        logits = F.linear(x, head, bias)
+        plain = F.cross_entropy(logits, target, reduction=reduction)
+        dloss = torch.randn_like(plain)
+        *wanted, theirs = torch.autograd.grad(plain, (x, head, bias, logits), dloss)
+        split = [
+            distribute_tensor(t.detach(), mesh, [Shard(0)]).requires_grad_() for t in (head, bias)
+        ]
+        loss = vocab_parallel_linear_cross_entropy(
+            x, split[0], target, linear_bias=split[1], reduction=reduction
+        )
+        torch.testing.assert_close(loss, plain)
+        dx, *rest = torch.autograd.grad(loss, (x, *split), dloss)
+        dist.all_reduce(dx)
+        for ours, gradient in zip((dx, *map(whole, rest)), wanted, strict=True):
+            torch.testing.assert_close(ours, gradient)
+        split = distribute_tensor(logits.detach(), mesh, [Shard(1)]).requires_grad_()
+        loss = vocab_parallel_cross_entropy(split, target, reduction=reduction)
+        torch.testing.assert_close(loss, plain)
+        (dlogits,) = torch.autograd.grad(loss, split, dloss)
+        torch.testing.assert_close(whole(dlogits), theirs)
+
+
+@check(style=["llama", "gpt"])
+def data_parallel(style):
+    """DDP: each rank has its rows of the batch."""
+    model, (tokens, targets) = model_of(style), batch()
+    ours = DistributedDataParallel(copy.deepcopy(model))
+    loss = ours(*mine(tokens, targets))
+    loss.backward()
+    agree(averaged(loss), gradients(ours), model, tokens, targets)
+
+
+@check(style=["llama", "gpt", "sandwich"])
+def fully_sharded(style):
+    fully_sharded_model(model_of(style))
+
+
+@check(worlds=(2,), kernels=True)
+def fully_sharded_kernels():
+    """The fused paths read children's parameters past their forwards."""
+    launched = []
+    observers.append(lambda kernel, *_: launched.append(kernel.fn.__name__))
+    fully_sharded_model(model_of("llama", **TINY), n=2, length=4)
+    observers.pop()
+    assert any("norm" in name for name in launched), launched
+
+
+def fully_sharded_model(model, **sizes):
+    """FSDP2: of each block, then of the whole."""
+    tokens, targets = batch(**sizes)
+    ours = sharded(copy.deepcopy(model))
+    for _ in range(2):  # the second pass meets what the first one resharded
+        ours.zero_grad()
+        loss = ours(*mine(tokens, targets))
+        loss.backward()
+    agree(averaged(loss), gradients(ours), model, tokens, targets)
+
+
+@check(worlds=(2,))
+def fully_sharded_in_mixed_precision():
+    """As one process with bfloat16 weights, but for where gradients are summed: in float32."""
+    model, (tokens, targets) = model_of("llama"), batch()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    ours = sharded(copy.deepcopy(model), mp_policy=policy)
+    loss = ours(*mine(tokens, targets))
+    loss.backward()
+    low = copy.deepcopy(model).bfloat16()
+    low(tokens, targets).backward()
+    exact = copy.deepcopy(low).double()
+    exact.zero_grad()
+    exact(tokens, targets).backward()
+    eager = gradients(low)
+    for name, gradient in gradients(exact).items():
+        found = gradients(ours)[name]
+        assert found.dtype == torch.float32
+        error, usual = (found - gradient).norm(), (eager[name].double() - gradient).norm()
+        assert error <= 2 * usual, f"{name}: {error} against {usual}"
+
+
+@check(worlds=(4,), style=["llama", "gpt"])
+def fully_sharded_and_tensor_parallel(style):
+    model, (tokens, targets) = model_of(style), batch()
+    mesh = mesh_of(2, 2)
+    ours = copy.deepcopy(model)
+    parallelize_module(ours, mesh["tp"], tensor_parallel_plan(ours, sequence_parallel=True))
+    ours = sharded(ours, mesh=mesh["dp"])
+    loss = ours(*mine(tokens, targets, mesh["dp"]))
+    loss.backward()
+    agree(averaged(loss), gradients(ours), model, tokens, targets)
+    norm = torch.nn.utils.clip_grad_norm_(ours.parameters(), 1e-3)
+    model(tokens, targets).backward()
+    torch.testing.assert_close(
+        whole(norm), torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3), rtol=1e-4, atol=0
+    )
+
+
+@check(worlds=(2,))
+def a_tied_embedding_sharded_apart_is_refused():
+    model = model_of("gpt")
+    fully_shard(model.embedding)
+    with pytest.raises(ValueError, match="tied embedding with the whole model"):
+        fully_shard(model)(*batch())
+
+
+@check(worlds=(4,))
+def heads_that_do_not_divide_are_refused():
+    model = model_of("llama", n_heads=8, n_kv_heads=2)
+    with pytest.raises(
+        ValueError, match="attention.branch.n_kv_heads must be divisible by the 4 ranks .*got 2"
+    ):
+        parallelize_module(model, mesh_of(4), tensor_parallel_plan(model))
+
+
+def sharded(model, **options):
+    for block in model.blocks:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def mine(tokens, targets, mesh=None):
+    """This rank's rows."""
+    rank, world = (
+        (dist.get_rank(), dist.get_world_size())
+        if mesh is None
+        else (mesh.get_local_rank(), mesh.size())
+    )
+    return tokens.chunk(world)[rank], targets.chunk(world)[rank]
+
+
+def averaged(loss):
+    total = loss.detach().float()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
