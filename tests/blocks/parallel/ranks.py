@@ -22,7 +22,6 @@ if __name__ == "__main__" and "TRILITH_MUTANT" in os.environ:
     mutants.install(os.environ["TRILITH_MUTANT"])
 
 from tests.blocks.parallel import checks
-from tests.support import interpreter
 
 
 def run_rank(rank, world, folder):
@@ -42,7 +41,6 @@ def run_rank(rank, world, folder):
 
 
 def main(world, folder):
-    interpreter.apply()
     torch.set_num_threads(1)
     fork = multiprocessing.get_context("fork")  # what was imported is there
     processes = [fork.Process(target=run_rank, args=(rank, world, folder)) for rank in range(world)]
