@@ -39,7 +39,9 @@ from trilith.kernels._runtime.rows import (
 
 _FWD_RESIDENT_N = 16384  # 32 elements a thread in 16 warps
 _BWD_RESIDENT_N = 8192  # 16 elements a thread in 16 warps, beside two accumulators
+_BWD_DROPPING_RESIDENT_N = 4096  # with 8192 the random numbers spill up to 64 bytes on sm_90
 _LOOPED_N, _LOOPED_WARPS = 8192, 16
+_DROPPING_LOOPED_N, _DROPPING_LOOPED_WARPS = 4096, 8  # with the above they spill 24 bytes
 _SPLIT_N, _SPLIT_WARPS = 4096, 8
 _QUAD = 4  # columns that dropout's random numbers come in
 
@@ -367,7 +369,10 @@ def norm_forward(
     strides = (rows.strides[0], rows.strides[-1], _stride(weight), _stride(bias))
     dropout = (p, keep_scale(p))
     if n > _FWD_RESIDENT_N:
-        options = {"BLOCK_N": _LOOPED_N, "num_warps": _LOOPED_WARPS}
+        block_n, warps = (_LOOPED_N, _LOOPED_WARPS)
+        if p:
+            block_n, warps = (_DROPPING_LOOPED_N, _DROPPING_LOOPED_WARPS)
+        options = {"BLOCK_N": block_n, "num_warps": warps}
         sizes = (n, rows.inner, eps, *dropout)
         launch(_norm_fwd_looped_kernel, (m,), *tensors, *strides, *sizes, **options)
         return
@@ -407,7 +412,7 @@ def norm_backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     sums = None
     tile = row_tile(max(n, _QUAD if more.p else 1), per_thread=16, max_warps=16)
-    if n > _BWD_RESIDENT_N:
+    if n > (_BWD_DROPPING_RESIDENT_N if more.p else _BWD_RESIDENT_N):
         tile = RowTile(1, _SPLIT_N, _SPLIT_WARPS)
         if needs[0] or more.dbranch is not None:
             sums = rstd.new_empty((2, m))

@@ -6,10 +6,13 @@
     dy = p * (Q + 2 * z_loss * lse) - q        dt = weight * (1 - s) * (lse - y)
 
 x and t (N, C) or (N, C, D), weight (C,) or all ones, s the label smoothing. Saved for backward: x,
-t, weight, and in fp32, one a row each, `peak` = max(y), `log_sum` = lse - peak, and Q.
+t, weight, and in fp32, one a row each, `peak` = max(y), `log_sum` = lse - peak, Q, and `rest`, the
+sum of q where y < peak.
 
 Numerics: fp32 throughout, one rounding of each gradient. The loss is Q * log_sum + sum(q * (peak -
-y)), whose terms have one sign: nothing cancels, however far from zero the logits are.
+y)), whose terms have one sign: nothing cancels, however far from zero the logits are. Where the
+model is sure, log_sum is log1p of the sum over the classes below the peak, and the gradient of the
+class at the peak is p * rest + q * (p - 1): no difference of nearly equal numbers either.
 
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
 """
@@ -28,6 +31,8 @@ from trilith.kernels._cross_entropy_kernels import (
     capped,
     class_strides,
     class_weights,
+    expm1,
+    log1p,
     logits_tile,
     widened_logits,
 )
@@ -38,6 +43,7 @@ from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 _WIDEST_BLOCK = 2048  # three sums a lane live beside the two tiles
+_SURE = tl.constexpr(0.69)  # below log 2: one class is at the peak, likelier than all the others
 
 
 @triton.jit
@@ -65,6 +71,7 @@ def soft_cross_entropy_fwd_kernel(
     peak_ptr,
     log_sum_ptr,
     total_ptr,
+    rest_ptr,
     inner,
     x_strides,
     target_strides,
@@ -82,9 +89,13 @@ def soft_cross_entropy_fwd_kernel(
     inside = rows < M
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     base = tl.zeros((BLOCK_M,), tl.float32)  # top where that is finite: what y is measured from
+    # of the classes at the top so far: how many, and their shares; the lanes hold those below it
+    tied = tl.zeros((BLOCK_M,), tl.float32)
+    top_share = tl.zeros((BLOCK_M,), tl.float32)
     exp_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     share_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     below_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # q * (base - y)
+    first_lane = (tl.arange(0, BLOCK_N) == 0)[None, :]
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         mask = inside[:, None] & (cols < N)[None, :]
@@ -92,16 +103,28 @@ def soft_cross_entropy_fwd_kernel(
         t = tl.load(_places(target_ptr, rows, cols, inner, target_strides), mask=mask, other=0.0)
         y = tl.where(mask, capped(x, softcap), float("-inf"))
         q, _ = _shares(t, weight_ptr, weight_stride, cols, N, label_smoothing)
+        q = tl.where(mask, q, 0.0)
         new_top = tl.maximum(top, tl.max(y, axis=1))
         new_base = tl.where(new_top == float("-inf"), 0.0, new_top)
         rise = tl.where(top == float("-inf"), 0.0, new_base - base)
-        exp_lanes = exp_lanes * tl.exp(top - new_base)[:, None] + tl.exp(y - new_base[:, None])
+        rises = new_top != top
+        # what was at the top and no longer is goes to a lane
+        exp_lanes += tl.where(first_lane, tl.where(rises, tied, 0.0)[:, None], 0.0)
+        share_lanes += tl.where(first_lane, tl.where(rises, top_share, 0.0)[:, None], 0.0)
+        at_top = y == new_top[:, None]
+        tied = tl.where(rises, 0.0, tied) + tl.sum(tl.where(at_top, 1.0, 0.0), axis=1)
+        top_share = tl.where(rises, 0.0, top_share) + tl.sum(tl.where(at_top, q, 0.0), axis=1)
+        e = tl.where(at_top, 0.0, tl.exp(y - new_base[:, None]))
+        exp_lanes = exp_lanes * tl.exp(top - new_base)[:, None] + e
         below_lanes += share_lanes * rise[:, None]
         below_lanes += tl.where(mask, q * (new_base[:, None] - y), 0.0)
-        share_lanes += tl.where(mask, q, 0.0)
+        share_lanes += tl.where(at_top, 0.0, q)
         top, base = new_top, new_base
-    log_sum = tl.log(tl.sum(exp_lanes, axis=1)) + (top - top)  # NaN if a logit is inf, or all -inf
-    total = tl.sum(share_lanes, axis=1)
+    others = tl.sum(exp_lanes, axis=1)
+    log_sum = tl.where(tied == 1.0, log1p(others), tl.log(tied + others))
+    log_sum += top - top  # NaN if a logit is inf, or all are -inf
+    rest = tl.sum(share_lanes, axis=1)
+    total = rest + top_share
     loss = total * log_sum + tl.sum(below_lanes, axis=1)
     z = tl.cast(z_loss, tl.float32)
     lse = top + log_sum
@@ -110,6 +133,7 @@ def soft_cross_entropy_fwd_kernel(
     tl.store(peak_ptr + rows, top, mask=inside)
     tl.store(log_sum_ptr + rows, log_sum, mask=inside)
     tl.store(total_ptr + rows, total, mask=inside)
+    tl.store(rest_ptr + rows, rest, mask=inside)
 
 
 @triton.jit
@@ -121,6 +145,7 @@ def soft_cross_entropy_bwd_kernel(
     peak_ptr,
     log_sum_ptr,
     total_ptr,
+    rest_ptr,
     dx_ptr,
     dtarget_ptr,
     gradient_strides,
@@ -149,13 +174,18 @@ def soft_cross_entropy_bwd_kernel(
     peak = tl.load(peak_ptr + rows, mask=inside, other=0.0)
     log_sum = tl.load(log_sum_ptr + rows, mask=inside, other=0.0)
     total = tl.load(total_ptr + rows, mask=inside, other=0.0)
+    rest = tl.load(rest_ptr + rows, mask=inside, other=0.0)
     dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=inside, other=0.0).to(tl.float32)
     q, slope = _shares(t, weight_ptr, weight_stride, cols, N, label_smoothing)
     below = peak[:, None] - capped(x, softcap)
     if dx_ptr is not None:
         z = tl.cast(z_loss, tl.float32)
-        total += tl.where(z == 0.0, 0.0, 2.0 * z * (peak + log_sum))
-        dx = tl.exp(-below - log_sum[:, None]) * total[:, None] - q
+        spread = tl.where(z == 0.0, 0.0, 2.0 * z * (peak + log_sum))
+        p = tl.exp(-below - log_sum[:, None])
+        sure = (below == 0.0) & (log_sum < _SURE)[:, None]
+        missing = q * expm1(-log_sum)[:, None]
+        plain = p * (total + spread)[:, None] - q
+        dx = tl.where(sure, p * (rest + spread)[:, None] + missing, plain)
         if softcap is not None:
             dx *= cap_slope(x, softcap)
         dx *= dloss[:, None]
@@ -167,10 +197,9 @@ def soft_cross_entropy_bwd_kernel(
         tl.store(places, dt.to(dtarget_ptr.dtype.element_ty), mask=mask)
 
 
-def _soft_cross_entropy_out(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _soft_cross_entropy_out(x: Tensor, *_: object) -> tuple[Tensor, ...]:
     shape = (x.shape[0], *x.shape[2:])
-    loss, peak, log_sum, total = (x.new_empty(shape, dtype=torch.float32) for _ in range(4))
-    return loss, peak, log_sum, total
+    return tuple(x.new_empty(shape, dtype=torch.float32) for _ in range(5))
 
 
 def _soft_cross_entropy_fwd(
@@ -180,7 +209,7 @@ def _soft_cross_entropy_fwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     outputs = _soft_cross_entropy_out(x)
     tile, tail, options = _launch_arguments(x, target, weight, label_smoothing, z_loss, softcap)
     grid = (triton.cdiv(outputs[0].numel(), tile.block_m),)
@@ -267,8 +296,8 @@ def _soft_cross_entropy_cost(x: Tensor, target: Tensor, *_: object) -> Cost:
     logits, rows = x.numel() * x.element_size(), 4 * (x.numel() // max(1, x.shape[1]))
     read = logits + target.numel() * target.element_size()
     return Cost(
-        forward_bytes=read + 4 * rows,
-        backward_bytes=read + logits + 4 * rows,
+        forward_bytes=read + 5 * rows,
+        backward_bytes=read + logits + 5 * rows,
         forward_flops=6 * x.numel(),
         backward_flops=5 * x.numel(),
     )

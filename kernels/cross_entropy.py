@@ -15,6 +15,7 @@ Source: the z loss: Chowdhery et al., "PaLM", 2022; the soft cap: Gemma Team, "G
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,9 +52,16 @@ _LABEL_DTYPES = (torch.int64, torch.uint8)
 _OP = "cross_entropy"
 
 
-def require_labels(op: str, target: Tensor, ignore_index: int, n_classes: int) -> None:
-    """On CPU, as torch: an IndexError. On a GPU a look at the labels would stall the host."""
+def require_labels(
+    op: str, losses: Tensor, target: Tensor, ignore_index: int, n_classes: int
+) -> None:
+    """On CPU, as torch: an IndexError. On a GPU a look at the labels would stall the host.
+
+    A wrong label's loss is NaN: only where the losses' sum is, are the labels looked at.
+    """
     if target.device.type != "cpu" or isinstance(target, FakeTensor):
+        return
+    if not math.isnan(losses.sum().item()):
         return
     wrong = (target != ignore_index) & ((target < 0) | (target >= n_classes))
     if wrong.any():
@@ -75,7 +83,6 @@ def _cross_entropy_fwd(
     z_loss: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    require_labels(_OP, target, ignore_index, x.shape[1])
     outputs = _cross_entropy_out(x, target)
     weight_sum, tile, tail, options = _launch_arguments(
         x, target, weight, ignore_index, label_smoothing, z_loss, softcap
@@ -83,6 +90,7 @@ def _cross_entropy_fwd(
     grid = (triton.cdiv(target.numel(), tile.block_m),)
     inputs = (x, target.reshape(-1), weight, weight_sum)
     launch(cross_entropy_fwd_kernel, grid, *inputs, *outputs, *tail, **options)
+    require_labels(_OP, outputs[0], target, ignore_index, x.shape[1])
     return outputs
 
 

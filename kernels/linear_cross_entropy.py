@@ -63,12 +63,12 @@ def _linear_cross_entropy_fwd(
     softcap: float | None,
     needs_input_grad: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    require_labels(_OP, target, ignore_index, linear_weight.shape[0])
     losses = x.new_empty(x.shape[0], dtype=wide(x.dtype))
     needs = () if per_row else needs_input_grad
     gradients = _buffers(x, linear_weight, linear_bias, needs)
     options = Options(weight, ignore_index, label_smoothing, z_loss, softcap)
     run_chunks(x, linear_weight, target, linear_bias, options, losses, None, gradients)
+    require_labels(_OP, losses, target, ignore_index, linear_weight.shape[0])
     made = (x.new_empty(0) if g is None else g for g in gradients)
     return (losses if per_row else losses.sum(), *made)
 

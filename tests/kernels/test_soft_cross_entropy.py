@@ -87,6 +87,34 @@ def test_logits_far_from_zero_and_nearly_constant(dtype, n):
     check(torch.full_like(x, -7.0), target)
 
 
+@pytest.mark.parametrize("place", [0, 2049])
+@pytest.mark.parametrize("lead", [1.0, 12.0, 30.0, 1e4])
+@pytest.mark.parametrize("missing", [0.0, 1e-6, 0.3])
+def test_sure_rows_keep_their_digits(missing, lead, place):
+    """The granted error is that of the terms, which have one sign, never of the numbers near 1."""
+    x = torch.zeros(2, 2050, device=DEVICE)
+    x[0, place], x[1, place] = lead, lead - 5e3
+    x[1] += torch.linspace(-1, 0, 2050, device=DEVICE)
+    target = torch.full_like(x, missing / 2049)
+    target[:, place] = 1 - missing
+    leaf = x.clone().requires_grad_()
+    loss = OP(leaf, target, None, 0.0, 0.0, None)
+    (dx,) = torch.autograd.grad(loss.sum(), leaf)
+
+    q, peak = target.double(), x.argmax(1, keepdim=True)
+    below = x.double().gather(1, peak) - x.double()
+    others = torch.exp(-below).scatter(1, peak, 0.0)
+    log_sum = torch.log1p(others.sum(1, keepdim=True))
+    expected = q.sum(1) * log_sum[:, 0] + (q * below).sum(1)
+    assert_one_rounding(loss.detach(), expected, scale=expected)
+    p = torch.exp(-below - log_sum)
+    over = p * q.sum(1, keepdim=True)
+    over.scatter_(1, peak, p.gather(1, peak) * q.scatter(1, peak, 0.0).sum(1, keepdim=True))
+    under = q.clone()
+    under.scatter_(1, peak, q.gather(1, peak) * -torch.expm1(-log_sum))
+    assert_one_rounding(dx, over - under, scale=(over + under) * (1 + below.clamp(max=100)))
+
+
 def test_the_largest_logit_comes_last():
     x, target = draw(2, 4500)
     x[0, 4499] = x[1, 2048] = 20.0

@@ -181,8 +181,8 @@ MUTANTS = (
     Mutant(
         "soft_cross_entropy_probabilities_taken_to_sum_to_one",
         _SOFT,
-        "* total[:, None] - q",
-        "- q",
+        "p * (total + spread)[:, None] - q",
+        "p * (1.0 + spread)[:, None] - q",
         _SOFT_TESTS + " -k add_up",
     ),
     Mutant(
@@ -718,6 +718,13 @@ MUTANTS = (
         "tl.store(rstd_ptr + rows, rstd, mask=rows < M)",
         "tl.store(rstd_ptr + rows, rstd)",
         _CONFORMANCE + " -k layer_norm-fp32-guard_bands",
+    ),
+    Mutant(
+        "sure_probabilities_by_the_difference_from_one",
+        _SOFT,
+        "log_sum = tl.where(tied == 1.0, log1p(others), tl.log(tied + others))",
+        "log_sum = tl.log(tied + others)",
+        _SOFT_TESTS + " -k sure",
     ),
     *ROUNDING,
     Mutant(
