@@ -92,10 +92,12 @@ def soft_cross_entropy_fwd_kernel(
     # of the classes at the top so far: how many, and their shares; the lanes hold those below it
     tied = tl.zeros((BLOCK_M,), tl.float32)
     top_share = tl.zeros((BLOCK_M,), tl.float32)
+    left_exp = tl.zeros((BLOCK_M,), tl.float32)  # of those that were at the top before
+    left_share = tl.zeros((BLOCK_M,), tl.float32)
+    left_below = tl.zeros((BLOCK_M,), tl.float32)
     exp_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     share_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     below_lanes = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # q * (base - y)
-    first_lane = (tl.arange(0, BLOCK_N) == 0)[None, :]
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         mask = inside[:, None] & (cols < N)[None, :]
@@ -108,24 +110,25 @@ def soft_cross_entropy_fwd_kernel(
         new_base = tl.where(new_top == float("-inf"), 0.0, new_top)
         rise = tl.where(top == float("-inf"), 0.0, new_base - base)
         rises = new_top != top
-        # what was at the top and no longer is goes to a lane
-        exp_lanes += tl.where(first_lane, tl.where(rises, tied, 0.0)[:, None], 0.0)
-        share_lanes += tl.where(first_lane, tl.where(rises, top_share, 0.0)[:, None], 0.0)
+        fall = tl.exp(top - new_base)
+        left_exp = (left_exp + tl.where(rises, tied, 0.0)) * fall
+        left_share += tl.where(rises, top_share, 0.0)
+        left_below += left_share * rise
         at_top = y == new_top[:, None]
         tied = tl.where(rises, 0.0, tied) + tl.sum(tl.where(at_top, 1.0, 0.0), axis=1)
         top_share = tl.where(rises, 0.0, top_share) + tl.sum(tl.where(at_top, q, 0.0), axis=1)
         e = tl.where(at_top, 0.0, tl.exp(y - new_base[:, None]))
-        exp_lanes = exp_lanes * tl.exp(top - new_base)[:, None] + e
+        exp_lanes = exp_lanes * fall[:, None] + e
         below_lanes += share_lanes * rise[:, None]
         below_lanes += tl.where(mask, q * (new_base[:, None] - y), 0.0)
         share_lanes += tl.where(at_top, 0.0, q)
         top, base = new_top, new_base
-    others = tl.sum(exp_lanes, axis=1)
+    others = left_exp + tl.sum(exp_lanes, axis=1)
     log_sum = tl.where(tied == 1.0, log1p(others), tl.log(tied + others))
     log_sum += top - top  # NaN if a logit is inf, or all are -inf
-    rest = tl.sum(share_lanes, axis=1)
+    rest = left_share + tl.sum(share_lanes, axis=1)
     total = rest + top_share
-    loss = total * log_sum + tl.sum(below_lanes, axis=1)
+    loss = total * log_sum + (left_below + tl.sum(below_lanes, axis=1))
     z = tl.cast(z_loss, tl.float32)
     lse = top + log_sum
     loss += tl.where(z == 0.0, 0.0, z * lse * lse)
