@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from trilith.blocks.alibi import Alibi
 from trilith.blocks.attention import SelfAttention
 from trilith.blocks.config import LMConfig, build_position
 from trilith.blocks.mlp import MLP, GatedMLP
@@ -51,7 +52,7 @@ def _self_attention(config: LMConfig) -> SelfAttention:
         out=nn.Linear(config.dim, config.dim, bias=config.bias),
         n_heads=config.n_heads,
         n_kv_heads=config.kv_heads,
-        position=build_position(config, "heads"),
+        position=build_position(config, "heads", "scores"),
         dropout=config.dropout,
         gain=config.residual_gain,
     )
@@ -69,6 +70,10 @@ def _sinusoidal(config: LMConfig) -> SinusoidalPosition:
     return SinusoidalPosition(config.max_len, config.dim, scale=config.position_scale * 2**0.5)
 
 
+def _alibi(config: LMConfig) -> Alibi:
+    return Alibi(config.n_heads)
+
+
 def _rounded_up(size: float) -> int:
     return -int(-size // _HIDDEN_MULTIPLE) * _HIDDEN_MULTIPLE
 
@@ -82,6 +87,7 @@ MODULES = (
     ModuleSpec(slot="position", name="rotary", build=_rotary),
     ModuleSpec(slot="position", name="learned", build=_learned),
     ModuleSpec(slot="position", name="sinusoidal", build=_sinusoidal),
+    ModuleSpec(slot="position", name="alibi", build=_alibi),
 )
 
 

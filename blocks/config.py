@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from trilith.blocks.residual import Residual
+from trilith.blocks.stochastic_depth import StochasticDepth
 from trilith.blocks.transformer import TransformerBlock, TransformerLM, embedding_deviation
 from trilith.plugins import registry
 
@@ -25,13 +26,15 @@ class LMConfig:
         mlp_hidden: None lets the MLP choose (4 * dim; gated about 8/3 * dim).
         max_len: longest sequence.
     Names, looked up in the registry, so that a plugin's are used by naming them
-        norm, mlp, attention, position.
+        norm, mlp, attention, position ("rotary", "learned", "sinusoidal", "alibi").
     Choices
         activation: a name that the MLP's kernel knows.
         residual: "pre", "post" or "sandwich".
         rotary_base: of the position "rotary".
         bias: whether linear layers and LayerNorm have one.
         dropout: of the embedded tokens, the attention weights, and each residual branch.
+        stochastic_depth: probability that the last block's branches are left out of a sample;
+            those of block l of n by l / n of it.
         tied: whether the head is the embedding's table.
         checkpoint_activations: recompute each block in backward.
     """
@@ -52,6 +55,7 @@ class LMConfig:
     rotary_base: float = 10000.0
     bias: bool = False
     dropout: float = 0.0
+    stochastic_depth: float = 0.0
     tied: bool = True
     checkpoint_activations: bool = False
 
@@ -69,10 +73,12 @@ class LMConfig:
             raise ValueError(
                 f"LMConfig: residual must be one of {RESIDUALS}, got {self.residual!r}"
             )
-        if not 0.0 <= self.dropout <= 1.0:
-            raise ValueError(
-                f"LMConfig: dropout must be a probability between 0 and 1, got {self.dropout}"
-            )
+        for name in ("dropout", "stochastic_depth"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(
+                    f"LMConfig: {name} must be a probability between 0 and 1, "
+                    f"got {getattr(self, name)}"
+                )
 
     @property
     def head_dim(self) -> int:
@@ -103,7 +109,7 @@ def build_lm(config: LMConfig) -> TransformerLM:
     model = TransformerLM(
         embedding=nn.Embedding(config.vocab_size, config.dim),
         position=build_position(config, "tokens"),
-        blocks=nn.ModuleList(build_block(config) for _ in range(config.n_layers)),
+        blocks=nn.ModuleList(build_block(config, 1 + i) for i in range(config.n_layers)),
         norm=nn.Identity() if config.residual == "post" else _norm(config),
         head=None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False),
         dropout=config.dropout,
@@ -113,28 +119,35 @@ def build_lm(config: LMConfig) -> TransformerLM:
     return model
 
 
-def build_block(config: LMConfig) -> TransformerBlock:
-    """One block of the model; its weights are not yet scaled."""
+def build_block(config: LMConfig, number: int = 1) -> TransformerBlock:
+    """Block `number` of the model, from 1; its weights are not yet scaled."""
+    attention = registry.build_module("attention", config.attention, config)
+    mlp = registry.build_module("mlp", config.mlp, config)
     return TransformerBlock(
-        attention=_residual(config, registry.build_module("attention", config.attention, config)),
-        mlp=_residual(config, registry.build_module("mlp", config.mlp, config)),
+        attention=_residual(config, attention, number), mlp=_residual(config, mlp, number)
     )
 
 
-def build_position(config: LMConfig, acts_on: str) -> nn.Module | None:
-    """The configured position module if it acts on that, "tokens" or "heads"; else None."""
+def build_position(config: LMConfig, *acts_on: str) -> nn.Module | None:
+    """The configured position module if it acts on one of these, else None.
+
+    They are "tokens", or "heads" (queries and keys) and "scores", which are attention's.
+    """
     with torch.device("meta"):
         probe = registry.build_module("position", config.position, config)
-    if probe.acts_on != acts_on:
+    if probe.acts_on not in acts_on:
         return None
     return registry.build_module("position", config.position, config)
 
 
-def _residual(config: LMConfig, branch: nn.Module) -> Residual:
+def _residual(config: LMConfig, branch: nn.Module, number: int) -> Residual:
+    inner = [_norm(config)] if config.residual == "sandwich" else []
+    if config.stochastic_depth:
+        inner.append(StochasticDepth(config.stochastic_depth * number / config.n_layers))
     return Residual(
         branch=branch,
         pre=_norm(config) if config.residual in ("pre", "sandwich") else None,
-        inner=_norm(config) if config.residual == "sandwich" else None,
+        inner=nn.Sequential(*inner) if len(inner) > 1 else next(iter(inner), None),
         post=_norm(config) if config.residual == "post" else None,
         dropout=config.dropout,
     )

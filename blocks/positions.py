@@ -1,4 +1,5 @@
-"""Where a token stands. `acts_on` says what a position module takes: "tokens" or "heads".
+"""Where a token stands. `acts_on` says what a position module takes: "tokens" or "heads"; `Alibi`
+acts on "scores".
 
 While text is generated `offsets` (B,) holds where each sequence's first token stands; None is 0.
 """

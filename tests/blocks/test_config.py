@@ -21,7 +21,7 @@ def own_registry(monkeypatch):
 
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("mlp", ["mlp", "gated_mlp"])
-@pytest.mark.parametrize("position", ["rotary", "learned", "sinusoidal"])
+@pytest.mark.parametrize("position", ["rotary", "learned", "sinusoidal", "alibi"])
 def test_named_modules_are_built(norm, mlp, position):
     model = build_lm(LMConfig(**SIZES, norm=norm, mlp=mlp, position=position))
     kinds = {type(module).__name__ for module in model.modules()}
@@ -31,6 +31,7 @@ def test_named_modules_are_built(norm, mlp, position):
         "rotary": "Rotary",
         "learned": "LearnedPosition",
         "sinusoidal": "SinusoidalPosition",
+        "alibi": "Alibi",
     }
     for names, chosen in ((norms, norm), (mlps, mlp), (positions, position)):
         assert kinds & set(names.values()) == {names[chosen]}
@@ -57,7 +58,7 @@ def test_a_module_registered_by_someone_else_is_used_by_its_name(own_registry):
         ("norm", "layer_norm, rms_norm"),
         ("mlp", "gated_mlp, mlp"),
         ("attention", "self_attention"),
-        ("position", "learned, rotary, sinusoidal"),
+        ("position", "alibi, learned, rotary, sinusoidal"),
     ],
 )
 def test_unknown_name_says_which_exist(slot, names):
@@ -72,12 +73,39 @@ def test_unknown_name_says_which_exist(slot, names):
         ({"n_kv_heads": 3}, "n_kv_heads must divide n_heads=2, got 3"),
         ({"n_layers": 0}, "n_layers must be positive, got 0"),
         ({"residual": "sideways"}, "residual must be one of .*, got 'sideways'"),
+        ({"stochastic_depth": -0.1}, "stochastic_depth must be a probability .*, got -0.1"),
         ({"dropout": 1.5}, "dropout must be a probability between 0 and 1, got 1.5"),
     ],
 )
 def test_bad_configuration_is_refused(changes, message):
     with pytest.raises(ValueError, match=f"LMConfig: {message}"):
         LMConfig(**{**SIZES, **changes})
+
+
+@pytest.mark.parametrize("residual", ["pre", "post", "sandwich"])
+def test_stochastic_depth_grows_with_depth(residual):
+    sizes = {**SIZES, "n_layers": 2}
+    model = build_lm(LMConfig(**sizes, stochastic_depth=0.4, residual=residual)).to(DEVICE)
+    drops = [m.p for m in model.modules() if isinstance(m, blocks.StochasticDepth)]
+    assert drops == pytest.approx([0.2, 0.2, 0.4, 0.4])
+    tokens = torch.arange(8, device=DEVICE)[None]
+    plain = build_lm(LMConfig(**sizes, residual=residual)).to(DEVICE)
+    assert [p.shape for p in plain.parameters()] == [p.shape for p in model.parameters()]
+    for theirs, ours in zip(plain.parameters(), model.parameters(), strict=True):
+        theirs.data.copy_(ours)
+    assert torch.equal(model.eval()(tokens), plain.eval()(tokens))
+    model.train()(tokens, tokens).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_alibi_reaches_the_scores():
+    model = build_lm(LMConfig(**SIZES, position="alibi")).to(DEVICE).eval()
+    tokens = torch.tensor([[3, 3, 5, 3, 3]], device=DEVICE)
+    before = model(tokens)
+    model.blocks[0].attention.branch.position.slopes.zero_()
+    assert not torch.allclose(model(tokens), before)
+    [text] = model.generate(tokens, 12)  # past max_len: slopes know no longest text
+    assert len(text) == 17
 
 
 def test_sizes():
