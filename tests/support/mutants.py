@@ -5,33 +5,36 @@
     python -m tests.support.mutants --list
 
 A mutant replaces a piece of source text while its module is imported; no file is changed. It runs
-in a process of its own with the tests that should notice it, and is killed if one of them fails.
-A mutant whose text is not in the source exactly once, or whose module or tests do not run, is an
+in a fork with the tests that should notice it, and is killed if one of them fails. A mutant whose
+text is not in the source exactly once, or whose module or tests do not run or do not end, is an
 error, not a success. Without Triton no kernel runs, and there is nothing to judge.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import linecache
+import math
 import os
 import re
 import shlex
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 
+from tests.support.forks import Finished, run_all
+
 VARIABLE = "TRILITH_MUTANT"
 ROOT = Path(__file__).resolve().parents[2]
 TESTS_PASSED, TESTS_FAILED = 0, 1
+_WARM = ("torch._dynamo", "triton.runtime.interpreter", "numpy", "hypothesis.strategies", "pytest")
 # What a mutant that is no longer valid Python or Triton fails with: no test noticed anything.
 _BROKEN = re.compile(r"^E +\S*(SyntaxError|NameError|CompilationError|StaleMutant)", re.M)
 
@@ -120,52 +123,63 @@ def stale(mutant: Mutant) -> str | None:
     return None
 
 
-def _pytest(arguments: Sequence[str], mutant: str | None) -> subprocess.CompletedProcess[str]:
-    # In Triton's interpreter on every machine: one verdict, and nothing to compile.
-    variables = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    variables |= {} if mutant is None else {VARIABLE: mutant}
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+def warm() -> None:
+    """Import what every test needs and no mutant is of, for the forks to have.
+
+    In Triton's interpreter on every machine: one verdict, and nothing to compile.
+    """
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    for name in _WARM:
+        importlib.import_module(name)
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise RuntimeError("this process has threads, and a fork would not")
+    gc.freeze()
+
+
+def _pytest(arguments: Sequence[str], mutant: str | None) -> int:
+    import pytest
+
+    os.chdir(ROOT)
+    if mutant is not None:
+        os.environ[VARIABLE] = mutant
+    return int(pytest.main(["-q", "-p", "no:cacheprovider", "--tb=short", *arguments]))
 
 
 def _failed(output: str) -> list[str]:
     return re.findall(r"^FAILED (.+?)(?: - .*)?$", output, re.M)
 
 
-def run(mutant: Mutant) -> tuple[str, str]:
-    """The verdict (killed, SURVIVED or ERROR), and the test that noticed or what went wrong."""
-    wrong = stale(mutant)
-    if wrong is not None:
-        return "ERROR", wrong
-    done = _pytest(["-x", *shlex.split(mutant.tests)], mutant.name)
-    if done.returncode == TESTS_PASSED:
+def verdict(mutant: Mutant, done: Finished) -> tuple[str, str]:
+    """killed, SURVIVED or ERROR, and the test that noticed or what went wrong."""
+    if done.status == TESTS_PASSED:
         return "SURVIVED", mutant.tests
-    noticed = _failed(done.stdout)
-    if done.returncode != TESTS_FAILED or not noticed or _BROKEN.search(done.stdout):
-        return "ERROR", done.stdout[-2000:] + done.stderr[-2000:]
+    if done.status is None:
+        return "ERROR", f"stopped after {done.seconds:.0f} s\n{done.output[-2000:]}"
+    noticed = _failed(done.output)
+    if done.status != TESTS_FAILED or not noticed or _BROKEN.search(done.output):
+        return "ERROR", done.output[-4000:]
     return "killed", noticed[0]
 
 
-def failing_anyway(tests: Sequence[str]) -> set[str]:
+def run(chosen: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, str, str, float]]:
+    """Each mutant with its verdict, what there is to tell, and seconds, as they come."""
+    tasks = [partial(_pytest, ["-x", *shlex.split(m.tests)], m.name) for m in chosen]
+    for done in run_all(tasks, jobs):
+        mutant = chosen[done.task]
+        yield mutant, *verdict(mutant, done), done.seconds
+
+
+def failing_anyway(tests: Sequence[str], jobs: int) -> set[str]:
     """Those of the tests that fail without any mutant, and so notice nothing."""
-    if not tests:
-        return set()
-    done = _pytest(list(dict.fromkeys(tests)), None)
-    if done.returncode not in (TESTS_PASSED, TESTS_FAILED):
-        raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
-    return set(_failed(done.stdout))
-
-
-def _timed(mutant: Mutant) -> tuple[str, str, float]:
-    start = time.perf_counter()
-    verdict, told = run(mutant)
-    return verdict, told, time.perf_counter() - start
+    names = sorted(set(tests))
+    size = max(1, math.ceil(len(names) / jobs))
+    parts = [names[i : i + size] for i in range(0, len(names), size)]
+    failing: set[str] = set()
+    for done in run_all([partial(_pytest, part, None) for part in parts], jobs, limit=1200):
+        if done.status not in (TESTS_PASSED, TESTS_FAILED):
+            raise RuntimeError(done.output[-4000:])
+        failing.update(_failed(done.output))
+    return failing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -186,13 +200,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("triton") is None:
         print("no mutants: Triton is not installed")
         return 0
+    warm()
     noticed: dict[str, str] = {}
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for mutant, (verdict, told, seconds) in zip(chosen, pool.map(_timed, chosen), strict=True):
-            if verdict == "killed":
-                noticed[mutant.name] = told
-            print(f"{mutant.name:52} {seconds:5.1f} s  {verdict}: {told}", flush=True)
-    failing = failing_anyway(list(noticed.values()))
+    for mutant, found, told, seconds in run(chosen, options.jobs):
+        if found == "killed":
+            noticed[mutant.name] = told
+        print(f"{mutant.name:52} {seconds:5.1f} s  {found}: {told}", flush=True)
+    failing = failing_anyway(list(noticed.values()), options.jobs)
     for name, test in noticed.items():
         if test in failing:
             print(f"{name}: ERROR: without the mutant {test} fails too")

@@ -1,6 +1,10 @@
 """The harness itself: comparison rules, layouts, poison, and the interpreter's bfloat16."""
 
+import os
 import re
+import signal
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import torch
 from tests.support import mutants
 from tests.support.compare import assert_like_eager, assert_one_rounding, ulp
 from tests.support.devices import DEVICE, DTYPES, INTERPRETING, dtype_name
+from tests.support.forks import Finished, run_all
 from tests.support.layouts import EXPANDED, LAYOUTS, contiguous
 from tests.support.mutant_table import MUTANTS
 from trilith.kernels._runtime.language import tl, triton
@@ -255,11 +260,30 @@ class TestMutants:
         assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 28
 
     @pytest.mark.parametrize("text", ["no such text", "import"], ids=["none", "several"])
-    def test_a_text_that_is_not_there_once_is_an_error(self, text):
+    def test_a_text_that_is_not_there_once_is_told(self, text):
         mutant = mutants.Mutant("stale", "trilith.kernels.norms", text, "", "tests/kernels")
-        verdict, told = mutants.run(mutant)
-        assert verdict == "ERROR"
+        told = mutants.stale(mutant)
         assert re.match(r"stale: its text is \d+ times in trilith.kernels.norms", told)
+
+    @pytest.mark.parametrize(
+        ("status", "output", "verdict"),
+        [
+            (1, "E   AssertionError\nFAILED tests/a.py::b - assert 0", "killed"),
+            (0, "1 passed", "SURVIVED"),
+            (1, "E   NameError: x\nFAILED tests/a.py::b - NameError", "ERROR"),
+            (1, "E   triton.CompilationError: at 1:0\nFAILED tests/a.py::b", "ERROR"),
+            (2, "E   tests.support.mutants.StaleMutant: text\nERROR tests/a.py", "ERROR"),
+            (1, "ERROR tests/a.py::b", "ERROR"),
+            (5, "no tests ran", "ERROR"),
+            (-11, "", "ERROR"),
+            (None, "FAILED tests/a.py::b", "ERROR"),
+        ],
+        ids=str,
+    )
+    def test_only_a_test_that_fails_by_its_assertions_kills(self, status, output, verdict):
+        found, told = mutants.verdict(MUTANTS[0], Finished(0, status, output, 1.0))
+        assert found == verdict
+        assert found != "killed" or told == "tests/a.py::b"
 
     def test_a_module_that_is_imported_already_cannot_be_mutated(self):
         import trilith.kernels._norm_kernels  # noqa: F401
@@ -280,7 +304,39 @@ class TestMutants:
     def test_only_mutants_that_a_sound_test_kills_pass(
         self, verdict, failing, status, last, monkeypatch, capsys
     ):
-        monkeypatch.setattr(mutants, "run", lambda mutant: (verdict, "a test"))
-        monkeypatch.setattr(mutants, "failing_anyway", lambda tests: failing)
+        monkeypatch.setattr(mutants, "warm", lambda: None)
+        monkeypatch.setattr(
+            mutants, "run", lambda chosen, jobs: [(m, verdict, "a test", 1.0) for m in chosen]
+        )
+        monkeypatch.setattr(mutants, "failing_anyway", lambda tests, jobs: failing)
         assert mutants.main([MUTANTS[0].name]) == status
         assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+class TestForks:
+    def run(self, *tasks, limit=60.0):
+        found = sorted(run_all(tasks, jobs=2, limit=limit), key=lambda finished: finished.task)
+        return [(f.status, f.output) for f in found]
+
+    def test_each_has_its_status_and_its_output(self):
+        def told(status):
+            print(f"task {status}")
+            os.write(2, b"and its descriptor\n")
+            return status
+
+        found = self.run(*(partial(told, status) for status in range(4)))
+        assert [status for status, _ in found] == [0, 1, 2, 3]
+        for status, output in found:
+            assert f"task {status}\n" in output and "and its descriptor\n" in output
+
+    def test_a_crash_ends_one_alone(self):
+        def die():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        (killed, _), (raised, traceback), (sound, _) = self.run(die, lambda: 1 // 0, int)
+        assert (killed, raised, sound) == (-signal.SIGKILL, 70, 0)
+        assert "ZeroDivisionError" in traceback
+
+    def test_what_runs_past_its_limit_is_stopped(self):
+        assert self.run(partial(time.sleep, 600), limit=0.1) == [(None, "")]
