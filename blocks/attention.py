@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
@@ -10,6 +10,9 @@ from trilith.blocks.alibi import Alibi
 from trilith.blocks.cache import KVCache, PagedKVCache
 from trilith.blocks.linear import plain_linear, reset, reset_linear
 from trilith.kernels import attention, scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from trilith.blocks.parallel.context import Ring
 
 
 class SelfAttention(nn.Module):
@@ -26,10 +29,12 @@ class SelfAttention(nn.Module):
         dropout: probability, applied to the attention weights.
         gain: scales `out`'s initial weights; 1 / sqrt(2 * layers) where it ends in a residual.
 
-    While text is generated `cache` keeps the keys and values of the tokens that came before.
+    While text is generated `cache` keeps the keys and values of the tokens that came before. Where
+    a sequence is spread over ranks `ring` attends to the keys of all (`context_parallel`).
     """
 
     cache: KVCache | PagedKVCache | None
+    ring: Ring | None
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class SelfAttention(nn.Module):
         self.dropout = dropout
         self.gain = gain
         self.cache = None
+        self.ring = None
 
     def reset_parameters(self) -> None:
         reset_linear(self.qkv)
@@ -84,6 +90,8 @@ class SelfAttention(nn.Module):
             slopes = self.position()
             mixed = attention(q, k, v, causal=self.causal, alibi_slopes=slopes, dropout_p=p)
             return cast(Tensor, mixed)
+        if self.ring is not None:
+            return self.ring.attend(q, k, v, causal=self.causal, dropout_p=p)
         if self.cache is not None:
             continued = any(self.cache.filled)
             self.cache.append(k, v)

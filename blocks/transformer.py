@@ -98,7 +98,7 @@ class TransformerLM(nn.Module):
         x = dropout(self.position(self.embedding(tokens)), self.dropout, self.training)
         stream = Stream(x)
         for block in self.blocks:
-            stream = self._run(block, stream)
+            stream = run_block(block, stream, recompute=self.checkpoint_activations)
         x, _ = stream.normed(self.norm)
         return x
 
@@ -167,11 +167,6 @@ class TransformerLM(nn.Module):
         if self.head is not None:
             reset_linear(self.head, LOGIT_DEVIATION)
 
-    def _run(self, block: nn.Module, stream: Stream) -> Stream:
-        if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-            return Stream(checkpoint(block, stream.total(), use_reentrant=False))
-        return extended(block, stream)
-
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}, tied={self.head is None}"
 
@@ -193,6 +188,13 @@ class Projection:
         num_items: int | Tensor | None,
     ) -> Tensor:
         return linear_cross_entropy(x, weight, targets, linear_bias=bias, num_items=num_items)
+
+
+def run_block(block: nn.Module, stream: Stream, *, recompute: bool) -> Stream:
+    """The stream behind a block; in training its activations may be recomputed, not kept."""
+    if recompute and block.training and torch.is_grad_enabled():
+        return Stream(checkpoint(block, stream.total(), use_reentrant=False))
+    return extended(block, stream)
 
 
 def extended(part: nn.Module, stream: Stream) -> Stream:

@@ -109,6 +109,9 @@ PUBLIC = {
         "TransformerEncoderLayer",
     },
     "trilith.blocks.parallel": {
+        "context_parallel",
+        "context_parallel_attention",
+        "pipeline_stage",
         "tensor_parallel_plan",
         "vocab_parallel_cross_entropy",
         "vocab_parallel_linear_cross_entropy",

@@ -1,5 +1,7 @@
 """Models over many processes, on PyTorch's own engines: plans, stages and rings."""
 
+from trilith.blocks.parallel.context import context_parallel, context_parallel_attention
+from trilith.blocks.parallel.pipeline import pipeline_stage
 from trilith.blocks.parallel.tensor import tensor_parallel_plan
 from trilith.blocks.parallel.vocab import (
     vocab_parallel_cross_entropy,
@@ -7,6 +9,9 @@ from trilith.blocks.parallel.vocab import (
 )
 
 __all__ = [
+    "context_parallel",
+    "context_parallel_attention",
+    "pipeline_stage",
     "tensor_parallel_plan",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_linear_cross_entropy",

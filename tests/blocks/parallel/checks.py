@@ -12,14 +12,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.support.compare import assert_like_eager
+from tests.support.compare import assert_fair, assert_like_eager
 from trilith.blocks import LMConfig, build_lm
 from trilith.blocks.parallel import (
+    context_parallel,
+    context_parallel_attention,
+    pipeline_stage,
     tensor_parallel_plan,
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
@@ -302,3 +306,116 @@ def averaged(loss):
     total = loss.detach().float()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+@check(style=["llama", "gpt"])
+def context_is_parallel(style):
+    """Each rank has its run of every sequence, and DDP averages their gradients."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model, (tokens, targets) = model_of(style), batch()
+    ours = context_parallel(copy.deepcopy(model), mesh_of(world))
+    ours = DistributedDataParallel(ours)
+    loss = ours(*(t.chunk(world, 1)[rank] for t in (tokens, targets)))
+    loss.backward()
+    agree(averaged(loss), gradients(ours), model, tokens, targets)
+    with pytest.raises(ValueError, match="at most max_len=8 tokens, got"):
+        ours(*batch(length=8))
+
+
+@check(causal=[False, True])
+def context_parallel_attentions(causal):
+    attention_over_ranks(causal)
+
+
+@check(worlds=(2,), kernels=True)
+def context_parallel_attentions_kernels():
+    attention_over_ranks(causal=True)
+
+
+def attention_over_ranks(causal):
+    world, rank = dist.get_world_size(), dist.get_rank()
+    shapes = [(2, 4, 8, 16), (2, 2, 8, 16), (2, 2, 8, 24), (2, 4, 8, 24)]
+    *inputs, dout = map(torch.randn, shapes)
+    results = []
+    for kind in (torch.float64, torch.float32):
+        leaves = [t.to(kind).requires_grad_() for t in inputs]
+        out = F.scaled_dot_product_attention(*leaves, is_causal=causal, enable_gqa=True)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, dout.to(kind))))
+    leaves = [t.chunk(world, 2)[rank].clone().requires_grad_() for t in inputs]
+    out = context_parallel_attention(*leaves, mesh_of(world), causal=causal)
+    found = (out.detach(), *torch.autograd.grad(out, leaves, dout.chunk(world, 2)[rank]))
+    for ours, exact, eager in zip(found, *results, strict=True):
+        exact, eager = (t.chunk(world, 2)[rank] for t in (exact, eager))
+        assert_fair(ours, exact, eager)
+
+
+@check(schedule=["gpipe", "1f1b"])
+def pipelined(schedule):
+    """The gradients of a stage are the model's, under the model's names."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model, (tokens, targets) = model_of("llama", n_layers=5), batch(8)
+    stage = pipeline_stage(copy.deepcopy(model), rank, world)
+    kind = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[schedule]
+    run = kind(stage, n_microbatches=4, loss_fn=stage.submod.loss)
+    losses = []
+    if rank == 0:
+        run.step(tokens)
+    elif rank == world - 1:
+        hidden = run.step(target=targets, losses=losses)
+        logits = stage.submod.logits(hidden)
+        torch.testing.assert_close(logits, model(tokens), rtol=1e-4, atol=1e-5)
+    else:
+        run.step()
+    (loss64, exact), (eager_loss, eager) = expected(model, tokens, targets)
+    if losses:
+        assert_like_eager(torch.stack(losses).mean()[None], loss64[None], eager_loss[None])
+    found = gradients(stage.submod)
+    assert found and set(found) <= set(exact)
+    for name, gradient in found.items():
+        assert_like_eager(gradient, exact[name], eager[name])
+    held = [None] * world
+    dist.all_gather_object(held, list(stage.submod.state_dict()))
+    assert sorted(sum(held, [])) == sorted(model.state_dict())
+
+
+@check(worlds=(2,))
+def stages_that_cannot_be_are_refused():
+    tied, untied = model_of("gpt"), model_of("llama")
+    for model, index, count, message in (
+        (tied, 0, 2, "build it with tied=False"),
+        (untied, 0, 3, "count must be from 1 to the model's 2 blocks, got 3"),
+        (untied, 2, 2, r"index must be in \[0, 2\), got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline_stage(model, index, count)
+
+
+@check(worlds=(2,), sequence=[False, True])
+def dropout_is_in_step_and_apart(sequence):
+    """What all ranks hold is dropped alike; what each has of its own by masks of its own."""
+    mesh, model = mesh_of(2), model_of("llama", dropout=0.5)
+    parallelize_module(model, mesh, tensor_parallel_plan(model, sequence_parallel=sequence))
+    tokens, targets = batch()
+    heads, streams = [], []
+    block = model.blocks[0]
+    block.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0].detach()))
+    inner = block.attention.branch
+    drawn = inner.register_forward_pre_hook(lambda *_: heads.append(torch.rand(4)))
+    torch.manual_seed(11)
+    losses = [model(tokens, targets) for _ in range(2)]
+    sum(losses).backward()
+    assert losses[0] != losses[1]
+    for ours, alike in (
+        (torch.rand(4), True),
+        (heads[0], False),
+        (streams[0] == 0, not sequence),
+        (torch.stack(losses).detach(), True),
+    ):
+        theirs = [torch.empty_like(ours) for _ in range(2)]
+        dist.all_gather(theirs, ours)
+        assert torch.equal(*theirs) == alike
+    drawn.remove()
+    model.eval()
+    before = torch.get_rng_state()
+    model(tokens)
+    assert torch.equal(torch.get_rng_state(), before)
