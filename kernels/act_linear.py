@@ -193,8 +193,9 @@ def bias_act_linear(
     _require_dtype(op, x, weight)
     p = p if training else 0.0
     given = (x, bias, weight, out_bias)
-    runs = p > 0.0 and BIAS_ACT_LINEAR.runs_kernels(*given, None, activation, p)
-    return BIAS_ACT_LINEAR(*given, draw_seed(x) if runs else None, activation, p)
+    provider = BIAS_ACT_LINEAR.choose(*given, None, activation, p)
+    seed = draw_seed(x) if p > 0.0 and provider is not None else None
+    return BIAS_ACT_LINEAR.run(provider, *given, seed, activation, p)
 
 
 def _require_dtype(op: str, x: Tensor, weight: Tensor) -> None:

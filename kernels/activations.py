@@ -396,8 +396,9 @@ def bias_act(
     checks.require_probability("bias_act", "p", p)
     if not training or p == 0.0:
         return BIAS_ACT(x, bias, None, activation, 0.0)
-    seed = draw_seed(x) if BIAS_ACT.runs_kernels(x, bias, None, activation, p) else None
-    return BIAS_ACT(x, bias, seed, activation, p)
+    provider = BIAS_ACT.choose(x, bias, None, activation, p)
+    seed = None if provider is None else draw_seed(x)
+    return BIAS_ACT.run(provider, x, bias, seed, activation, p)
 
 
 def _gated_act_out(gate: Tensor, *_: object) -> tuple[Tensor]:

@@ -298,6 +298,7 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     x_dtype = None if x.dtype == residual.dtype else x.dtype
     rest = (weight, bias, eps, p, centred, x_dtype)
-    runs = p > 0.0 and ADD_NORM.runs_kernels(x, residual, None, *rest)
-    normed, summed = ADD_NORM(x, residual, draw_seed(x) if runs else None, *rest)
+    provider = ADD_NORM.choose(x, residual, None, *rest)
+    seed = draw_seed(x) if p > 0.0 and provider is not None else None
+    normed, summed = ADD_NORM.run(provider, x, residual, seed, *rest)
     return normed, summed

@@ -274,8 +274,9 @@ def cross_entropy(
     else:
         labels = target.to(torch.int64).reshape(x.shape[0], *x.shape[2:])
         op, arguments = CROSS_ENTROPY, (x, labels, weight, ignore_index, *scalars)
-    if z_loss or is_dtensor(input) or op.runs_kernels(*arguments):
-        loss = op(*arguments)
+    provider = op.choose(*arguments)
+    if z_loss or is_dtensor(input) or provider is not None:
+        loss = op.run(provider, *arguments)
         if reduction == "none":
             loss = loss.reshape(input.shape[:1] + input.shape[2:] if input.dim() > 1 else ())
         elif soft and reduction == "mean":

@@ -237,8 +237,9 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     checks.require_probability("dropout", "p", p)
     if not training or p == 0.0:
         return input
-    seed = draw_seed(input) if DROPOUT.runs_kernels(input, None, p) else None
-    return DROPOUT(input, seed, p)
+    provider = DROPOUT.choose(input, None, p)
+    seed = None if provider is None else draw_seed(input)
+    return DROPOUT.run(provider, input, seed, p)
 
 
 def _bias_dropout_add_out(x: Tensor, residual: Tensor, *_: object) -> tuple[Tensor]:
@@ -410,5 +411,6 @@ def bias_dropout_add(
     checks.require_probability("bias_dropout_add", "p", p)
     if not training or p == 0.0:
         return BIAS_DROPOUT_ADD(x, residual, bias, None, 0.0, x.dtype)
-    runs = BIAS_DROPOUT_ADD.runs_kernels(x, residual, bias, None, p, x.dtype)
-    return BIAS_DROPOUT_ADD(x, residual, bias, draw_seed(x) if runs else None, p, x.dtype)
+    provider = BIAS_DROPOUT_ADD.choose(x, residual, bias, None, p, x.dtype)
+    seed = None if provider is None else draw_seed(x)
+    return BIAS_DROPOUT_ADD.run(provider, x, residual, bias, seed, p, x.dtype)

@@ -462,8 +462,9 @@ def _call(
         return (y, y2) if is_pair else y
     p = p if training else 0.0
     rest = (*given, p, centred, None if x.dtype == residual.dtype else x.dtype)
-    runs = p > 0.0 and ADD_NORM_LINEAR.runs_kernels(x, residual, None, *rest)
-    y, y2, summed = ADD_NORM_LINEAR(x, residual, draw_seed(x) if runs else None, *rest)
+    provider = ADD_NORM_LINEAR.choose(x, residual, None, *rest)
+    seed = draw_seed(x) if p > 0.0 and provider is not None else None
+    y, y2, summed = ADD_NORM_LINEAR.run(provider, x, residual, seed, *rest)
     return (y, y2) if is_pair else y, summed
 
 

@@ -79,7 +79,31 @@ class Op:
         lead = self.parameters.lead(args)
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(lead.device.type):
             return self._call_in_autocast(lead.device.type, args)
-        provider = self.provider(lead, args)
+        return self._run(self.provider(lead, args), args)
+
+    def choose(self, *args: Any) -> str | None:
+        """Who would run a call with these arguments; None for the reference.
+
+        For functions that pass an op something else where a kernel runs it, as a seed: they hand
+        the answer on to `run`, and `supports` of an implementation is asked once.
+        """
+        return self.provider(self.parameters.lead(args), args)
+
+    def run(self, provider: str | None, *args: Any) -> Any:
+        """A call by whom `choose` said, but for DTensors' shards and casts of autocast, which
+        are other arguments than those that were asked about."""
+        for i in self.parameters.tensors:
+            if type(args[i]) not in sharding.PLAIN and sharding.is_dtensor(args[i]):
+                return sharding.call(self, args)
+        device_type = self.parameters.lead(args).device.type
+        if not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type)):
+            return self._run(provider, args)
+        if self.spec.autocast == "low":
+            return self._call_in_autocast(device_type, args)
+        with torch.autocast(device_type, enabled=False):
+            return self._run(provider, args)
+
+    def _run(self, provider: str | None, args: tuple[Any, ...]) -> Any:
         if provider is None:
             if torch.compiler.is_dynamo_compiling():
                 return self.spec.reference(*args)  # no guard on what `wire` swaps
@@ -98,10 +122,6 @@ class Op:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Op:
         return self
-
-    def runs_kernels(self, *args: Any) -> bool:
-        """Whether a call with these arguments would take an implementation, not the reference."""
-        return self.provider(self.parameters.lead(args), args) is not None
 
     def add_implementation(self, implementation: Implementation, owner: str = "") -> None:
         name, provider = self.spec.name, implementation.provider

@@ -295,13 +295,14 @@ def decode_attention(
     if block_table is None:
         k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     scale = 1 / math.sqrt(max(1, q.shape[3])) if scale is None else scale
-    args = (q, k_cache, v_cache, cache_lengths, block_table, slopes, sinks)
-    largest = max(q.shape[3], v_cache.shape[3])
-    if largest > max(_HALF) and DECODE_ATTENTION.runs_kernels(*args, scale, 0.0, left):
+    tensors = (q, k_cache, v_cache, cache_lengths, block_table, slopes, sinks)
+    args = (*tensors, scale, softcap or 0.0, left)
+    largest, provider = max(q.shape[3], v_cache.shape[3]), DECODE_ATTENTION.choose(*args)
+    if largest > max(_HALF) and provider is not None:
         raise NotImplementedError(
             f"{_NAME}: there are kernels for head dims up to {max(_HALF)}, got {largest}"
         )
-    out, lse = DECODE_ATTENTION(*args, scale, softcap or 0.0, left)
+    out, lse = DECODE_ATTENTION.run(provider, *args)
     return (out, lse) if return_lse else out
 
 

@@ -21,7 +21,6 @@ from trilith.plugins.sharding import is_dtensor
 
 _NAME = "attention"
 LARGEST_HEAD_DIM = 256
-_NO_TERMS = (None, None, None, None, None, 1.0, 0.0, 0.0, "top_left", -1, -1)
 
 
 def attention(
@@ -152,22 +151,24 @@ def scaled_dot_product_attention(
         torch.Size([2, 8, 128, 64])
     """
     batch = _common_batch(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    if batch is None:
-        _require_one_length(key, value)
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    heads = key.shape[-3:-2] if enable_gqa else batch[-1:]
-    q = _as_4d(query, batch)
-    k = _as_4d(key, (*batch[:-1], *heads))
-    v = _as_4d(value, (*batch[:-1], *heads))
-    bias = None if attn_mask is None else _mask_as_4d(attn_mask, batch)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    out, _ = _attend(
-        *(q, k, v, bias, None, None, None, scale, 0.0, dropout_p),
-        *("top_left", -1, 0 if is_causal else -1, False),
+    if batch is not None:
+        heads = key.shape[-3:-2] if enable_gqa else batch[-1:]
+        q = _as_4d(query, batch)
+        k = _as_4d(key, (*batch[:-1], *heads))
+        v = _as_4d(value, (*batch[:-1], *heads))
+        bias = None if attn_mask is None else _mask_as_4d(attn_mask, batch)
+        softmax_scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        tensors = (q, k, v, bias, None, None, None)
+        rest = (softmax_scale, 0.0, dropout_p, "top_left", -1, 0 if is_causal else -1)
+        provider = OP.choose(*tensors, None, *rest)
+        if provider is not None or is_dtensor(query):
+            seed = draw_seed(q) if dropout_p > 0 and provider is not None else None
+            out, _ = OP.run(provider, *tensors, seed, *rest)
+            return out.reshape(*batch, *out.shape[2:])
+    _require_one_length(key, value)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    return out.reshape(*batch, *out.shape[2:])
 
 
 def _require_one_length(key: Tensor, value: Tensor) -> None:
@@ -204,14 +205,15 @@ def _attend(
     """
     terms = (key_mask, slopes, sinks)
     rest = (scale, softcap, p, alignment, left, right)
-    if OP.runs_kernels(q, k, v, bias, *terms, None, *rest):
+    provider = OP.choose(q, k, v, bias, *terms, None, *rest)
+    if provider is not None:
         if max(q.shape[3], v.shape[3]) > LARGEST_HEAD_DIM:
             raise NotImplementedError(
                 f"{_NAME}: there are kernels for head dims up to {LARGEST_HEAD_DIM}, got "
                 f"{q.shape[3]} and {v.shape[3]}; use torch.nn.functional"
             )
         seed = draw_seed(q) if p > 0 else None
-        return OP(q, k, v, bias, *terms, seed, *rest)
+        return OP.run(provider, q, k, v, bias, *terms, seed, *rest)
     plain = all(t is None for t in terms) and softcap == 0 and left < 0 and right <= 0
     plain = plain and q.dtype != torch.float64 and not is_dtensor(q)
     from_top = right < 0 or alignment == "top_left" or q.shape[2] == k.shape[2]
@@ -220,7 +222,7 @@ def _attend(
         causal = right == 0
         out = F.scaled_dot_product_attention(q, k, v, bias, p, causal, scale=scale, enable_gqa=gqa)
         return out, None
-    return OP(q, k, v, bias, *terms, None, *rest)
+    return OP.run(provider, q, k, v, bias, *terms, None, *rest)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -299,8 +301,6 @@ def _common_batch(
     """The batch dimensions of a call that our kernels take, heads last; None for any other call."""
     tensors = (query, key, value)
     if not all(isinstance(t, Tensor) and t.ndim >= 2 and not t.is_nested for t in tensors):
-        return None
-    if not (is_dtensor(query) or OP.runs_kernels(query, key, value, *_NO_TERMS)):
         return None
     autocast = torch.is_autocast_enabled(query.device.type)
     dtypes = {t.dtype for t in tensors}

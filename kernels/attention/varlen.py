@@ -305,14 +305,15 @@ def varlen_attention(
     rest = (scale, softcap or 0.0, dropout_p, alignment, left, right)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, bias, slopes, sinks)
     seed = None
-    if VARLEN_ATTENTION.runs_kernels(*tensors, None, *rest):
+    provider = VARLEN_ATTENTION.choose(*tensors, None, *rest)
+    if provider is not None:
         if max(q.shape[2], v.shape[2]) > LARGEST_HEAD_DIM:
             raise NotImplementedError(
                 f"{_NAME}: there are kernels for head dims up to {LARGEST_HEAD_DIM}, got "
                 f"{q.shape[2]} and {v.shape[2]}"
             )
         seed = draw_seed(q) if dropout_p > 0 else None
-    out, lse = VARLEN_ATTENTION(*tensors, seed, *rest)
+    out, lse = VARLEN_ATTENTION.run(provider, *tensors, seed, *rest)
     return (out, lse) if return_lse else out
 
 

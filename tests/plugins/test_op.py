@@ -157,7 +157,7 @@ class TestPaths:
         x = randn(3, 4)
         op(x, 2.0).sum().backward()
         assert calls == ["reference"]
-        assert not op.runs_kernels(x, 2.0)
+        assert op.choose(x, 2.0) is None
 
     def test_empty_tensor_takes_the_reference(self, make):
         op, x = make(RELU2), randn(0, 4)
@@ -186,11 +186,11 @@ class TestPaths:
         (d2x,) = torch.autograd.grad(dx.sum(), x)
         torch.testing.assert_close(d2x, 4.0 * (x > 0))
 
-    def test_runs_kernels_tells_the_path(self, make):
+    def test_choose_tells_the_path(self, make):
         op = make(RELU2)
-        assert op.runs_kernels(randn(3, 4), 2.0)
-        assert not op.runs_kernels(randn(0, 4), 2.0)
-        assert not op.runs_kernels(randn(3, 4, dtype=torch.float64), 2.0)
+        assert op.choose(randn(3, 4), 2.0) == op.spec.provider
+        assert op.choose(randn(0, 4), 2.0) is None
+        assert op.choose(randn(3, 4, dtype=torch.float64), 2.0) is None
 
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_compiled_in_one_graph(self, make, dynamic):

@@ -419,3 +419,49 @@ class TestCompiled:
             pytest.raises(Exception, match=r"supports\(\) cannot see the arguments"),
         ):
             compiled(torch.zeros(3))
+
+
+def _x(*shape: int) -> Tensor:
+    return torch.randn(*shape)
+
+
+TWO_STEPS = {
+    "dropout": lambda k: k.dropout(_x(3, 4), 0.5),
+    "bias_dropout_add": lambda k: k.bias_dropout_add(_x(3, 4), _x(3, 4), p=0.5),
+    "bias_act": lambda k: k.bias_act(_x(3, 4), p=0.5),
+    "bias_act_linear": lambda k: k.bias_act_linear(_x(3, 4), None, _x(5, 4), p=0.5),
+    "add_norm": lambda k: k.add_rms_norm(_x(3, 4), _x(3, 4), p=0.5),
+    "add_norm_linear": lambda k: k.rms_norm_linear(
+        _x(3, 4), None, _x(5, 4), residual=_x(3, 4), p=0.5
+    ),
+    "cross_entropy": lambda k: k.cross_entropy(_x(3, 4), torch.tensor([0, 1, 2])),
+    "soft_cross_entropy": lambda k: k.cross_entropy(_x(3, 4), _x(3, 4).softmax(1)),
+    "attention": lambda k: k.scaled_dot_product_attention(*_x(3, 1, 1, 4, 16), dropout_p=0.5),
+    "decode_attention": lambda k: k.decode_attention(
+        _x(1, 1, 1, 16), *_x(2, 1, 1, 4, 16), torch.tensor([3])
+    ),
+}
+
+
+@pytest.mark.skipif("cpu" not in trilith.plugins.TRITON_DEVICES, reason="the CPU has no kernels")
+@pytest.mark.parametrize("name", TWO_STEPS)
+def test_functions_that_ask_first_choose_once(name):
+    """What `supports` sees is what the implementation gets, and it is asked once a call."""
+    asked: list[Any] = []
+    op = trilith.op(f"trilith::{name}")
+
+    def supports(*args: Any) -> bool:
+        asked.append(args)
+        return True
+
+    own = Implementation(
+        op.spec.name, "acme", op.spec.forward, op.spec.backward, priority=1, supports=supports
+    )
+    op.add_implementation(own, "tests")
+    try:
+        with torch.no_grad(), trilith.trace() as events:
+            TWO_STEPS[name](trilith.kernels)
+    finally:
+        op.remove_implementation("acme")
+    assert [(event.op, event.provider) for event in events] == [(op.spec.name, "acme")]
+    assert len(asked) == 1
