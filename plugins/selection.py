@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trilith.plugins.spec import Implementation
+from trilith.plugins.spec import Implementation, compute_capability
 
 if TYPE_CHECKING:
     from trilith.plugins.op import Op
@@ -38,11 +38,8 @@ class SelectionKey:
 
     @property
     def architecture(self) -> int | None:
-        """The compute capability, as 90; None off CUDA."""
-        if self.device.type != "cuda":
-            return None
-        major, minor = torch.cuda.get_device_capability(self.device)
-        return 10 * major + minor
+        """The compute capability, as 90; None where there is no such device to ask."""
+        return compute_capability(self.device)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,18 @@ HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 SLOTS = ("norm", "mlp", "attention", "activation", "position")
 
 
+def compute_capability(device: torch.device) -> int | None:
+    """As 90; None where there is none to ask for: off CUDA, on AMD, for the device of a fake tensor
+    that this machine doesn't have, without a driver, in a forked process."""
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return None
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+    except (AssertionError, RuntimeError):  # torch's answers to a wrong index, and to a fork
+        return None
+    return 10 * major + minor
+
+
 class Sample:
     """The arguments of one call of an op, as `Sample(x, scale=2.0)`."""
 
@@ -98,12 +110,12 @@ class Implementation:
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"takes {', '.join(map(str, self.dtypes))}, not {dtype}"
         if self.arch is not None and device.type == "cuda":
-            if not torch.cuda.is_available():
-                return "needs a compute capability, and there is no CUDA device here to ask"
-            major, minor = torch.cuda.get_device_capability(device)
-            have, (low, high) = 10 * major + minor, self.arch
+            have, (low, high) = compute_capability(device), self.arch
+            wanted = f"needs compute capability {low or ''}..{high or ''}"
+            if have is None:
+                return f"{wanted}, and there is no CUDA device here to ask for {device}"
             if (low is not None and have < low) or (high is not None and have > high):
-                return f"needs compute capability {low or ''}..{high or ''}, not {have}"
+                return f"{wanted}, not {have}"
         return None
 
 

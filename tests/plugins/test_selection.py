@@ -19,6 +19,7 @@ from trilith.plugins import (
     Registry,
     Sample,
     hookimpl,
+    selection,
 )
 from trilith.plugins.selection import environment_variable
 
@@ -249,6 +250,58 @@ def test_architecture_bounds_are_told(monkeypatch):
     assert (
         _other("acme_sel::op", arch=(80, 89)).refusal(torch.device("cuda"), torch.float32) is None
     )
+
+
+def _capability(monkeypatch, of: Any, hip: str | None = None, available: bool = True) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", of)
+
+
+def _raising(error: Exception) -> Any:
+    def capability(device: torch.device) -> tuple[int, int]:
+        raise error
+
+    return capability
+
+
+@pytest.mark.parametrize(
+    ("device", "setup", "expected"),
+    [
+        ("cpu", {"of": _raising(RuntimeError("asked"))}, None),
+        ("meta", {"of": _raising(RuntimeError("asked"))}, None),
+        ("cuda", {"of": _raising(RuntimeError("asked")), "available": False}, None),
+        ("cuda:7", {"of": _raising(AssertionError("Invalid device id"))}, None),
+        ("cuda:0", {"of": _raising(RuntimeError("Cannot re-initialize CUDA in fork"))}, None),
+        ("cuda:0", {"of": lambda device: (9, 4), "hip": "6.4"}, None),
+        ("cuda:0", {"of": lambda device: ((8, 0), (9, 0))[device.index]}, 80),
+        ("cuda:1", {"of": lambda device: ((8, 0), (9, 0))[device.index]}, 90),
+    ],
+)
+def test_architecture_is_of_the_device_or_none(monkeypatch, device, setup, expected):
+    _capability(monkeypatch, **setup)
+    key = selection.SelectionKey(torch.device(device), torch.float32)
+    assert key.architecture == expected
+
+
+def test_two_gpus_choose_each_for_itself(manager, monkeypatch):
+    _capability(monkeypatch, lambda device: ((8, 0), (9, 0))[device.index])
+    op = _op(manager, _other("acme_sel::op", arch=(90, None), priority=1))
+    chosen = [op.selection(torch.device("cuda", i), torch.float32).first for i in range(2)]
+    assert chosen == ["acme_sel", "other"]
+
+
+def test_a_choice_by_architecture_works_on_fake_and_meta_tensors(manager, monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    _capability(monkeypatch, _raising(RuntimeError("no driver")), available=False)
+    chooser = lambda op, key, candidates: "other" if key.architecture == 90 else None  # noqa: E731
+    other = _other("acme_sel::op", arch=(80, None), priority=1)
+    op = _op(manager, other, select=chooser, devices=("cpu", "cuda", "meta"))
+    assert op(torch.zeros(3, device="meta")).device.type == "meta"
+    with FakeTensorMode():
+        assert op(torch.empty(3, device="cuda")).shape == (3,)
+    assert not manager.failures
 
 
 def test_the_environment_names_a_provider(manager, monkeypatch):
