@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels.attention.decode_reference import host_lengths
 from trilith.plugins.mutation import MutatingOp
 
 _MOST_ELEMENTS = 1024
@@ -108,6 +109,11 @@ def _append_reference(
     table: Tensor | None,
 ) -> None:
     T, (N, L) = k.shape[2], k_cache.shape[:2]
+    starts = set(host_lengths(lengths) or ())
+    if table is None and counts is None and len(starts) == 1 and 0 <= min(starts) <= L - T:
+        rows = slice(min(starts), min(starts) + T)
+        k_cache[:, rows], v_cache[:, rows] = k.transpose(1, 2), v.transpose(1, 2)
+        return
     t = torch.arange(T, device=k.device)
     position = lengths.long()[:, None] + t
     stored = (position >= 0) & (position < (L if table is None else L * table.shape[1]))

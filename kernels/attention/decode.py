@@ -29,6 +29,12 @@ from trilith.kernels._runtime.device import architecture, multiprocessors
 from trilith.kernels._runtime.language import triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels.attention.decode_kernel import attention_decode_kernel
+from trilith.kernels.attention.decode_reference import (
+    decode_reference,
+    host_lengths,
+    of_full_rows,
+    until,
+)
 from trilith.kernels.attention.merge import merge_partials
 from trilith.plugins import Cost, Op, OpSpec, Sample
 from trilith.plugins.spec import INTERPRETING
@@ -114,56 +120,6 @@ def _padded(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def _decode_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    table: Tensor | None,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float,
-    left: int,
-) -> tuple[Tensor, Tensor]:
-    """(softmax(scores) v over the keys each query sees, log-sum-exp of the scores)."""
-    (B, H, T, D), Hkv = q.shape, k.shape[2]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    missing = None
-    if table is not None:
-        missing = ((table < 0) | (table >= k.shape[0])).repeat_interleave(k.shape[1], 1)
-        pages = table.long().clamp(0, max(0, k.shape[0] - 1))
-        k, v = k[pages].flatten(1, 2), v[pages].flatten(1, 2)
-    S = k.shape[1]
-    lengths = lengths.long().clamp(0, S)
-    keys = torch.arange(S, device=q.device)
-    filled = (keys < lengths[:, None])[:, :, None, None]
-    k, v = (torch.where(filled, c.to(wide), 0.0).transpose(1, 2) for c in (k, v))
-    position = lengths[:, None] - T + torch.arange(T, device=q.device)
-    distance = (position[..., None] - keys)[:, None]
-    grouped = q.to(wide).reshape(B, Hkv, H // max(1, Hkv) * T, D)
-    scores = (grouped @ k.mT).reshape(B, H, T, S) * scale
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    if slopes is not None:
-        scores = scores - slopes.to(wide)[..., None, None] * distance.abs()
-    if missing is not None:
-        scores = scores.masked_fill(missing[:, None, None], torch.nan)
-    unseen = (distance < 0) | (distance > left) if left >= 0 else distance < 0
-    scores = scores.masked_fill(unseen, -torch.inf)
-    sink = scores.new_full((1, H, 1, 1), -torch.inf)
-    if sinks is not None:
-        sink = sinks.to(wide)[None, :, None, None]
-    logits = torch.cat([scores, sink.expand(B, H, T, 1)], -1)
-    top = logits.amax(-1, keepdim=True)
-    top = torch.where(top == -torch.inf, 0.0, top)
-    weights = torch.exp(logits - top)
-    total = weights.sum(-1, keepdim=True)
-    lse = (top + torch.log(total)).squeeze(-1)
-    weights = weights[..., :-1] / torch.where(total == 0, 1.0, total)
-    return (weights.reshape(B, Hkv, -1, S) @ v).reshape(B, H, T, -1).to(q.dtype), lse
-
-
 def _cost(
     q: Tensor,
     k: Tensor,
@@ -214,7 +170,7 @@ DECODE_ATTENTION = Op(
         name="trilith::decode_attention",
         forward=_decode_fwd,
         backward=None,
-        reference=_decode_reference,
+        reference=decode_reference,
         samples=_samples,
         outputs=2,
         save_outputs=False,
@@ -268,7 +224,8 @@ def decode_attention(
         TypeError: a dtype that does not fit.
         ValueError: shapes that do not fit.
 
-    Numerics: sums in fp32; probabilities rounded to v's dtype; deterministic. How many programs
+    Numerics: sums in fp32; probabilities rounded to v's dtype; deterministic. On a CPU lengths are
+        looked at, and the room beyond the longest costs nothing. How many programs
         share a sequence's keys depends on shapes and device, never on lengths, so a captured CUDA
         graph is right for all lengths.
 
@@ -295,15 +252,26 @@ def decode_attention(
     if block_table is None:
         k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     scale = 1 / math.sqrt(max(1, q.shape[3])) if scale is None else scale
+    rest = (scale, softcap or 0.0, left)
     tensors = (q, k_cache, v_cache, cache_lengths, block_table, slopes, sinks)
-    args = (*tensors, scale, softcap or 0.0, left)
-    largest, provider = max(q.shape[3], v_cache.shape[3]), DECODE_ATTENTION.choose(*args)
-    if largest > max(_HALF) and provider is not None:
+    provider = DECODE_ATTENTION.choose(*tensors, *rest)
+    if provider is not None:
+        _require_head_dim(max(q.shape[3], v_cache.shape[3]))
+    elif (lengths := host_lengths(cache_lengths)) is not None:
+        k, v, table = until(max(lengths, default=0), k_cache, v_cache, block_table)
+        same = table is None and set(lengths) == {k.shape[1]} and k.shape[1] >= q.shape[2]
+        if same and slopes is sinks is None and rest[1:] == (0.0, -1) and not return_lse:
+            return of_full_rows(q, k.transpose(1, 2), v.transpose(1, 2), scale)
+        tensors = (q, k, v, cache_lengths, table, slopes, sinks)
+    out, lse = DECODE_ATTENTION.run(provider, *tensors, *rest)
+    return (out, lse) if return_lse else out
+
+
+def _require_head_dim(largest: int) -> None:
+    if largest > max(_HALF):
         raise NotImplementedError(
             f"{_NAME}: there are kernels for head dims up to {max(_HALF)}, got {largest}"
         )
-    out, lse = DECODE_ATTENTION.run(provider, *args)
-    return (out, lse) if return_lse else out
 
 
 def _check(

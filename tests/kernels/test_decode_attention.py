@@ -227,3 +227,27 @@ def test_errors_name_argument_and_value(name):
     error, match, args, options = ERRORS[name]
     with pytest.raises(error, match=f"decode_attention: .*{match}"):
         decode_attention(*args, **options)
+
+
+@pytest.mark.parametrize("lengths", [(40, 40), (40, 7), (0, 0), (2, 0), (200, 96)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": (9, 0), "softcap": 2.0}], ids=["plain", "more"])
+def test_on_a_host_the_room_beyond_the_longest_sequence_is_not_read(lengths, options):
+    q, k, v, counted = draw(lengths, H=4, Hkv=2, T=3, dtype=torch.float64)
+    full = [t.clone().nan_to_num(0) for t in (k, v)]
+    rest = (counted, None, None, None, 0.25, options.get("softcap", 0.0), 9 if options else -1)
+    expected, expected_lse = OP.spec.reference(q, *(t.transpose(1, 2) for t in full), *rest)
+    out = decode_attention(q, k, v, counted, scale=0.25, **options)
+    _, lse = decode_attention(q, k, v, counted, scale=0.25, return_lse=True, **options)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    *pools, table = paged(k, v, counted.clamp(max=96))
+    pages = decode_attention(q, *pools, counted, block_table=table, scale=0.25, **options)
+    torch.testing.assert_close(pages, expected)
+
+
+def test_compiles_without_a_break_for_all_lengths():
+    compiled = torch.compile(decode_attention, fullgraph=True, backend="aot_eager")
+    for lengths in ((40, 40), (7, 0)):
+        args = draw(lengths, dtype=torch.float64, S=48)
+        args = [t.nan_to_num(0) if t.is_floating_point() else t for t in args]
+        torch.testing.assert_close(compiled(*args), decode_attention(*args))
