@@ -30,6 +30,7 @@ from trilith.kernels._batch_norm_kernels import (
     batch_norm_statistics,
 )
 from trilith.kernels._runtime.checks import require_floating, require_same_device
+from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 __all__ = ["batch_norm"]
@@ -172,6 +173,16 @@ def _given_cost(x: Tensor, *rest: Any) -> Cost:
     return _cost(x, *rest, passes=1)
 
 
+def _train_sharding(x: Tensor, *_: Any) -> list[Strategy]:
+    """Channels; statistics of the whole batch need all of it."""
+    return [split([1, 0, 0], [1, 0, 0])]
+
+
+def _given_sharding(x: Tensor, *_: Any) -> list[Strategy]:
+    """Any dimension, and what belongs to the channels with them."""
+    return [split([d], [1, 0, 0, 0, 0] if d == 1 else [d]) for d in range(x.ndim)]
+
+
 BATCH_NORM = Op(
     OpSpec(
         name="trilith::batch_norm",
@@ -182,6 +193,7 @@ BATCH_NORM = Op(
         outputs=3,
         fake=_train_out,
         cost=_train_cost,
+        sharding=_train_sharding,
         materialize_grads=False,
     )
 )
@@ -194,6 +206,7 @@ BATCH_NORM_GIVEN = Op(
         samples=_given_samples,
         fake=_given_out,
         cost=_given_cost,
+        sharding=_given_sharding,
         save_outputs=False,
     )
 )

@@ -29,7 +29,9 @@ from trilith.kernels._runtime.functors import ACTIVATIONS
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.reduce import column_sum
+from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
+from trilith.plugins.sharding import is_dtensor
 
 __all__ = ["binary_cross_entropy_with_logits", "mse_loss"]
 
@@ -360,6 +362,15 @@ def _loss_cost(x: Tensor, target: Tensor, *rest: Any) -> Cost:
     return Cost(read + loss, read + loss + dx, 10 * x.numel(), 10 * x.numel())
 
 
+def _loss_sharding(x: Tensor, *rest: Any) -> list[Strategy]:
+    """Any dimension, each alike; a mean is not the sum of the ranks' means."""
+    *tensors, reduction, _ = rest
+    if reduction == "mean":
+        return []
+    tall = 1 + len(tensors)
+    return [split([dim if reduction == "none" else None], [dim] * tall) for dim in range(x.ndim)]
+
+
 BCE_WITH_LOGITS = Op(
     OpSpec(
         name="trilith::binary_cross_entropy_with_logits",
@@ -369,6 +380,7 @@ BCE_WITH_LOGITS = Op(
         samples=_bce_samples,
         fake=_bce_fake,
         cost=_loss_cost,
+        sharding=_loss_sharding,
         save_outputs=False,
     )
 )
@@ -381,6 +393,7 @@ MSE_LOSS = Op(
         samples=_mse_samples,
         fake=_bce_fake,
         cost=_loss_cost,
+        sharding=_loss_sharding,
         save_outputs=False,
     )
 )
@@ -435,7 +448,10 @@ def binary_cross_entropy_with_logits(
         for name, w in (("weight", weight), ("pos_weight", pos_weight))
     ]
     dtype = _loss_dtype(input, target)
-    return BCE_WITH_LOGITS(_lead(input, dtype), target, *constants, reduction, dtype)
+    given = (_lead(input, dtype), target, *constants)
+    if reduction == "mean" and is_dtensor(input):
+        return _mean_by_sum(BCE_WITH_LOGITS, given, input.numel(), dtype)
+    return BCE_WITH_LOGITS(*given, reduction, dtype)
 
 
 def mse_loss(
@@ -488,12 +504,21 @@ def mse_loss(
     dtype = _loss_dtype(input, target, weight)
     input, target = torch.broadcast_tensors(input, target)
     x = _lead(input, dtype)
-    if weight is None or reduction != "mean":
-        spread = None if weight is None else weight.expand(x.shape)
-        return MSE_LOSS(x, target, spread, reduction, dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    total = MSE_LOSS(x, target, weight.expand(x.shape), "sum", wide)
-    return (total / weight.sum(dtype=wide)).to(dtype)
+    given = (x, target, None if weight is None else weight.expand(x.shape))
+    if reduction == "mean" and weight is not None:
+        wide = torch.promote_types(dtype, torch.float32)
+        return _mean_by_sum(MSE_LOSS, given, weight.sum(dtype=wide), dtype)
+    if reduction == "mean" and is_dtensor(input):
+        return _mean_by_sum(MSE_LOSS, given, input.numel(), dtype)
+    return MSE_LOSS(*given, reduction, dtype)
+
+
+def _mean_by_sum(
+    op: Op, given: tuple[Tensor | None, ...], count: int | Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The op's sum, wide until it is divided by the count."""
+    total: Tensor = op(*given, "sum", torch.promote_types(dtype, torch.float32))
+    return (total / count).to(dtype)
 
 
 def _reduction(op: str, size_average: bool | None, reduce: bool | None, reduction: str) -> str:

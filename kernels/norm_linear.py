@@ -38,6 +38,7 @@ from trilith.kernels._runtime.matrix import (
     room_for,
 )
 from trilith.kernels._runtime.random import draw_seed
+from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.kernels.add_norm import (
     ADD_NORM,
     check_sum,
@@ -298,6 +299,22 @@ def _add_norm_linear_cost(x: Tensor, residual: Tensor, *rest: Any) -> Cost:
     return _linear_cost(x, weights, (forward, 3 * data + separate * added + (1 + readers) * normed))
 
 
+def _norm_linear_sharding(x: Tensor, *rest: Any) -> list[Strategy]:
+    """Rows; or the linear layers' outputs, each rank a share of each weight's."""
+    second = rest[4] is not None  # where it is left out its output is empty, on every rank
+    rows = [split([dim, dim if second else None], [dim]) for dim in range(x.ndim - 1)]
+    last = x.ndim - 1
+    outputs = split([last, last if second else None], [None, None, None, 0, 0, 0, 0])
+    return [*rows, outputs]
+
+
+def _add_norm_linear_sharding(x: Tensor, *rest: Any) -> list[Strategy]:
+    """Rows: the sum is an output too, and one that every rank has whole can't be split."""
+    second, p = rest[6] is not None, rest[9]
+    dims = range(x.ndim - 1) if p == 0.0 else ()
+    return [split([dim, dim if second else None, dim], [dim, dim]) for dim in dims]
+
+
 NORM_LINEAR = Op(
     OpSpec(
         name="trilith::norm_linear",
@@ -311,6 +328,7 @@ NORM_LINEAR = Op(
         fake_backward=_norm_linear_grads,
         materialize_grads=False,
         cost=_norm_linear_cost,
+        sharding=_norm_linear_sharding,
         parts=("trilith::layer_norm", "trilith::rms_norm"),
         autocast="low",
     )
@@ -330,6 +348,7 @@ ADD_NORM_LINEAR = Op(
         fake_backward=_add_norm_linear_grads,
         materialize_grads=False,
         cost=_add_norm_linear_cost,
+        sharding=_add_norm_linear_sharding,
         parts=(ADD_NORM.spec.name, *ADD_NORM.spec.parts),
         autocast="low",
     )

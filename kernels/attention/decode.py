@@ -28,6 +28,7 @@ from trilith.kernels._runtime.checks import (
 from trilith.kernels._runtime.device import architecture, multiprocessors
 from trilith.kernels._runtime.language import triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels.attention import sharding
 from trilith.kernels.attention.decode_kernel import attention_decode_kernel
 from trilith.kernels.attention.decode_reference import (
     decode_reference,
@@ -176,6 +177,7 @@ DECODE_ATTENTION = Op(
         save_outputs=False,
         fake=_decode_out,
         cost=_cost,
+        sharding=sharding.cached,
         autocast="low",
     )
 )

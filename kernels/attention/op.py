@@ -14,14 +14,13 @@ Outputs: out (B, H, T, Dv), and lse (B, H, T) in natural logarithm, fp32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trilith.kernels._runtime.sharding import Strategy, split
+from trilith.kernels.attention import sharding
 from trilith.kernels.attention.launchers import attention_bwd, attention_fwd, attention_out
 from trilith.kernels.attention.reference import attention_reference
 from trilith.plugins import Cost, Op, OpSpec, Sample
@@ -92,26 +91,6 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     )
 
 
-def _sharding(q: Any, k: Tensor, v: Tensor, *rest: Any) -> list[Strategy]:
-    """Batch, or heads where a rank's query heads read its own key heads, or all read the one."""
-    bias, _, slopes, _, _, _, _, p = rest[:8]
-    if p > 0:
-        return []
-
-    def unless_one(tensor: Tensor | None, dim: int) -> int | None:
-        return None if tensor is None or tensor.shape[dim] == 1 else dim
-
-    H, Hkv = q.shape[1], k.shape[1]
-    sizes = (q.device_mesh.size(i) for i, place in enumerate(q.placements) if place.is_shard(1))
-    found = [split([0, 0], [0, 0, 0, unless_one(bias, 0), 0, unless_one(slopes, 0)])]
-    terms = [unless_one(bias, 1), None, unless_one(slopes, 1), 0]
-    if Hkv == H or Hkv % math.prod(sizes) == 0:
-        found.append(split([1, 1], [1, 1, 1, *terms]))
-    if Hkv == 1:
-        found.append(split([1, 1], [1, None, None, *terms]))
-    return found
-
-
 OP = Op(
     OpSpec(
         name="trilith::attention",
@@ -124,7 +103,7 @@ OP = Op(
         materialize_grads=False,
         save_outputs=(0,),
         cost=_cost,
-        sharding=_sharding,
+        sharding=sharding.dense,
         autocast="low",
     )
 )

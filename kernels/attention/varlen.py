@@ -25,6 +25,7 @@ from trilith.kernels._runtime.checks import (
     require_shape,
 )
 from trilith.kernels._runtime.random import draw_seed, reference_keep_mask
+from trilith.kernels.attention import sharding
 from trilith.kernels.attention.functions import LARGEST_HEAD_DIM, score_window
 from trilith.kernels.attention.launchers import AttentionCall, Packed, sink_gradient
 from trilith.kernels.attention.reference import attend
@@ -223,6 +224,7 @@ VARLEN_ATTENTION = Op(
         materialize_grads=False,
         save_outputs=(0,),
         cost=_cost,
+        sharding=sharding.packed,
         autocast="low",
     )
 )

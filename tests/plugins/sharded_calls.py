@@ -182,6 +182,91 @@ def products(mesh):
     agree(kernels.gated_act_linear, [*gates, out_bias], [Shard(0)] * 2 + [R, R], Shard(0), mesh)
 
 
+def after_norms(mesh):
+    """Linear layers of a norm: rows, or shares of their outputs."""
+    x, residual, norm = draw(4, 6), draw(4, 6), draw(6)
+    one, two, bias = draw(8, 6), draw(8, 6), draw(8)
+    rows, columns = Shard(0), Shard(1)
+
+    def pair(x, norm, one, two, bias):
+        return kernels.rms_norm_linear(x, norm, (one, two), (bias, None))
+
+    def added(x, norm, one, residual):
+        return kernels.rms_norm_linear(x, norm, one, residual=residual)
+
+    single = [x, norm, None, one, bias]
+    agree(kernels.layer_norm_linear, single, [rows, R, None, R, R], rows, mesh)
+    agree(kernels.layer_norm_linear, single, [R, R, None, rows, rows], columns, mesh)
+    double = [x, norm, one, two, bias]
+    agree(pair, double, [rows, R, R, R, R], rows, mesh)
+    agree(pair, double, [R, R, rows, rows, rows], columns, mesh)
+    agree(added, [x, norm, one, residual], [rows, R, R, rows], rows, mesh)
+    wrong = "trilith::add_norm_linear: weight is Shard"
+    given = placed(x, mesh, [R] * mesh.ndim), placed(norm, mesh, [R] * mesh.ndim)
+    share = placed(one, mesh, [rows] * mesh.ndim)
+    refused(NotImplementedError, wrong, lambda: added(*given, share, given[0]))
+
+
+def batch_norms(mesh):
+    x, weight, bias = draw(4, 8, 3), draw(8), draw(8)
+    mean, var = torch.randn(8), torch.rand(8) + 0.5
+    channels, batch = Shard(1), Shard(0)
+
+    def trained(x, weight, bias):
+        return kernels.batch_norm(x, None, None, weight, bias, training=True)
+
+    agree(trained, [x, weight, bias], [channels, batch, batch], channels, mesh)
+    given = [x, mean, var, weight, bias]
+    agree(kernels.batch_norm, given, [channels, *[batch] * 4], channels, mesh)
+    agree(kernels.batch_norm, given, [batch, R, R, R, R], batch, mesh)
+    split = [placed(t, mesh, [p] * mesh.ndim) for t, p in ((x, batch), (weight, R), (bias, R))]
+    refused(NotImplementedError, "batch_norm: x is Shard", lambda: trained(*split))
+
+
+def elementwise_losses(mesh):
+    x, target = draw(5, 6), torch.rand(5, 6)
+    weight = torch.rand(5, 6) + 0.5
+    for reduction, out in (("none", Shard(1)), ("sum", Partial()), ("mean", None)):
+        for function in (kernels.mse_loss, kernels.binary_cross_entropy_with_logits):
+
+            def loss(x, target, weight, function=function, reduction=reduction):
+                return function(x, target, reduction=reduction, weight=weight)
+
+            agree(loss, [x, target, None], [Shard(1), Shard(1), None], out, mesh)
+        weighted = None if reduction == "mean" else out
+        agree(loss, [x, target, weight], [Shard(1)] * 3, weighted, mesh)
+
+
+def cached_attention(mesh):
+    """No gradient: values only."""
+    n = mesh.size()
+    q, lengths = torch.randn(n, n, 1, 8), torch.arange(1, n + 1)
+    k, v = torch.randn(n, n, 6, 8), torch.randn(n, n, 6, 8)
+    expected = kernels.decode_attention(q, k, v, lengths)
+    for dim, of_lengths in ((0, Shard(0)), (1, R)):
+        split = [placed(t, mesh, [Shard(dim)] * mesh.ndim) for t in (q, k, v)]
+        counts = placed(lengths, mesh, [of_lengths] * mesh.ndim)
+        out = kernels.decode_attention(*split, counts)
+        assert list(out.placements) == [Shard(dim)] * mesh.ndim
+        torch.testing.assert_close(out.full_tensor(), expected)
+
+
+def packed_attention(mesh):
+    n = mesh.size()
+    q, k, v = draw(7, 2 * n, 4), draw(7, n, 4), draw(7, n, 4)
+    starts = torch.tensor([0, 3, 7], dtype=torch.int32)
+
+    def varlen(q, k, v, starts):
+        return kernels.varlen_attention(q, k, v, starts, starts, causal=True)
+
+    agree(varlen, [q, k, v, starts], [Shard(1)] * 3 + [R], Shard(1), mesh)
+    split = [placed(t, mesh, [Shard(0)] * mesh.ndim) for t in (q, k, v)]
+    whole = placed(starts, mesh, [R] * mesh.ndim)
+    refused(
+        NotImplementedError, r"varlen_attention: q is Shard\(dim=0\)", lambda: varlen(*split, whole)
+    )
+
+
 def softmaxes(mesh):
     for function in (kernels.softmax, kernels.log_softmax):
         agree(partial(function, dim=0), [draw(4, 5)], [Shard(1)], Shard(1), mesh)
@@ -380,6 +465,11 @@ CALLS = {
             linear_losses,
             rotary,
             attentions,
+            cached_attention,
+            packed_attention,
+            after_norms,
+            batch_norms,
+            elementwise_losses,
             merged,
             dropped,
         ),

@@ -1,0 +1,56 @@
+"""Which DTensors attention takes: batches, or heads.
+
+Dropout takes replicated tensors only, for the reason in `_runtime.sharding`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from trilith.kernels._runtime.sharding import Strategy, split
+
+
+def dense(q: Any, k: Tensor, v: Tensor, *rest: Any) -> list[Strategy]:
+    """Of q (B, H, ...), k and v (B, Hkv, ...): either dimension."""
+    bias, _, slopes, _, _, _, _, p = rest[:8]
+    if p > 0:
+        return []
+    batch = split([0, 0], [0, 0, 0, _unless_one(bias, 0), 0, _unless_one(slopes, 0)])
+    terms = [_unless_one(bias, 1), None, _unless_one(slopes, 1), 0]
+    return [batch, *(split([1, 1], [1, dim, dim, *terms]) for dim in _key_heads(q, k, 1))]
+
+
+def packed(q: Any, k: Tensor, v: Tensor, *rest: Any) -> list[Strategy]:
+    """Of q (total, H, D), k and v (total, Hkv, ...), lse (H, total): heads."""
+    _, _, bias, slopes, _, _, _, _, p = rest[:9]
+    if p > 0:
+        return []
+    terms = [None, None, _unless_one(bias, 1), _unless_one(slopes, 1), 0]
+    return [split([1, 0], [1, dim, dim, *terms]) for dim in _key_heads(q, k, 1)]
+
+
+def cached(q: Any, k: Tensor, v: Tensor, *rest: Any) -> list[Strategy]:
+    """Of q (B, H, ...), caches in rows (B, S, Hkv, ...): batch or heads. Pages are every rank's."""
+    _, table, slopes, _ = rest[:4]
+    rows = None if table is not None else 0
+    batch = split([0, 0], [0, rows, rows, 0, 0, _unless_one(slopes, 0)])
+    terms = [None, None, _unless_one(slopes, 1), 0]
+    return [batch, *(split([1, 1], [1, dim, dim, *terms]) for dim in _key_heads(q, k, 2))]
+
+
+def _key_heads(q: Any, k: Tensor, at: int) -> list[int | None]:
+    """How key heads go with split query heads: each rank reads its own, or all the only one."""
+    sizes = (q.device_mesh.size(i) for i, place in enumerate(q.placements) if place.is_shard(1))
+    heads, found = k.shape[at], list[int | None]()
+    if heads == q.shape[1] or heads % math.prod(sizes) == 0:
+        found.append(at)
+    if heads == 1:
+        found.append(None)
+    return found
+
+
+def _unless_one(tensor: Tensor | None, dim: int) -> int | None:
+    return None if tensor is None or tensor.shape[dim] == 1 else dim
