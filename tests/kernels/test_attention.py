@@ -281,6 +281,19 @@ def test_non_finite_values_stay_where_they_belong(which, value):
     assert out[0, 1, :20].isfinite().all() or which == 2
 
 
+@pytest.mark.parametrize(("T", "S"), [(5, 9), (9, 5)])
+@pytest.mark.parametrize("causal", ["top_left", "bottom_right"])
+def test_each_alignment_is_that_of_torch_given_by_a_mask(causal, T, S):
+    q, k, v = qkv(T, S)
+    seen = torch.ones(T, S, dtype=torch.bool, device=DEVICE)
+    seen = seen.tril(S - T if causal == "bottom_right" else 0)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, *(t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v)), seen
+    )
+    expected = torch.where(seen.any(1)[:, None], expected, 0)
+    torch.testing.assert_close(attention(q, k, v, causal=causal), expected, rtol=1e-5, atol=1e-5)
+
+
 ALL_MASKED = {
     "boolean": lambda T, S: {"bias": torch.arange(T, device=DEVICE)[:, None].expand(T, S) != 5},
     "additive": lambda T, S: {

@@ -150,6 +150,8 @@ def test_pages_equal_rows(T, dtype, poison):
 def test_a_block_that_does_not_exist_spoils_its_sequence_alone(page):
     q, k, v, lengths = draw([40, 40], S=48)
     *pools, table = paged(k.nan_to_num(0), v.nan_to_num(0), lengths, spare=1)
+    # Behind the pools is memory that can be read, and must not be.
+    pools = [torch.cat([pool, torch.ones_like(pool)])[: len(pool)] for pool in pools]
     expected = decode_attention(q, *pools, lengths, block_table=table)
     table[0, 1] = page
     out = decode_attention(q, *pools, lengths, block_table=table)

@@ -85,14 +85,14 @@ ROUNDING = (
         "cross_entropy_sum_of_exponentials_in_16_bits",
         _CE,
         "others = tl.sum(lane_sum, axis=1)",
-        f"others = {_rounded('tl.sum(lane_sum, axis=1)', 'x_ptr.dtype.element_ty')}",
+        f"others = {_rounded('tl.sum(lane_sum, axis=1)', 'x_rows.dtype.scalar.element_ty')}",
         _CE_TESTS + _HALF,
     ),
     Mutant(
         "cross_entropy_gradient_rounded_before_the_upstream",
         _CE,
         "tl.where(mask, dx * dloss[:, None],",
-        f"tl.where(mask, {_rounded('dx', 'dx_ptr.dtype.element_ty')} * dloss[:, None],",
+        f"tl.where(mask, {_rounded('dx', 'x.dtype')} * dloss[:, None],",
         _CE_TESTS + _HALF,
     ),
     Mutant(
