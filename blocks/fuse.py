@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from trilith.blocks import drop_in
 from trilith.blocks.causal_lm import FusedLossClass, causal_lm, has_causal_parts
 from trilith.blocks.drop_in.swap import adopt, may_be_passed_over
+from trilith.blocks.drop_in.transformer import calls_its_own
 from trilith.blocks.lookalike import (
     Activation,
     GatedMLP,
@@ -113,6 +114,9 @@ def fuse(model: nn.Module, *, fused_linear_cross_entropy: bool = True) -> FuseRe
         if target is not None or why:
             became = None if target is None else _label(target)
             entries.append(Entry(name, was.__name__, became, why))
+    for _, module in modules:
+        if isinstance(module, drop_in.TransformerEncoderLayer):
+            calls_its_own(module)
     return FuseReport(entries)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from trilith.blocks.drop_in.activations import kernel_name
 from trilith.blocks.drop_in.layouts import elementwise
-from trilith.kernels import bias_act, gated_act, rms_norm
+from trilith.kernels import BIAS_ACT, GATED_ACT, bias_act, gated_act, rms_norm
 
 _PROBE_DIM = 8
 _PROBED_NAMES = ("gelu", "gelu_tanh", "silu", "relu", "sigmoid", "tanh")
@@ -69,8 +69,9 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         name = kernel_or_probed_name(self.act_fn)
         gate, up = self.gate_proj(x), self.up_proj(x)
-        hidden = self.act_fn(gate) * up if name is None else gated_act(gate, up, name)
-        return self.down_proj(hidden)
+        if name is None or x.is_cpu and GATED_ACT.is_reference_on_cpu:
+            return self.down_proj(self.act_fn(gate) * up)
+        return self.down_proj(gated_act(gate, up, name))
 
 
 class Activation(nn.Module):
@@ -80,7 +81,7 @@ class Activation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         name = vars(self)[self.ATTRIBUTE]
-        if not input.is_floating_point():
+        if not input.is_floating_point() or input.is_cpu and BIAS_ACT.is_reference_on_cpu:
             return _PLAIN[name](input)
         return elementwise(lambda x: bias_act(x, None, name), input)
 

@@ -7,12 +7,15 @@ from torch import Tensor, nn
 from trilith.blocks.drop_in.activations import kernel_name
 from trilith.blocks.drop_in.transformer import plain_dropout
 from trilith.blocks.linear import linear_act, plain_linear
+from trilith.kernels import BIAS_ACT, DROPOUT
 
 
 class FusedSequential(nn.Sequential):
     """torch.nn.Sequential: the activation's pass adds the bias before it and drops out after it."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_cpu and all(op.is_reference_on_cpu for op in (BIAS_ACT, DROPOUT)):
+            return super().forward(input)
         x, modules, at = input, list(self), 0
         while at < len(modules):
             length = _pattern(modules, at)

@@ -7,6 +7,7 @@ the forward and backward ops. A backward under create_graph=True differentiates 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -28,6 +29,7 @@ class Op:
 
     spec: OpSpec
     abandoned: bool  # brought by a plugin that was left out: the name is free
+    is_reference_on_cpu: bool  # whatever the arguments are, and nobody is told of calls
 
     def __init__(self, spec: OpSpec) -> None:
         previous = _defined.get(spec.name)
@@ -46,11 +48,13 @@ class Op:
         self.scope: ContextVar[str | None] = ContextVar(spec.name, default=None)
         self.open_scopes: list[str] = []
         self._version = 0
+        self.is_reference_on_cpu = False
         self._selections: dict[tuple[torch.device, torch.dtype, str | None], Selection] = {}
         self._owners: dict[str, str] = {}
         self._by_provider: dict[str, Implementation] = {}
         self.running = self._by_provider
         self._reference = spec.reference
+        self._is_wired = False
         self.add_implementation(
             Implementation(
                 op=spec.name,
@@ -177,6 +181,8 @@ class Op:
             before_first_choice()
             cache = self._selections
             found = cache[key] = selection.choose(self, SelectionKey(device, dtype), key[2])
+            with _guard_lock:
+                self._set_guard()
         return found
 
     def forget_selections(self) -> None:
@@ -199,6 +205,14 @@ class Op:
     def _set_guard(self) -> None:
         # Dynamo guards on this string: compiled code made under another one is not run.
         self._guard = f"{self._version}:{self.open_scopes[-1] if self.open_scopes else ''}"
+        self.is_reference_on_cpu = self._is_reference_on_cpu()
+
+    def _is_reference_on_cpu(self) -> bool:
+        """False until plugins had a say, and while somebody traces or asked for one by name."""
+        variable = selection.environment_variable(self.spec.name)
+        if not self._selections or self._is_wired or self.open_scopes or variable in os.environ:
+            return False
+        return not any("cpu" in implementation.devices for implementation in self.implementations)
 
     def tensors_of(self, args: Sequence[Any]) -> list[Tensor | None]:
         """The tensors among a call's arguments, None where one is left out."""
@@ -207,9 +221,13 @@ class Op:
     def wire(self, running: dict[str, Implementation], reference: Callable[..., Any]) -> None:
         """Run these in the places of the implementations and the reference, until `unwire`."""
         self.running, self._reference = running, reference
+        self._is_wired = True
+        self._set_guard()
 
     def unwire(self) -> None:
         self.running, self._reference = self._by_provider, self.spec.reference
+        self._is_wired = False
+        self._set_guard()
 
     def destroy(self) -> None:
         """Take the op out of torch's dispatcher, so that its name is free again."""

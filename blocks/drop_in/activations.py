@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from trilith.blocks.drop_in.layouts import elementwise
 from trilith.blocks.drop_in.swap import keep_called, unhooked
-from trilith.blocks.linear import kernels_run
-from trilith.kernels import bias_act
+from trilith.kernels import BIAS_ACT, bias_act
 
 
 class ReLU(nn.ReLU):
@@ -28,7 +27,9 @@ class ReLU(nn.ReLU):
         keep_called(self)
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if _beyond(self, input) else _run("relu", input)
+        if input.is_cpu and BIAS_ACT.is_reference_on_cpu or _beyond(self, input):
+            return torch.relu_(input) if self.inplace else torch.relu(input)
+        return _run("relu", input)
 
 
 class GELU(nn.GELU):
@@ -41,42 +42,54 @@ class GELU(nn.GELU):
         keep_called(self)
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if _beyond(self, input) else _run(_name(self), input)
+        if input.is_cpu and BIAS_ACT.is_reference_on_cpu or _beyond(self, input):
+            return F.gelu(input, approximate=self.approximate)
+        return _run(_name(self), input)
 
 
 class LeakyReLU(nn.LeakyReLU):
     """torch.nn.LeakyReLU; a kernel where the slope is 0.01."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if _beyond(self, input) else _run("leaky_relu", input)
+        if input.is_cpu and BIAS_ACT.is_reference_on_cpu or _beyond(self, input):
+            return F.leaky_relu(input, self.negative_slope, self.inplace)
+        return _run("leaky_relu", input)
 
 
 class ELU(nn.ELU):
     """torch.nn.ELU; a kernel where alpha is 1."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if _beyond(self, input) else _run("elu", input)
+        if input.is_cpu and BIAS_ACT.is_reference_on_cpu or _beyond(self, input):
+            return F.elu(input, self.alpha, self.inplace)
+        return _run("elu", input)
 
 
 class SiLU(nn.SiLU):
     """torch.nn.SiLU."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if _beyond(self, input) else _run("silu", input)
+        if input.is_cpu and BIAS_ACT.is_reference_on_cpu or _beyond(self, input):
+            return F.silu(input, self.inplace)
+        return _run("silu", input)
 
 
 class Sigmoid(nn.Sigmoid):
     """torch.nn.Sigmoid."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if _beyond(self, input) else _run("sigmoid", input)
+        if input.is_cpu and BIAS_ACT.is_reference_on_cpu or _beyond(self, input):
+            return torch.sigmoid(input)
+        return _run("sigmoid", input)
 
 
 class Tanh(nn.Tanh):
     """torch.nn.Tanh."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if _beyond(self, input) else _run("tanh", input)
+        if input.is_cpu and BIAS_ACT.is_reference_on_cpu or _beyond(self, input):
+            return torch.tanh(input)
+        return _run("tanh", input)
 
 
 _NAMES: dict[type[nn.Module], str] = {
@@ -124,7 +137,7 @@ def _default(module: nn.Module) -> bool:
 
 
 def _beyond(module: nn.Module, x: Tensor) -> bool:
-    return not (kernels_run(x) and _default(module) and x.is_floating_point())
+    return not (_default(module) and x.is_floating_point())
 
 
 def _run(name: str | None, x: Tensor) -> Tensor:

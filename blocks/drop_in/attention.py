@@ -5,6 +5,7 @@ Shapes: B batch, T queries, S keys, E = H heads of D.
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from trilith.blocks.drop_in.layouts import nested, padded
 from trilith.blocks.drop_in.swap import keep_called
-from trilith.kernels import scaled_dot_product_attention
+from trilith.kernels import ATTENTION, scaled_dot_product_attention
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -26,22 +27,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     passed_over_by_torch = True
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        dropout: float = 0.0,
-        bias: bool = True,
-        add_bias_kv: bool = False,
-        add_zero_attn: bool = False,
-        kdim: int | None = None,
-        vdim: int | None = None,
-        batch_first: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        options = (bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
-        super().__init__(embed_dim, num_heads, dropout, *options)
+    @wraps(nn.MultiheadAttention.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         keep_called(self)
 
     def forward(
@@ -56,11 +44,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         masks = (key_padding_mask, attn_mask)
+        torchs_own = need_weights or query.is_cpu and ATTENTION.is_reference_on_cpu
         if not need_weights and query.is_nested and query is key is value and masks == (None, None):
             dense, padding = padded(query)
             out = self._attend(dense, dense, dense, padding, None, False)
             return nested(out, padding, query.layout), None
-        if need_weights or not self._fits(query, key, value, *masks, is_causal):
+        if torchs_own or not self._fits(query, key, value, *masks, is_causal):
             return super().forward(
                 *(query, key, value, key_padding_mask, need_weights, attn_mask),
                 average_attn_weights,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from trilith.kernels import batch_norm
+from trilith.kernels import BATCH_NORM, batch_norm
 
 
 class BatchNorm1d(nn.BatchNorm1d):
@@ -14,6 +14,8 @@ class BatchNorm1d(nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_cpu and BATCH_NORM.is_reference_on_cpu:
+            return super().forward(input)
         self._check_input_dim(input)
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         tracks = self.training and self.track_running_stats

@@ -1,27 +1,28 @@
 """torch.nn's transformer layers.
 
-Every sub-module is called, in eval too: torch's fused eval path, which reads their weights instead,
-is not taken. What runs in one pass, where the sub-modules are what the constructor made: the bias
+Where kernels run, every sub-module is called, in eval too: torch's fused eval path, which reads
+their weights instead, is not taken. What runs in one pass, where the sub-modules are what the constructor made: the bias
 and activation and dropout of the feed-forward layer; dropout, residual addition and the norm after.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trilith.blocks.drop_in.activations import kernel_name
 from trilith.blocks.drop_in.attention import MultiheadAttention
 from trilith.blocks.drop_in.dropout import Dropout
 from trilith.blocks.drop_in.layouts import nested, padded
 from trilith.blocks.drop_in.norms import LayerNorm
-from trilith.blocks.drop_in.swap import adopt, unhooked
+from trilith.blocks.drop_in.swap import adopt, may_be_passed_over, unhooked
 from trilith.blocks.linear import kernels_run, linear_act
 from trilith.kernels import (
     ADD_NORM,
+    ATTENTION,
+    BIAS_ACT,
     BIAS_DROPOUT_ADD,
     DROPOUT,
     LAYER_NORM,
@@ -30,6 +31,7 @@ from trilith.kernels import (
 )
 from trilith.plugins import may_fuse
 
+_OPS = (ATTENTION, BIAS_ACT, BIAS_DROPOUT_ADD, DROPOUT, LAYER_NORM)
 _CHILDREN: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,
     nn.LayerNorm: LayerNorm,
@@ -40,22 +42,9 @@ _CHILDREN: dict[type[nn.Module], type[nn.Module]] = {
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """torch.nn.TransformerEncoderLayer, also within torch.nn.TransformerEncoder."""
 
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: str | Callable[[Tensor], Tensor] = F.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        sizes = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps)
-        super().__init__(*sizes, batch_first, norm_first, bias, device, dtype)
+    @wraps(nn.TransformerEncoderLayer.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         _adopt_children(self)
 
     def forward(
@@ -65,6 +54,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        if _is_torchs_own(src):
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if src.is_nested and src_mask is None and src_key_padding_mask is None:
             x, padding = padded(src)
             return nested(self.forward(x, None, padding), padding, src.layout)
@@ -83,22 +74,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     """torch.nn.TransformerDecoderLayer, also within torch.nn.TransformerDecoder."""
 
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: str | Callable[[Tensor], Tensor] = F.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        sizes = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps)
-        super().__init__(*sizes, batch_first, norm_first, bias, device, dtype)
+    @wraps(nn.TransformerDecoderLayer.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         _adopt_children(self)
 
     def forward(
@@ -112,6 +90,11 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
+        if _is_torchs_own(tgt):
+            return super().forward(
+                *(tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask),
+                *(memory_key_padding_mask, tgt_is_causal, memory_is_causal),
+            )
         own = (tgt_key_padding_mask, tgt_mask, tgt_is_causal)
         cross = (memory_key_padding_mask, memory_mask, memory_is_causal)
         x = tgt
@@ -133,6 +116,20 @@ def _adopt_children(layer: nn.Module) -> None:
     for child in layer.children():
         if type(child) in _CHILDREN:
             adopt(child, _CHILDREN[type(child)])
+    calls_its_own(layer)
+
+
+def calls_its_own(layer: nn.Module) -> None:
+    """Its children need not tell torch that they must be called: torch is not asked where they do.
+
+    On a CPU that no kernel runs on, torch's own forward is free to take its fused path.
+    """
+    for child in layer.children():
+        may_be_passed_over(child)
+
+
+def _is_torchs_own(x: Tensor) -> bool:
+    return x.is_cpu and not x.is_nested and all(op.is_reference_on_cpu for op in _OPS)
 
 
 def _mix(
