@@ -29,7 +29,7 @@ from trilith.kernels._batch_norm_kernels import (
     batch_norm_gradients,
     batch_norm_statistics,
 )
-from trilith.kernels._runtime.checks import require_floating, require_same_device
+from trilith.kernels._runtime.checks import require, require_floating, require_same_device
 from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
@@ -237,8 +237,9 @@ def batch_norm(
         The normalised tensor, in input's shape and dtype, contiguous.
 
     Raises:
-        ValueError: training on one value per channel; or without training no statistics were given.
-        RuntimeError: a vector is not of C elements, as in torch.
+        ValueError: training on one value per channel; eps is not positive.
+        RuntimeError: a vector is not of C elements, or there are no statistics and no training, as
+            in torch.
         TypeError: a tensor is not floating-point.
 
     Numerics: statistics and arithmetic in fp32, rounded once; all sums in a fixed order.
@@ -257,6 +258,7 @@ def batch_norm(
     }
     if input.dim() == 1 and not input.numel():
         return input.clone()  # torch takes nothing in any shape
+    require(eps > 0, "batch_norm", "eps", "be positive", eps)
     _check(input, vectors, training)
     if not training:
         assert running_mean is not None
@@ -265,6 +267,8 @@ def batch_norm(
         return BATCH_NORM_GIVEN(input, *given, weight, bias, eps)
     y, mean, var = BATCH_NORM(input, weight, bias, eps)
     count = input.numel() // max(1, input.shape[1])
+    if not count:
+        return y  # nothing was seen: the statistics stay
     with torch.no_grad():
         if running_mean is not None:
             running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)

@@ -35,7 +35,6 @@ from trilith.kernels._runtime.checks import (
     require,
     require_floating,
     require_same_device,
-    require_shape,
 )
 from trilith.kernels._runtime.language import triton
 from trilith.kernels._runtime.launch import launch
@@ -250,9 +249,10 @@ def cross_entropy(
 
     Raises:
         IndexError: a label is out of range, on CPU. On a GPU that row's loss and gradient are NaN.
-        RuntimeError: target is of another integer dtype, weight requires a gradient, or
-            ignore_index is not negative with class probabilities; as torch.
-        ValueError: shapes don't fit, or an option is out of its range.
+        RuntimeError: target is of another integer dtype or, with as many rows as input, of another
+            shape; weight's shape does not fit, or it requires a gradient; label_smoothing is out of
+            its range; ignore_index is not negative with class probabilities. As torch.
+        ValueError: target has another number of rows, or another option is out of its range.
         TypeError: input or weight is not floating-point.
 
     Numerics: fp32 from the load on, one rounding of the result and one of the gradient; input's and
@@ -313,11 +313,21 @@ def _check(
             f"{op}: ignore_index must be negative with class probabilities, got {ignore_index}; "
             "zero the rows' probabilities"
         )
-    require_shape(op, "target", target, shape)
-    require_shape(op, "weight", weight, (classes,))
+    _require_target_shape(input, target, tuple(shape))
+    if weight is not None and weight.shape != (classes,):
+        raise RuntimeError(f"{op}: weight must have shape ({classes},), got {tuple(weight.shape)}")
     require_same_device(op, input, target=target, weight=weight)
     require_constant_weight(op, weight)
     require_options(op, reduction, label_smoothing, softcap)
+
+
+def _require_target_shape(input: Tensor, target: Tensor, shape: tuple[int, ...]) -> None:
+    """As torch: another number of rows is a ValueError, any other shape a RuntimeError."""
+    if tuple(target.shape) == shape or (input.dim() == 1 and target.shape == (1,)):
+        return
+    as_many = input.dim() > 1 and target.shape[:1] == input.shape[:1]
+    kind = RuntimeError if as_many else ValueError
+    raise kind(f"{_OP}: target must have shape {shape}, got {tuple(target.shape)}")
 
 
 def require_label_dtype(op: str, target: Tensor) -> None:
@@ -335,7 +345,8 @@ def require_constant_weight(op: str, weight: Tensor | None) -> None:
 
 def require_options(op: str, reduction: str, label_smoothing: float, softcap: float | None) -> None:
     require(reduction in _REDUCTIONS, op, "reduction", f"be one of {_REDUCTIONS}", repr(reduction))
-    require(0 <= label_smoothing <= 1, op, "label_smoothing", "be in [0, 1]", label_smoothing)
+    if not 0 <= label_smoothing <= 1:  # torch's kind of error
+        raise RuntimeError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
     require(softcap is None or softcap > 0, op, "softcap", "be None or positive", softcap)
 
 

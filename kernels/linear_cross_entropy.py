@@ -232,8 +232,9 @@ def linear_cross_entropy(
     Raises:
         IndexError: a label is out of range, on CPU. On a GPU that row's loss is NaN, and so are
             the gradients that it enters.
-        RuntimeError: target is of another integer dtype, or weight requires a gradient; as torch.
-        ValueError: shapes don't fit, or an option is out of its range.
+        RuntimeError: target is of another integer dtype, weight requires a gradient, or
+            label_smoothing is out of its range; as torch.
+        ValueError: shapes don't fit, or another option is out of its range.
         TypeError: a tensor is not floating-point, or their dtypes differ without autocast.
         NotImplementedError: target holds class probabilities.
 

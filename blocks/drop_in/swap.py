@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-
 _length = dict.__len__  # super().__len__() takes three times as long
 
 

@@ -1,8 +1,9 @@
 """torch.nn's transformer layers.
 
 Where kernels run, every sub-module is called, in eval too: torch's fused eval path, which reads
-their weights instead, is not taken. What runs in one pass, where the sub-modules are what the constructor made: the bias
-and activation and dropout of the feed-forward layer; dropout, residual addition and the norm after.
+their weights instead, is not taken. What runs in one pass, where the sub-modules are what the
+constructor made: the bias and activation and dropout of the feed-forward layer; dropout, residual
+addition and the norm after.
 """
 
 from __future__ import annotations

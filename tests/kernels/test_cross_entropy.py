@@ -330,15 +330,15 @@ ERRORS = {
     "int32": (RuntimeError, "int32", (X, T.int()), {}),
     "bool": (RuntimeError, "bool", (X, T.bool()), {}),
     "rows": (ValueError, r"\(3,\), got \(4,\)", (X, torch.zeros(4, dtype=torch.int64)), {}),
-    "column": (ValueError, r"\(3,\), got \(3, 1\)", (X, T[:, None]), {}),
+    "column": (RuntimeError, r"\(3,\), got \(3, 1\)", (X, T[:, None]), {}),
     "scalar": (ValueError, "class dimension", (X[0, 0], T[0]), {}),
-    "weight": (ValueError, r"\(5,\), got \(4,\)", (X, T, torch.ones(4)), {}),
+    "weight": (RuntimeError, r"\(5,\), got \(4,\)", (X, T, torch.ones(4)), {}),
     "integers": (TypeError, "floating-point", (T[:, None], T), {}),
     "reduction": (ValueError, "batchmean", (X, T), {"reduction": "batchmean"}),
-    "smoothing": (ValueError, "label_smoothing", (X, T), {"label_smoothing": 1.5}),
+    "smoothing": (RuntimeError, "label_smoothing", (X, T), {"label_smoothing": 1.5}),
     "softcap": (ValueError, "softcap", (X, T), {"softcap": 0.0}),
     "grad": (RuntimeError, "detach", (X, T, torch.ones(5, requires_grad=True)), {}),
-    "probabilities": (ValueError, r"\(3, 5\), got \(3, 4\)", (X, torch.rand(3, 4)), {}),
+    "probabilities": (RuntimeError, r"\(3, 5\), got \(3, 4\)", (X, torch.rand(3, 4)), {}),
 }
 
 

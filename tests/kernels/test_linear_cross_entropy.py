@@ -401,7 +401,7 @@ ERRORS = {
     "integers": (TypeError, "floating-point", (X, W.int(), T), {}),
     "probabilities": (NotImplementedError, "as large as", (X, W, torch.rand(3, 5)), {}),
     "reduction": (ValueError, "batchmean", (X, W, T), {"reduction": "batchmean"}),
-    "smoothing": (ValueError, "label_smoothing", (X, W, T), {"label_smoothing": 1.5}),
+    "smoothing": (RuntimeError, "label_smoothing", (X, W, T), {"label_smoothing": 1.5}),
     "softcap": (ValueError, "softcap", (X, W, T), {"softcap": 0.0}),
     "num_items": (ValueError, "num_items", (X, W, T), {"num_items": 3, "reduction": "sum"}),
 }

@@ -196,6 +196,23 @@ def test_threads_with_scopes_of_their_own_run_their_own(manager):
     assert _tag(op) == 1.0
 
 
+def test_an_op_that_is_its_reference_on_a_cpu_says_so(manager):
+    """Whoever reads it calls torch's own function, so nobody may want to be told or to choose."""
+    op, x = _op(manager, devices=("cuda",)), torch.ones(3)
+    assert not op.is_reference_on_cpu  # plugins have not been asked
+    op(x)
+    assert op.is_reference_on_cpu
+    with trilith.use_implementation(op, "reference"):
+        assert not op.is_reference_on_cpu
+    assert op.is_reference_on_cpu
+    with trilith.trace():
+        assert not op.is_reference_on_cpu
+    assert op.is_reference_on_cpu
+    op.add_implementation(_other("acme_sel::op"))
+    op(x)
+    assert not op.is_reference_on_cpu
+
+
 def test_an_exception_ends_the_scope(manager):
     op = _op(manager, _other("acme_sel::op"))
     with pytest.raises(KeyError), trilith.use_implementation(op, "other"):

@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.support.compare import assert_like_eager
 from tests.support.devices import DEVICE
+from trilith import kernels
 from trilith.blocks import drop_in
 from trilith.kernels._runtime.launch import observers
 
@@ -119,6 +120,40 @@ def test_compiles_to_one_graph_and_exports(name, options):
     torch.testing.assert_close(compiled(x.clone()), expected)
     exported = torch.export.export(ours, (x.clone(),)).module()
     torch.testing.assert_close(exported(x.clone()), expected)
+
+
+ELSEWHERE = CASES | {
+    "Dropout": [{"p": 0.5}],
+    "BatchNorm1d": [{"num_features": 3}],
+    "Softmax": [{"dim": 1}],
+    "LogSoftmax": [{"dim": 1}],
+    "CrossEntropyLoss": [{}],
+    "BCEWithLogitsLoss": [{}],
+    "MSELoss": [{}],
+    "MultiheadAttention": [{"embed_dim": 12, "num_heads": 2, "batch_first": True}],
+    "TransformerEncoderLayer": [{"d_model": 12, "nhead": 2, "dim_feedforward": 8}],
+    "TransformerDecoderLayer": [{"d_model": 12, "nhead": 2, "dim_feedforward": 8}],
+}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="torch's functions take their place on CPUs alone")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_drop_in_is_torchs_own_where_ops_are_their_reference(name, launches, monkeypatch):
+    for op in kernels.OPS:
+        monkeypatch.setattr(op, "is_reference_on_cpu", True)
+    arguments = {"CrossEntropyLoss": 2, "BCEWithLogitsLoss": 2, "MSELoss": 2}
+    arguments |= {"MultiheadAttention": 3, "TransformerDecoderLayer": 2}
+    for options in ELSEWHERE[name]:
+        ours, theirs = pair(name, options)
+        for training in (True, False):
+            results = []
+            for module in (ours.train(training), theirs.train(training)):
+                torch.manual_seed(3)
+                args = [torch.rand(5, 3, 12) for _ in range(arguments.get(name, 1))]
+                with torch.set_grad_enabled(training):
+                    results.append((module(*args), module.state_dict()))
+            torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert not launches
 
 
 @pytest.mark.parametrize("name", ["ReLU", "GELU", "Dropout"])
