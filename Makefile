@@ -7,7 +7,7 @@ WORKERS ?= auto
 ARGS ?=
 OUT ?= perf/results
 FAMILY ?=
-FAMILIES := norms bias_act dropout cross_entropy linear_cross_entropy rotary attention block train_step dispatch selection plugins
+FAMILIES := norms bias_act fused_linear dropout cross_entropy linear_cross_entropy losses softmax batch_norm rotary attention block train_step dispatch selection plugins
 TABLES := --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
 VENV := .venv
 RUN := $(VENV)/bin/python

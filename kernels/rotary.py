@@ -166,16 +166,17 @@ def _rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) ->
     cos, sin = (table.detach().to(wide) for table in (cos, sin))
     if cos.dim() == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    pairs = cos.shape[-1]
-    rotated, rest = x[..., : 2 * pairs].to(wide), x[..., 2 * pairs :]
+    width = 2 * cos.shape[-1]
+    # split, not sliced: the gradients of a split's parts are one concatenation
+    rotated, rest = x.split((width, x.shape[-1] - width), dim=-1) if x.shape[-1] > width else (x, x)
     if interleaved:
-        x1, x2 = rotated[..., 0::2], rotated[..., 1::2]
+        x1, x2 = rotated.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
         y = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).flatten(-2)
     else:
-        x1, x2 = rotated[..., :pairs], rotated[..., pairs:]
+        x1, x2 = rotated.to(wide).chunk(2, dim=-1)
         y = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
     y = y.to(x.dtype)
-    return torch.cat((y, rest), dim=-1) if x.shape[-1] > 2 * pairs else y
+    return torch.cat((y, rest), dim=-1) if x.shape[-1] > width else y
 
 
 def _rotary_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:

@@ -26,6 +26,13 @@ from typing import Any
 import torch
 
 from perf import binaries, gate
+from perf.fused_workloads import (
+    add_norm,
+    bias_act_linear,
+    gated_act_linear,
+    layer_norm_linear,
+    rms_norm_linear_pair,
+)
 from perf.meters.compiled import partitioned, scheduled
 from perf.meters.dispatch import DIRECTIONS, host_microseconds
 from perf.meters.launches import launches
@@ -67,6 +74,14 @@ OPS = (
     layer_norm(32, 32768),
     rms_norm(256, 4096),
     rms_norm(64, 16384),
+    add_norm(256, 4096),
+    add_norm(64, 1024, p=0.1),
+    add_norm(256, 4096, rms=True),
+    layer_norm_linear(256, 1024, 512),
+    layer_norm_linear(256, 1024, 512, added=True),
+    rms_norm_linear_pair(256, 1024, 512),
+    bias_act_linear(256, 2048, 512),
+    gated_act_linear(256, 2048, 512),
     bias_act(256, 2048),
     bias_act(64, 1024, p=0.1),
     swiglu(256, 2048),

@@ -59,8 +59,10 @@ def leaves(args: Sequence[Any]) -> list[Tensor]:
     return found
 
 
-def gradient_for(out: Tensor) -> Tensor:
-    """The gradient that comes from above: the same for every provider."""
+def gradient_for(out: Any) -> Any:
+    """The gradients that come from above: the same for every provider."""
+    if isinstance(out, tuple):
+        return tuple(map(gradient_for, out))
     if out.dim() == 0:
         return torch.ones_like(out)
     generator = torch.Generator(out.device).manual_seed(_SEED)
@@ -77,7 +79,9 @@ def check(function: Function, workload: Workload, device: torch.device, dtype: t
     with autocasting(workload, device):
         args = seeded_arguments(workload, device, dtype)
         actual = [workload.part(t) for t in _results(function, args, not workload.steps)]
-    names = ["output"] + [f"gradient {i}" for i in range(len(actual) - 1)]
+    count = len(actual) if workload.steps else len(actual) - len(leaves(args))
+    names = ["output"] + [f"output {i}" for i in range(1, count)]
+    names += [f"gradient {i}" for i in range(len(actual) - count)]
     eps = torch.finfo(dtype).eps
     for i, (name, tensor) in enumerate(zip(names, actual, strict=True)):
         branches = [branch[i] for branch in expected.branches]
@@ -109,7 +113,10 @@ def _compute(workload: Workload, device: torch.device, dtype: torch.dtype) -> Ex
     with autocasting(workload, device):
         eager = _results(functions[0], args, gradients)
     wide = [_widened(arg, workload) for arg in args]
-    above = workload.part(gradient_for(eager[0])).double() if gradients else None
+    above: list[Tensor] | None = None
+    if gradients:
+        outputs = eager[: len(eager) - len(leaves(args))]
+        above = [workload.part(gradient_for(out)).double() for out in outputs]
     branches = [_results(f, wide, gradients, above) for f in functions]
     errors = [
         _rms(_distance(workload.part(e), [g])) for e, g in zip(eager, branches[0], strict=True)
@@ -118,14 +125,17 @@ def _compute(workload: Workload, device: torch.device, dtype: torch.dtype) -> Ex
 
 
 def _results(
-    function: Function, args: Sequence[Any], gradients: bool, above: Tensor | None = None
+    function: Function, args: Sequence[Any], gradients: bool, above: Any = None
 ) -> list[Tensor]:
+    """The function's outputs, then the gradients of its arguments."""
     if not gradients:
         with torch.no_grad():
             return [function(*args)]
-    out = function(*args)
-    above = gradient_for(out) if above is None else above
-    return [out.detach(), *torch.autograd.grad(out, leaves(args), above)]
+    found = function(*args)
+    outputs = found if isinstance(found, tuple) else (found,)
+    above = gradient_for(outputs) if above is None else above
+    gradients_ = torch.autograd.grad(outputs, leaves(args), above)
+    return [*(out.detach() for out in outputs), *gradients_]
 
 
 def _widened(arg: Any, workload: Workload) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 from trilith import kernels
 from trilith.plugins import Cost, registry
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]  # -> a tensor, or a tuple of them
 Drop = Callable[[Tensor], Tensor]
 
 
@@ -80,7 +80,7 @@ class Workload:
         return lambda *args: self.eager(*args, drop=drop)
 
 
-def _cost(op: str, *constants: Any) -> Callable[..., Cost]:
+def declared_cost(op: str, *constants: Any) -> Callable[..., Cost]:
     """The declared cost of an op whose tensors come first."""
 
     def cost(*args: Any) -> Cost:
@@ -105,7 +105,7 @@ def layer_norm(m: int, n: int) -> Workload:
     return Workload(
         name=f"layer_norm-M{m}-N{n}",
         arguments=lambda draw: (draw(m, n), draw(n), draw(n)),
-        cost=_cost("layer_norm", 1e-5),
+        cost=declared_cost("layer_norm", 1e-5),
         trilith=lambda x, w, b: kernels.layer_norm(x, (n,), w, b),
         eager=lambda x, w, b: F.layer_norm(x, (n,), w, b),
         peers={"liger": _liger("liger_layer_norm", 1e-5)},
@@ -116,7 +116,7 @@ def rms_norm(m: int, n: int) -> Workload:
     return Workload(
         name=f"rms_norm-M{m}-N{n}",
         arguments=lambda draw: (draw(m, n), draw(n)),
-        cost=_cost("rms_norm", 1e-6),
+        cost=declared_cost("rms_norm", 1e-6),
         trilith=lambda x, w: kernels.rms_norm(x, (n,), w, 1e-6),
         eager=lambda x, w: F.rms_norm(x, (n,), w, 1e-6),
         peers={"liger": _liger("liger_rms_norm", 1e-6, 0.0, "llama", False)},
@@ -131,9 +131,9 @@ def bias_act(m: int, n: int, activation: str = "gelu", p: float = 0.0) -> Worklo
         return drop(act(x + bias))
 
     return Workload(
-        name=f"bias_{activation}{_suffix(p)}-M{m}-N{n}",
+        name=f"bias_{activation}{suffix(p)}-M{m}-N{n}",
         arguments=lambda draw: (draw(m, n), draw(n)),
-        cost=_cost("bias_act", None, activation, p),
+        cost=declared_cost("bias_act", None, activation, p),
         trilith=lambda x, bias: kernels.bias_act(x, bias, activation, p=p),
         eager=eager,
         p=p,
@@ -144,7 +144,7 @@ def swiglu(m: int, n: int) -> Workload:
     return Workload(
         name=f"swiglu-M{m}-N{n}",
         arguments=lambda draw: (draw(m, n), draw(m, n)),
-        cost=_cost("gated_act", "silu"),
+        cost=declared_cost("gated_act", "silu"),
         trilith=lambda gate, up: kernels.gated_act(gate, up, "silu"),
         eager=lambda gate, up: F.silu(gate) * up,
         peers={"liger": _liger("liger_swiglu")},
@@ -153,9 +153,9 @@ def swiglu(m: int, n: int) -> Workload:
 
 def dropout(m: int, n: int, p: float = 0.1) -> Workload:
     return Workload(
-        name=f"dropout{_suffix(p)}-M{m}-N{n}",
+        name=f"dropout{suffix(p)}-M{m}-N{n}",
         arguments=lambda draw: (draw(m, n),),
-        cost=_cost("dropout", None, p),
+        cost=declared_cost("dropout", None, p),
         trilith=lambda x: kernels.dropout(x, p),
         eager=lambda x, drop=whole: drop(x),
         p=p,
@@ -167,9 +167,9 @@ def bias_dropout_add(m: int, n: int, p: float = 0.1) -> Workload:
         return residual + drop(x + bias)
 
     return Workload(
-        name=f"bias_dropout_add{_suffix(p)}-M{m}-N{n}",
+        name=f"bias_dropout_add{suffix(p)}-M{m}-N{n}",
         arguments=lambda draw: (draw(m, n), draw(m, n), draw(n)),
-        cost=lambda x, residual, bias: _cost("bias_dropout_add")(
+        cost=lambda x, residual, bias: declared_cost("bias_dropout_add")(
             x, residual, bias, None, p, x.dtype
         ),
         trilith=lambda x, residual, bias: kernels.bias_dropout_add(x, residual, bias, p),
@@ -182,7 +182,7 @@ def cross_entropy(n: int, v: int) -> Workload:
     return Workload(
         name=f"cross_entropy-N{n}-V{v}",
         arguments=lambda draw: (draw(n, v), draw.labels(n, v)),
-        cost=_cost("cross_entropy", None, -100, 0.0, 0.0, None),
+        cost=declared_cost("cross_entropy", None, -100, 0.0, 0.0, None),
         trilith=kernels.cross_entropy,
         eager=lambda logits, labels: F.cross_entropy(_widened(logits), labels),
         peers={"liger": _liger("liger_cross_entropy")},
@@ -194,7 +194,7 @@ def soft_cross_entropy(n: int, v: int) -> Workload:
     return Workload(
         name=f"soft_cross_entropy-N{n}-V{v}",
         arguments=lambda draw: (draw(n, v), draw.constant(n, v).softmax(1)),
-        cost=_cost("soft_cross_entropy", None, 0.0, 0.0, None),
+        cost=declared_cost("soft_cross_entropy", None, 0.0, 0.0, None),
         trilith=kernels.cross_entropy,
         eager=lambda logits, target: F.cross_entropy(_widened(logits), _widened(target)),
     )
@@ -213,13 +213,12 @@ def linear_cross_entropy(n: int, d: int, v: int) -> Workload:
         return lambda x, head, labels: found(x, head, labels)
 
     def arguments(draw: Draw) -> tuple[Any, ...]:
-        head = (draw.constant(v, d) / d**0.5).requires_grad_()
-        return draw(n, d), head, draw.labels(n, v)
+        return draw(n, d), head(draw, v, d), draw.labels(n, v)
 
     return Workload(
         name=f"linear_cross_entropy-N{n}-d{d}-V{v}",
         arguments=arguments,
-        cost=_cost("linear_cross_entropy"),
+        cost=declared_cost("linear_cross_entropy"),
         trilith=kernels.linear_cross_entropy,
         eager=unfused,
         peers={"liger": liger},
@@ -231,7 +230,7 @@ def softmax(m: int, n: int, *, log: bool = False) -> Workload:
     return Workload(
         name=f"{name}-M{m}-N{n}",
         arguments=lambda draw: (draw(m, n),),
-        cost=lambda x: _cost(name)(x, 1, x.dtype),
+        cost=lambda x: declared_cost(name)(x, 1, x.dtype),
         trilith=kernels.log_softmax if log else kernels.softmax,
         eager=lambda x: F.log_softmax(x, -1) if log else F.softmax(x, -1),
     )
@@ -241,7 +240,7 @@ def bce_with_logits(m: int, n: int) -> Workload:
     return Workload(
         name=f"bce_with_logits-M{m}-N{n}",
         arguments=lambda draw: (draw(m, n), draw.constant(m, n).sigmoid()),
-        cost=lambda x, t: _cost("binary_cross_entropy_with_logits")(
+        cost=lambda x, t: declared_cost("binary_cross_entropy_with_logits")(
             x, t, None, None, "mean", x.dtype
         ),
         trilith=kernels.binary_cross_entropy_with_logits,
@@ -253,7 +252,7 @@ def mse(m: int, n: int) -> Workload:
     return Workload(
         name=f"mse_loss-M{m}-N{n}",
         arguments=lambda draw: (draw(m, n), draw.constant(m, n)),
-        cost=lambda x, t: _cost("mse_loss")(x, t, None, "mean", x.dtype),
+        cost=lambda x, t: declared_cost("mse_loss")(x, t, None, "mean", x.dtype),
         trilith=kernels.mse_loss,
         eager=F.mse_loss,
     )
@@ -263,7 +262,7 @@ def batch_norm(n: int, c: int) -> Workload:
     return Workload(
         name=f"batch_norm-N{n}-C{c}",
         arguments=lambda draw: (draw(n, c), draw(c), draw(c)),
-        cost=_cost("batch_norm", 1e-5),
+        cost=declared_cost("batch_norm", 1e-5),
         trilith=lambda x, w, b: kernels.batch_norm(x, None, None, w, b, True),
         eager=lambda x, w, b: F.batch_norm(x, None, None, w, b, True),
     )
@@ -277,7 +276,7 @@ def rotary(b: int, h: int, t: int, d: int) -> Workload:
     return Workload(
         name=f"rotary-B{b}-H{h}-T{t}-D{d}",
         arguments=arguments,
-        cost=_cost("rotary", False),
+        cost=declared_cost("rotary", False),
         trilith=kernels.rotary,
         eager=rotated,
     )
@@ -308,7 +307,7 @@ def attention(b: int, h: int, t: int, d: int, causal: bool = True) -> Workload:
     return Workload(
         name=f"attention-{'causal-' if causal else ''}B{b}-H{h}-T{t}-D{d}",
         arguments=lambda draw: (draw(b, h, t, d), draw(b, h, t, d), draw(b, h, t, d)),
-        cost=_cost("attention", *constants, 0 if causal else -1),
+        cost=declared_cost("attention", *constants, 0 if causal else -1),
         trilith=lambda q, k, v: kernels.attention(q, k, v, causal=causal),
         eager=sdpa,
         peers={
@@ -348,7 +347,9 @@ def varlen_attention(lengths: tuple[int, ...], h: int, d: int) -> Workload:
     return Workload(
         name=f"varlen_attention-L{'+'.join(map(str, lengths))}-H{h}-D{d}",
         arguments=arguments,
-        cost=lambda q, k, v, starts: _cost("varlen_attention", *constants)(q, k, v, starts, starts),
+        cost=lambda q, k, v, starts: declared_cost("varlen_attention", *constants)(
+            q, k, v, starts, starts
+        ),
         trilith=lambda q, k, v, starts: kernels.varlen_attention(
             q, k, v, starts, starts, causal=True
         ),
@@ -365,7 +366,7 @@ def merge_attention(parts: int, b: int, h: int, t: int, d: int) -> Workload:
     return Workload(
         name=f"merge_attention-P{parts}-B{b}-H{h}-T{t}-D{d}",
         arguments=arguments,
-        cost=_cost("merge_attention"),
+        cost=declared_cost("merge_attention"),
         trilith=lambda outs, lses: kernels.merge_attention(outs, lses)[0],
         eager=lambda outs, lses: (_widened(outs) * lses.softmax(0)[..., None]).sum(0).to(outs),
     )
@@ -382,7 +383,9 @@ def decode_attention(b: int, h: int, hkv: int, s: int, d: int) -> Workload:
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
     def cost(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Cost:
-        return _cost("decode_attention")(q, k.transpose(1, 2), v.transpose(1, 2), lengths, None)
+        return declared_cost("decode_attention")(
+            q, k.transpose(1, 2), v.transpose(1, 2), lengths, None
+        )
 
     return Workload(
         name=f"decode_attention-B{b}-H{h}-Hkv{hkv}-S{s}-D{d}",
@@ -403,9 +406,14 @@ def _with_backend(name: str, sdpa: Function) -> Function:
     return function
 
 
+def head(draw: Draw, k: int, n: int) -> Tensor:
+    """A linear layer's weight, of the scale that layers have."""
+    return (draw.constant(k, n) / n**0.5).requires_grad_()
+
+
 def _widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _suffix(p: float) -> str:
+def suffix(p: float) -> str:
     return f"-p{p}" if p else ""
