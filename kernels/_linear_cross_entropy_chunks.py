@@ -186,6 +186,7 @@ def _rows_in_plain_pytorch(
     label = target.clamp(0, classes - 1)
     weight = None if weight is None else weight.to(dtype)
     share = counted.to(dtype) if weight is None else weight[label] * counted
+    scaled_rows = weight is not None or smoothing or z_loss
     log_p = torch.log_softmax(y, dim=1)
     certain = (1 - smoothing) * share
     loss = -certain * log_p.gather(1, label[:, None])[:, 0]
@@ -203,7 +204,8 @@ def _rows_in_plain_pytorch(
     if not wants_gradient:
         return logits
     dy = log_p.exp_()
-    dy *= factor[:, None]
+    if scaled_rows:  # else by 1, or by 0 in the ignored rows, which are filled below
+        dy *= factor[:, None]
     dy.scatter_add_(1, label[:, None], -certain[:, None])
     if smoothing:
         dy -= smoothing / classes if weight is None else smoothing / classes * weight

@@ -22,7 +22,7 @@ def randn(*shape, dtype=torch.float32):
 
 
 def leaf(values):
-    return values.detach().clone().requires_grad_()
+    return values.detach().requires_grad_()
 
 
 def parameters_of(function, n, dtype=torch.float32):
