@@ -17,6 +17,7 @@ from trilith.plugins.spec import (
     ModuleSpec,
     OpSpec,
     Sample,
+    ScoreMod,
 )
 from trilith.plugins.trace import OpCalled
 
@@ -35,6 +36,7 @@ __all__ = [
     "PluginWarning",
     "Registry",
     "Sample",
+    "ScoreMod",
     "SelectionKey",
     "hookimpl",
     "manager",

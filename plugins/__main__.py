@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     explain.add_argument("--dtype", default="float32")
     check = commands.add_parser("check", help="run the conformance checks")
-    check.add_argument("name", help="namespace::op, a namespace, a plugin or a distribution")
+    check.add_argument("name", help="an op, a score mod, a namespace, a plugin or a distribution")
     check.add_argument("--device", default=None)
     new = commands.add_parser("new", help="write a distribution with a layer of your own")
     new.add_argument("name", help="the namespace of its ops, say acme")
@@ -64,6 +64,7 @@ def listing(manager: Manager) -> list[str]:
         brought += [
             (slot, module) for slot in SLOTS for module in registry.module_names(slot, owner=name)
         ]
+        brought += [("score mod", mod) for mod in registry.score_mod_names(owner=name)]
         lines += [f"  {kind:<15} {what}" for kind, what in brought]
     lines += [f"{name}: disabled by the environment" for name in manager.disabled]
     lines += [f"{f.plugin}: failed at {f.stage}: {f.reason}" for f in manager.failures]
@@ -93,14 +94,17 @@ def _check(given: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "trilith.plugins", "check", given.name]
         command += [] if given.device is None else ["--device", given.device]
         return subprocess.call(command, env={**os.environ, "TRITON_INTERPRET": "1"})
-    from trilith.plugins.report import check_op, named_ops
+    from trilith.plugins.report import check_op, check_score_mod, named_ops, named_score_mods
 
     manager.load()
     device = None if given.device is None else torch.device(given.device)
     wrong = 0
-    for op in named_ops(manager, given.name):
+    mods = named_score_mods(manager, given.name)
+    checked = [check_score_mod(mod, manager.registry, device) for mod in mods]
+    checked += [check_op(op, device) for op in named_ops(manager, given.name, required=not mods)]
+    for rows in checked:
         provider = ""
-        for row in check_op(op, device):
+        for row in rows:
             if row.provider != provider:
                 provider = row.provider
                 print(f"\n{row.op} by {provider}")

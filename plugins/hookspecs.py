@@ -15,7 +15,7 @@ import pluggy
 
 from trilith.plugins.op import Op
 from trilith.plugins.selection import SelectionKey
-from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec
+from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec, ScoreMod
 from trilith.plugins.trace import OpCalled
 
 PROJECT = "trilith"
@@ -42,6 +42,10 @@ class HookSpecs:
     @hookspec
     def trilith_register_modules(self) -> Sequence[ModuleSpec]:  # type: ignore[empty-body]
         """Modules that configurations choose by name."""
+
+    @hookspec
+    def trilith_register_score_mods(self) -> Sequence[ScoreMod]:  # type: ignore[empty-body]
+        """Changes of attention's scores, chosen by name."""
 
     @hookspec(firstresult=True)
     def trilith_select_implementation(

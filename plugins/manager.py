@@ -22,7 +22,7 @@ from trilith.plugins.hookspecs import CONTRACT, PROJECT, HookSpecs
 from trilith.plugins.op import Op
 from trilith.plugins.registry import Registry, UnknownOpError, registry
 from trilith.plugins.selection import PluginWarning, SelectionKey
-from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec
+from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec, ScoreMod
 from trilith.plugins.trace import Listener, OpCalled, listening
 
 # Our own entry point, for where a stale *.egg-info beside the sources hides that of the install.
@@ -141,6 +141,7 @@ class Manager:
                     (Implementation,),
                 ),
                 ("trilith_register_modules", self.registry.add_module, (ModuleSpec,)),
+                ("trilith_register_score_mods", self.registry.add_score_mod, (ScoreMod,)),
             ):
                 for spec in _guarded(hook, self._answers, plugin, hook, kinds):
                     _guarded(hook, add, spec, name)

@@ -1,4 +1,4 @@
-"""Which ops, implementations and modules exist, who brought them, and who runs a call."""
+"""Which ops, implementations, modules and score mods exist, who brought them, who runs a call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trilith.plugins import fusion, selection
 from trilith.plugins import op as op_module
 from trilith.plugins.op import Op
 from trilith.plugins.selection import SelectionKey, Vote
-from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec
+from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec, ScoreMod
 
 _WHEN_THE_REFERENCE_RUNS = "for empty tensors, torch.func transforms, double backward"
 
@@ -35,6 +35,7 @@ class Registry:
         self.before_lookup: Callable[[], None] = _nothing
         self._ops: dict[str, Op] = {}
         self._modules: dict[tuple[str, str], ModuleSpec] = {}
+        self._score_mods: dict[str, ScoreMod] = {}
         self._owners: dict[Any, str] = {}
         self._made: set[str] = set()
 
@@ -69,6 +70,29 @@ class Registry:
             )
         self._modules[key] = spec
         self._owners[key] = owner
+
+    def add_score_mod(self, spec: ScoreMod, owner: str = "trilith") -> None:
+        if spec.name in self._score_mods:
+            raise ValueError(
+                f"score mod {spec.name} of {owner} is already defined by "
+                f"{self._owners['score_mod', spec.name]}; choose another name"
+            )
+        self._score_mods[spec.name] = spec
+        self._owners["score_mod", spec.name] = owner
+
+    def score_mod(self, name: str) -> ScoreMod:
+        if name not in self._score_mods:
+            self.before_lookup()
+        if name not in self._score_mods:
+            known = ", ".join(sorted(self._score_mods)) or "none"
+            raise KeyError(f"no score mod {name!r}; registered are: {known}")
+        return self._score_mods[name]
+
+    def score_mod_names(self, owner: str | None = None) -> list[str]:
+        self.before_lookup()
+        return sorted(
+            n for n in self._score_mods if owner is None or self._owners["score_mod", n] == owner
+        )
 
     def op(self, name: str) -> Op:
         if name not in self._ops:
@@ -116,6 +140,7 @@ class Registry:
         """
         before = op_module.defined()
         ops, modules, owners = dict(self._ops), dict(self._modules), dict(self._owners)
+        score_mods = dict(self._score_mods)
         implementations = {name: list(op.implementations) for name, op in ops.items()}
         try:
             yield
@@ -129,6 +154,7 @@ class Registry:
                 for implementation in [i for i in ops[name].implementations if i not in kept]:
                     ops[name].remove_implementation(implementation.provider)
             self._ops, self._modules, self._owners = ops, modules, owners
+            self._score_mods = score_mods
             raise
 
     def explain(self, name: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -18,6 +19,8 @@ from trilith.plugins.conformance import (
 )
 from trilith.plugins.manager import Manager
 from trilith.plugins.op import Op
+from trilith.plugins.registry import Registry
+from trilith.plugins.spec import Sample, ScoreMod
 
 # How many of an op's samples a check takes where an interpreter runs the kernels.
 _AT_MOST = {
@@ -76,11 +79,22 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def named_ops(manager: Manager, name: str) -> list[Op]:
+def named_score_mods(manager: Manager, name: str) -> list[ScoreMod]:
+    """The score mod of a name, or those of a vendor, plugin or distribution."""
+    registry = manager.registry
+    found = []
+    for plugin in manager.loaded:
+        for mod in registry.score_mod_names(owner=plugin):
+            if name in {mod, mod.partition(".")[0], plugin, *plugin.split(":")}:
+                found.append(registry.score_mod(mod))
+    return found
+
+
+def named_ops(manager: Manager, name: str, required: bool = True) -> list[Op]:
     """The ops that a name means: an op, or those a namespace, plugin or distribution has a part in.
 
     Raises:
-        KeyError: it means none; the message says which plugins were left out.
+        KeyError: it means none, and one is required; the message says which plugins were left out.
     """
     registry = manager.registry
     if name in registry.op_names():
@@ -90,7 +104,7 @@ def named_ops(manager: Manager, name: str) -> list[Op]:
         owners = {op.owner_of(i.provider) for i in op.implementations}
         if name in {op.spec.provider, *owners, *(part for o in owners for part in o.split(":"))}:
             found.append(op)
-    if not found:
+    if not found and required:
         failed = "".join(f"; {f.plugin} failed at {f.stage}: {f.reason}" for f in manager.failures)
         known = ", ".join(registry.op_names())
         raise KeyError(f"no op or plugin {name!r}; ops are: {known}{failed}")
@@ -120,12 +134,20 @@ def checks_for(op: Op, provider: str, check: Check) -> tuple[torch.dtype, ...]:
     return dtypes if check in NUMERIC_CHECKS else dtypes[:1]
 
 
-def run_check(op: Op, provider: str, check: Check, device: torch.device, dtype: torch.dtype) -> int:
-    """How many samples were checked; AssertionError says what is wrong with one.
+def run_check(
+    op: Op,
+    provider: str,
+    check: Check,
+    device: torch.device,
+    dtype: torch.dtype,
+    **given: Any,
+) -> int:
+    """How many samples were checked, with some arguments `given` in the place of their own.
 
+    AssertionError says what is wrong with one.
     A sample that the implementation's `supports` refuses is passed over.
     """
-    samples = samples_of(op, device, dtype)
+    samples = [Sample(*s.args, **(s.kwargs | given)) for s in samples_of(op, device, dtype)]
     if not samples:
         raise AssertionError(f"{op.spec.name}: samples() gave none for {dtype}")
     supports = next((i.supports for i in op.implementations if i.provider == provider), None)
@@ -152,13 +174,25 @@ def check_op(op: Op, device: torch.device | None = None) -> Iterator[Row]:
             yield _row(op, provider, check, device)
 
 
-def _row(op: Op, provider: str, check: Check, device: torch.device) -> Row:
+def check_score_mod(
+    mod: ScoreMod, registry: Registry, device: torch.device | None = None
+) -> Iterator[Row]:
+    """Attention's numbers and gradients with this score mod, against its reference in float64."""
+    device = default_device() if device is None else device
+    op = registry.op("trilith::attention")
+    for check in NUMERIC_CHECKS:
+        for provider in providers_here(op, device):
+            row = _row(op, provider, check, device, score_mod=mod.name)
+            yield replace(row, op=mod.name)
+
+
+def _row(op: Op, provider: str, check: Check, device: torch.device, **given: Any) -> Row:
     count, reason, begun = 0, "", time.perf_counter()
     shares: list[float] = []
     compare.observers.append(shares.append)
     try:
         for dtype in checks_for(op, provider, check):
-            count += run_check(op, provider, check, device, dtype)
+            count += run_check(op, provider, check, device, dtype, **given)
     except Exception as error:
         reason = str(error) or type(error).__name__
     finally:

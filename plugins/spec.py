@@ -1,8 +1,9 @@
-"""What a layer author writes: an op, its implementations, its samples, its cost, a module."""
+"""What a layer author writes: an op, its implementations, samples, cost, a module, a score mod."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -201,6 +202,31 @@ class OpSpec:
     @property
     def provider(self) -> str:
         return self.name.partition("::")[0]
+
+
+@dataclass(frozen=True)
+class ScoreMod:
+    """What `attention(..., score_mod=name)` does to the scaled scores, before all else.
+
+    Each function takes `(score, b, h, q, k)`: the scores, the batch entry (or the packed sequence)
+    and query head, and the positions of queries and keys, from 0. It is elementwise, for the
+    arguments have whatever shapes broadcast.
+
+    name: "vendor.name".
+    forward: `@triton.jit`, the new scores; in float32.
+    derivative: `@triton.jit`, d forward / d score.
+    reference: forward in plain differentiable PyTorch, in the dtype of `score`; the CPU's path, and
+        the measure of the other two.
+    """
+
+    name: str
+    forward: Any
+    derivative: Any
+    reference: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w+(\.\w+)+", self.name):
+            raise ValueError(f"ScoreMod: name must be 'vendor.name', got {self.name!r}")
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ PUBLIC = {
         "PluginWarning",
         "Registry",
         "Sample",
+        "ScoreMod",
         "SelectionKey",
         "TRITON_DEVICES",
         "hookimpl",

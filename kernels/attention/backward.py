@@ -16,6 +16,7 @@ from __future__ import annotations
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels.attention.tiles import (
     NOT_SPECIALIZED,
+    add_products,
     band_of,
     band_range,
     bias_extent,
@@ -73,12 +74,16 @@ def _keys_loop(
     k,
     v,
     q_ptr,
+    k_ptr,
+    v_ptr,
     dout_ptr,
     lse2_ptr,
     delta_ptr,
     seed_ptr,
     term_ptrs,
     q_strides,
+    k_strides,
+    v_strides,
     dout_strides,
     term_strides,
     start_n,
@@ -101,6 +106,10 @@ def _keys_loop(
     PAD_D: tl.constexpr,
     PAD_DV: tl.constexpr,
     FLAGS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCORE_MOD: tl.constexpr,
+    DSCORE_MOD: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Add to dk and dv of a tile of keys what the queries [begin, end) of its heads give.
@@ -110,6 +119,7 @@ def _keys_loop(
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
+    own = tl.program_id(1)
     T, S, D, DV, mask_cols, bias_rows, bias_cols = sizes
     tiles = tl.cdiv(end - begin, BLOCK_M)
     for i in range(tiles * G):
@@ -122,7 +132,22 @@ def _keys_loop(
         head_dout_ptr = dout_ptr + b * dout_strides[0] + h * dout_strides[1]
         q = load_rows(head_q_ptr, q_strides, offs_m, offs_d, T, D, MASKED, PAD_D)
         lse = load_lse2(lse2_ptr + first_row, offs_m, T, MASKED)
-        dots = tl.dot(k, tl.trans(q), input_precision="ieee")
+        dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        dots = add_products(
+            dots,
+            k_ptr,
+            k_strides,
+            offs_n,
+            S,
+            head_q_ptr,
+            q_strides,
+            offs_m,
+            T,
+            D,
+            BLOCK_D,
+            CHUNKS[0],
+            PRECISION,
+        )
         x, slope_of_cap = scores(
             dots,
             offs_m[None, :],
@@ -134,11 +159,28 @@ def _keys_loop(
             band,
             scalars,
             FLAGS,
+            SCORE_MOD,
+            DSCORE_MOD,
             MASKED,
         )
         p = tl.exp2(x - lse[None, :])
         dout = load_rows(head_dout_ptr, dout_strides, offs_m, offs_dv, T, DV, MASKED, PAD_DV)
-        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        dp = add_products(
+            dp,
+            v_ptr,
+            v_strides,
+            offs_n,
+            S,
+            head_dout_ptr,
+            dout_strides,
+            offs_m,
+            T,
+            DV,
+            BLOCK_DV,
+            CHUNKS[1],
+            PRECISION,
+        )
         if seed_ptr is not None:
             kept = kept_by_dropout(
                 seed_ptr, first_row + first_q, offs_m, start_n, mask_cols, scalars[2], BLOCK_N
@@ -148,13 +190,18 @@ def _keys_loop(
             p_kept = tl.where(kept, p * scalars[3], 0.0)
         else:
             p_kept = p
-        dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision="ieee")
+        if CHUNKS[0] * CHUNKS[1] > 1:
+            q = load_rows(head_q_ptr, q_strides, offs_m, own * BLOCK_D + offs_d, T, D, True, True)
+            dout = load_rows(
+                head_dout_ptr, dout_strides, offs_m, own * BLOCK_DV + offs_dv, T, DV, True, True
+            )
+        dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
         if MASKED:
             delta = tl.load(delta_ptr + first_row + offs_m, mask=offs_m < T, other=0.0)
         else:
             delta = tl.load(delta_ptr + first_row + offs_m)
         ds = p * (dp - delta[None, :]) * slope_of_cap
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -209,8 +256,12 @@ def attention_bwd_dkdv_kernel(
     PAD_D: tl.constexpr,
     PAD_DV: tl.constexpr,
     FLAGS: tl.constexpr,
+    CHUNKS: tl.constexpr = (1, 1),
+    PRECISION: tl.constexpr = "ieee",
+    SCORE_MOD: tl.constexpr = None,
+    DSCORE_MOD: tl.constexpr = None,
 ):
-    """One program owns dk [BLOCK_N, D] and dv [BLOCK_N, DV] of one key head."""
+    """One program owns dk [BLOCK_N, BLOCK_D] and dv [BLOCK_N, BLOCK_DV] of one key head."""
     scalars = (
         tl.cast(scale, tl.float32),
         tl.cast(softcap, tl.float32),
@@ -270,12 +321,16 @@ def attention_bwd_dkdv_kernel(
                 k,
                 v,
                 q_ptr,
+                k_ptr,
+                v_ptr,
                 dout_ptr,
                 lse2_ptr,
                 delta_ptr,
                 seed_ptr,
                 term_ptrs,
                 q_strides,
+                k_strides,
+                v_strides,
                 dout_strides,
                 term_strides,
                 start_n,
@@ -298,9 +353,14 @@ def attention_bwd_dkdv_kernel(
                 PAD_D,
                 PAD_DV,
                 FLAGS,
+                CHUNKS,
+                PRECISION,
+                SCORE_MOD,
+                DSCORE_MOD,
                 phase != 1,
             )
     dk_ptr += b * dk_strides[0] + hkv * dk_strides[1] + first_k * dk_strides[2]
     dv_ptr += b * dv_strides[0] + hkv * dv_strides[1] + first_k * dv_strides[2]
-    store_rows(dk_ptr, dk_strides, offs_n, offs_d, S, D, dk * scalars[0])
-    store_rows(dv_ptr, dv_strides, offs_n, offs_dv, S, DV, dv)
+    own = tl.program_id(1)
+    store_rows(dk_ptr, dk_strides, offs_n, own * BLOCK_D + offs_d, S, D, dk * scalars[0])
+    store_rows(dv_ptr, dv_strides, offs_n, own * BLOCK_DV + offs_dv, S, DV, dv)

@@ -1,6 +1,4 @@
-"""Attention backward for the queries, dq = scale ds k, and for what is added to the scores.
-
-    dbias = sum of ds over the dims it broadcasts in,  dslope = - sum of ds |distance|
+"""Attention backward for the queries, dq = scale ds k, and dslope = - sum of ds |distance|.
 
 Letters, formulas and source as in backward.py.
 """
@@ -10,10 +8,10 @@ from __future__ import annotations
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels.attention.tiles import (
     NOT_SPECIALIZED,
+    add_products,
     band_of,
     band_range,
     bias_extent,
-    extent,
     head_terms,
     kept_by_dropout,
     load_lse2,
@@ -32,6 +30,8 @@ def score_gradient(
     k,
     v,
     dout,
+    pointers,
+    strides,
     lse,
     delta,
     offs_m,
@@ -46,11 +46,37 @@ def score_gradient(
     band,
     scalars,
     BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     FLAGS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCORE_MOD: tl.constexpr,
+    DSCORE_MOD: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """(ds, d score / d (scale * dot)) of a tile [BLOCK_M, BLOCK_N]."""
-    dots = tl.dot(q, tl.trans(k), input_precision="ieee")
+    """(ds, d score / d (scale * dot)) of a tile [BLOCK_M, BLOCK_N].
+
+    q, k, v and dout are the first chunks of the head dims; `pointers` and `strides`, in that order,
+    lead to the others.
+    """
+    T, S, D, DV, mask_cols, bias_rows, bias_cols = sizes
+    dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    dots = add_products(
+        dots,
+        pointers[0],
+        strides[0],
+        offs_m,
+        T,
+        pointers[1],
+        strides[1],
+        offs_n,
+        S,
+        D,
+        BLOCK_D,
+        CHUNKS[0],
+        PRECISION,
+    )
     x, slope_of_cap = scores(
         dots,
         offs_m[:, None],
@@ -62,10 +88,27 @@ def score_gradient(
         band,
         scalars,
         FLAGS,
+        SCORE_MOD,
+        DSCORE_MOD,
         MASKED,
     )
     p = tl.exp2(x - lse[:, None])
-    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    dp = add_products(
+        dp,
+        pointers[3],
+        strides[3],
+        offs_m,
+        T,
+        pointers[2],
+        strides[2],
+        offs_n,
+        S,
+        DV,
+        BLOCK_DV,
+        CHUNKS[1],
+        PRECISION,
+    )
     if seed_ptr is not None:
         kept = kept_by_dropout(seed_ptr, row_offset, offs_m, start_n, sizes[4], scalars[2], BLOCK_N)
         dp = tl.where(kept, dp * scalars[3], 0.0)
@@ -80,11 +123,9 @@ def _queries_loop(
     dout,
     lse,
     delta,
-    k_ptr,
-    v_ptr,
+    pointers,
     seed_ptr,
-    k_strides,
-    v_strides,
+    strides,
     offs_m,
     begin,
     end,
@@ -101,6 +142,10 @@ def _queries_loop(
     PAD_D: tl.constexpr,
     PAD_DV: tl.constexpr,
     FLAGS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCORE_MOD: tl.constexpr,
+    DSCORE_MOD: tl.constexpr,
     WANTS_DSLOPE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -110,13 +155,15 @@ def _queries_loop(
     T, S, D, DV, mask_cols, bias_rows, bias_cols = sizes
     for start_n in range(begin, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, k_strides, offs_n, offs_d, S, D, MASKED, PAD_D)
-        v = load_rows(v_ptr, v_strides, offs_n, offs_dv, S, DV, MASKED, PAD_DV)
+        k = load_rows(pointers[1], strides[1], offs_n, offs_d, S, D, MASKED, PAD_D)
+        v = load_rows(pointers[2], strides[2], offs_n, offs_dv, S, DV, MASKED, PAD_DV)
         ds, slope_of_cap = score_gradient(
             q,
             k,
             v,
             dout,
+            pointers,
+            strides,
             lse,
             delta,
             offs_m,
@@ -131,10 +178,19 @@ def _queries_loop(
             band,
             scalars,
             BLOCK_N,
+            BLOCK_D,
+            BLOCK_DV,
             FLAGS,
+            CHUNKS,
+            PRECISION,
+            SCORE_MOD,
+            DSCORE_MOD,
             MASKED,
         )
-        dq = tl.dot((ds * slope_of_cap).to(k.dtype), k, dq, input_precision="ieee")
+        if CHUNKS[0] > 1:
+            own = tl.program_id(1) * BLOCK_D + offs_d
+            k = load_rows(pointers[1], strides[1], offs_n, own, S, D, True, True)
+        dq = tl.dot((ds * slope_of_cap).to(k.dtype), k, dq, input_precision=PRECISION)
         if WANTS_DSLOPE:
             distance = tl.abs(offs_m[:, None] + band[2] - offs_n[None, :])
             dslope -= tl.sum(ds * distance.to(tl.float32), 1)
@@ -191,8 +247,12 @@ def attention_bwd_dq_kernel(
     PAD_D: tl.constexpr,
     PAD_DV: tl.constexpr,
     FLAGS: tl.constexpr,
+    CHUNKS: tl.constexpr = (1, 1),
+    PRECISION: tl.constexpr = "ieee",
+    SCORE_MOD: tl.constexpr = None,
+    DSCORE_MOD: tl.constexpr = None,
 ):
-    """One program owns dq [BLOCK_M, D] of one query head, and its rows' parts of dslope."""
+    """One program owns dq [BLOCK_M, BLOCK_D] of one query head, and its rows' parts of dslope."""
     scalars = (
         tl.cast(scale, tl.float32),
         tl.cast(softcap, tl.float32),
@@ -249,11 +309,9 @@ def attention_bwd_dq_kernel(
                 dout,
                 lse,
                 delta,
-                k_ptr,
-                v_ptr,
+                (q_ptr, k_ptr, v_ptr, dout_ptr),
                 seed_ptr,
-                k_strides,
-                v_strides,
+                (q_strides, k_strides, v_strides, dout_strides),
                 offs_m,
                 begin if phase == 0 else (full_begin if phase == 1 else full_end),
                 full_begin if phase == 0 else (full_end if phase == 1 else end),
@@ -270,144 +328,15 @@ def attention_bwd_dq_kernel(
                 PAD_D,
                 PAD_DV,
                 FLAGS,
+                CHUNKS,
+                PRECISION,
+                SCORE_MOD,
+                DSCORE_MOD,
                 dslope_ptr is not None,
                 phase != 1,
             )
-    store_rows(dq_ptr, dq_strides, offs_m, offs_d, T, D, dq * scalars[0])
+    own = tl.program_id(1)
+    store_rows(dq_ptr, dq_strides, offs_m, own * BLOCK_D + offs_d, T, D, dq * scalars[0])
     if dslope_ptr is not None:
-        tl.store(dslope_ptr + first_row + offs_m, dslope, mask=offs_m < T)
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def attention_bwd_dbias_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    bias_ptr,
-    key_mask_ptr,
-    slopes_ptr,
-    seed_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    dout_ptr,
-    lse2_ptr,
-    delta_ptr,
-    dbias_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    bias_strides,
-    key_mask_strides,
-    slopes_strides,
-    dout_strides,
-    dbias_strides,
-    BIAS_H,
-    SHARING_BATCHES,
-    SHARING_HEADS,
-    H,
-    G,
-    T,
-    S,
-    D,
-    DV,
-    bias_rows,
-    bias_cols,
-    low,
-    high,
-    diagonal,
-    scale,
-    softcap,
-    p_drop,
-    keep_scale,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    PAD_D: tl.constexpr,
-    PAD_DV: tl.constexpr,
-    FLAGS: tl.constexpr,
-):
-    """One program owns dbias [BLOCK_M, BLOCK_N] of one bias matrix, whoever shares it."""
-    scalars = (
-        tl.cast(scale, tl.float32),
-        tl.cast(softcap, tl.float32),
-        tl.cast(p_drop, tl.float32),
-        tl.cast(keep_scale, tl.float32),
-    )
-    term_ptrs = (bias_ptr, key_mask_ptr, slopes_ptr)
-    term_strides = (bias_strides, key_mask_strides, slopes_strides)
-    tiles_n = tl.cdiv(bias_cols, BLOCK_N)
-    tiles = tl.cdiv(bias_rows, BLOCK_M) * tiles_n
-    pid = tl.program_id(0)
-    matrix = (pid // tiles).to(tl.int64)
-    tile = pid % tiles
-    first_b = matrix // BIAS_H
-    first_h = matrix - first_b * BIAS_H
-    start_n = (tile % tiles_n) * BLOCK_N
-    offs_m = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for sharer in range(SHARING_BATCHES * SHARING_HEADS):
-        b = first_b + sharer // SHARING_HEADS
-        h = first_h + sharer % SHARING_HEADS
-        hkv = h // G
-        first_row = (b * H + h if cu_q_ptr is None else h) * T
-        first_q, rows = extent(cu_q_ptr, b, T)
-        first_k, cols = extent(cu_k_ptr, b, S)
-        first_row += first_q
-        sizes = (
-            rows,
-            cols,
-            D,
-            DV,
-            S,
-            bias_extent(bias_rows, rows, cu_q_ptr),
-            bias_extent(bias_cols, cols, cu_k_ptr),
-        )
-        terms = head_terms(term_ptrs, term_strides, b, h)
-        head_q_ptr = q_ptr + b * q_strides[0] + h * q_strides[1] + first_q * q_strides[2]
-        head_k_ptr = k_ptr + b * k_strides[0] + hkv * k_strides[1] + first_k * k_strides[2]
-        head_v_ptr = v_ptr + b * v_strides[0] + hkv * v_strides[1] + first_k * v_strides[2]
-        head_dout_ptr = dout_ptr + b * dout_strides[0] + h * dout_strides[1]
-        head_dout_ptr += first_q * dout_strides[2]
-        ds, slope_of_cap = score_gradient(
-            load_rows(head_q_ptr, q_strides, offs_m, offs_d, rows, D, True, PAD_D),
-            load_rows(head_k_ptr, k_strides, offs_n, offs_d, cols, D, True, PAD_D),
-            load_rows(head_v_ptr, v_strides, offs_n, offs_dv, cols, DV, True, PAD_DV),
-            load_rows(head_dout_ptr, dout_strides, offs_m, offs_dv, rows, DV, True, PAD_DV),
-            load_lse2(lse2_ptr + first_row, offs_m, rows, True),
-            tl.load(delta_ptr + first_row + offs_m, mask=offs_m < rows, other=0.0),
-            offs_m,
-            offs_n,
-            start_n,
-            first_row,
-            seed_ptr,
-            term_ptrs,
-            terms,
-            term_strides,
-            sizes,
-            band_of(low, high, diagonal, rows, cols, FLAGS),
-            scalars,
-            BLOCK_N,
-            FLAGS,
-            True,
-        )
-        dbias += ds
-    dbias_ptr += first_b * dbias_strides[0] + first_h * dbias_strides[1]
-    store_rows(dbias_ptr, dbias_strides, offs_m, offs_n, bias_rows, bias_cols, dbias)
-
-
-@triton.jit
-def sequence_sum_kernel(rows_ptr, cu_ptr, sums_ptr, H, total, BLOCK: tl.constexpr):
-    """One program owns the sum over one sequence of a head's rows, of (H, total)."""
-    pid = tl.program_id(0).to(tl.int64)
-    b = pid // H
-    first, length = extent(cu_ptr, b, total)
-    rows_ptr += (pid - b * H) * total + first
-    acc = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, length, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        acc += tl.load(rows_ptr + offs, mask=offs < length, other=0.0)
-    tl.store(sums_ptr + pid, tl.sum(acc, 0))
+        mask = (offs_m < T) & (own == 0)
+        tl.store(dslope_ptr + first_row + offs_m, dslope, mask=mask)

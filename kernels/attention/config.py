@@ -1,4 +1,4 @@
-"""Tile sizes by kernel, architecture, dtype class and head dim: data that measurements change."""
+"""Which entry of the launch tables a call takes."""
 
 from __future__ import annotations
 
@@ -8,154 +8,42 @@ import torch
 from torch import Tensor
 
 from trilith.kernels._runtime.device import architecture
+from trilith.kernels.attention.tables import TABLES
 from trilith.plugins.spec import INTERPRETING
+
+LARGEST_HEAD_DIM = 512
 
 
 class Tiles(NamedTuple):
-    """A program's queries and keys; the loop's side of them in masked tiles; warps and stages."""
+    """A program's queries and keys; the loop's side of them in masked tiles; warps and stages.
+
+    A program makes its scores of `chunk` head dims at a time, and owns as many of its output.
+    """
 
     block_m: int
     block_n: int
     block_masked: int
     num_warps: int
     num_stages: int
+    chunk: int = LARGEST_HEAD_DIM
 
 
-_INTERPRETED = Tiles(32, 32, 16, 4, 1)
+_INTERPRETED = Tiles(32, 32, 16, 4, 1, 128)
 _CACHE_BYTES = 24 << 20
 
-# By kernel and head dim, for plain scores, and for scores with a bias, mask, slope, cap or dropout,
-# which hold more registers.
-_HALF_SM80 = {
-    "fwd": {
-        64: (Tiles(128, 64, 64, 8, 3), Tiles(128, 64, 64, 8, 3)),
-        128: (Tiles(128, 64, 64, 8, 3), Tiles(128, 32, 32, 8, 3)),
-        256: (Tiles(64, 32, 32, 8, 2), Tiles(64, 32, 32, 8, 2)),
-    },
-    "dkdv": {
-        64: (Tiles(64, 64, 32, 8, 2), Tiles(32, 128, 32, 8, 2)),
-        128: (Tiles(32, 64, 32, 8, 2), Tiles(32, 64, 32, 8, 2)),
-        256: (Tiles(16, 64, 16, 8, 2), Tiles(32, 32, 32, 8, 2)),
-    },
-    "dq": {
-        64: (Tiles(128, 64, 64, 8, 2), Tiles(64, 32, 32, 8, 2)),
-        128: (Tiles(64, 64, 64, 8, 2), Tiles(64, 64, 64, 8, 2)),
-        256: (Tiles(64, 32, 32, 8, 2), Tiles(64, 32, 32, 8, 2)),
-    },
-    "dbias": {
-        64: (Tiles(64, 64, 64, 8, 2),) * 2,
-        128: (Tiles(64, 32, 32, 8, 2),) * 2,
-        256: (Tiles(64, 32, 32, 8, 2),) * 2,
-    },
-}
-_HALF_SM90 = {
-    "fwd": {
-        64: (Tiles(128, 128, 64, 8, 2), Tiles(128, 64, 64, 8, 2)),
-        128: (Tiles(128, 128, 64, 8, 2), Tiles(128, 32, 32, 8, 2)),
-        256: (Tiles(128, 64, 32, 8, 2), Tiles(64, 32, 16, 8, 2)),
-    },
-    "dkdv": {
-        64: (Tiles(32, 128, 32, 8, 2), Tiles(32, 128, 32, 8, 2)),
-        128: (Tiles(32, 128, 16, 8, 2), Tiles(32, 64, 32, 8, 2)),
-        256: (Tiles(32, 32, 16, 8, 2), Tiles(16, 32, 16, 8, 2)),
-    },
-    "dq": {
-        64: (Tiles(128, 64, 64, 8, 2), Tiles(128, 64, 64, 8, 2)),
-        128: (Tiles(128, 64, 64, 8, 2), Tiles(128, 64, 64, 8, 2)),
-        256: (Tiles(64, 32, 32, 8, 2), Tiles(64, 32, 32, 8, 2)),
-    },
-    "dbias": {
-        64: (Tiles(64, 64, 64, 8, 2),) * 2,
-        128: (Tiles(64, 64, 64, 8, 2),) * 2,
-        256: (Tiles(64, 32, 32, 8, 2),) * 2,
-    },
-}
-_HALF_SM100 = {
-    "fwd": {
-        64: (Tiles(128, 128, 64, 8, 2), Tiles(128, 64, 64, 8, 2)),
-        128: (Tiles(128, 128, 64, 8, 2), Tiles(64, 64, 32, 8, 2)),
-        256: (Tiles(128, 64, 32, 8, 2), Tiles(64, 32, 16, 8, 2)),
-    },
-    "dkdv": {
-        64: (Tiles(32, 128, 32, 8, 2), Tiles(32, 128, 32, 8, 2)),
-        128: (Tiles(32, 128, 32, 8, 2), Tiles(32, 128, 32, 8, 2)),
-        256: (Tiles(32, 64, 32, 8, 2), Tiles(32, 64, 32, 8, 2)),
-    },
-    "dq": {
-        64: (Tiles(128, 64, 64, 8, 2), Tiles(128, 64, 64, 8, 2)),
-        128: (Tiles(128, 64, 64, 8, 2), Tiles(128, 64, 64, 8, 2)),
-        256: (Tiles(64, 32, 32, 8, 2), Tiles(64, 16, 16, 8, 2)),
-    },
-    "dbias": {
-        64: (Tiles(64, 64, 64, 8, 2),) * 2,
-        128: (Tiles(64, 64, 64, 8, 2),) * 2,
-        256: (Tiles(64, 32, 32, 8, 2),) * 2,
-    },
-}
-_HALF_GFX942 = {
-    "fwd": {
-        64: (Tiles(128, 64, 64, 8, 1), Tiles(128, 64, 64, 8, 1)),
-        128: (Tiles(128, 64, 64, 8, 1), Tiles(128, 32, 32, 8, 1)),
-        256: (Tiles(128, 32, 32, 8, 1), Tiles(64, 32, 32, 4, 1)),
-    },
-    "dkdv": {
-        64: (Tiles(32, 128, 32, 8, 1), Tiles(32, 128, 32, 8, 1)),
-        128: (Tiles(16, 64, 16, 8, 1), Tiles(16, 64, 16, 8, 1)),
-        256: (Tiles(16, 64, 16, 8, 1), Tiles(16, 64, 16, 8, 1)),
-    },
-    "dq": {
-        64: (Tiles(128, 64, 64, 8, 1), Tiles(64, 64, 64, 4, 1)),
-        128: (Tiles(64, 32, 32, 8, 1), Tiles(64, 32, 32, 4, 1)),
-        256: (Tiles(64, 16, 16, 8, 1), Tiles(64, 16, 16, 8, 1)),
-    },
-    "dbias": {
-        64: (Tiles(64, 64, 64, 8, 1),) * 2,
-        128: (Tiles(64, 64, 64, 8, 1),) * 2,
-        256: (Tiles(16, 16, 16, 4, 1),) * 2,
-    },
-}
-# IEEE products of float32 have no matrix instruction on NVIDIA, where all take the same tiles.
-_SINGLE = {
-    "fwd": {
-        64: (Tiles(64, 32, 32, 8, 1), Tiles(64, 32, 32, 8, 1)),
-        128: (Tiles(32, 32, 32, 8, 1), Tiles(32, 16, 16, 8, 1)),
-        256: (Tiles(16, 16, 16, 8, 1), Tiles(16, 16, 16, 8, 1)),
-    },
-    "dkdv": {
-        64: (Tiles(32, 32, 32, 8, 1), Tiles(32, 32, 32, 8, 1)),
-        128: (Tiles(16, 16, 16, 8, 1), Tiles(16, 16, 16, 8, 1)),
-        256: (Tiles(16, 16, 16, 8, 1), Tiles(16, 16, 16, 8, 1)),
-    },
-    "dq": {
-        64: (Tiles(32, 32, 32, 4, 1), Tiles(32, 32, 32, 8, 1)),
-        128: (Tiles(16, 16, 16, 8, 1), Tiles(32, 16, 16, 8, 1)),
-        256: (Tiles(16, 16, 16, 8, 1), Tiles(16, 16, 16, 8, 1)),
-    },
-    "dbias": {
-        64: (Tiles(32, 32, 32, 8, 1),) * 2,
-        128: (Tiles(16, 16, 16, 4, 1),) * 2,
-        256: (Tiles(16, 16, 16, 4, 1),) * 2,
-    },
-}
-_SINGLE_GFX942 = {
-    **_SINGLE,
-    "dkdv": {**_SINGLE["dkdv"], 256: (Tiles(16, 16, 16, 4, 1),) * 2},
-    "dq": {**_SINGLE["dq"], 256: (Tiles(16, 16, 16, 4, 1),) * 2},
-}
-_HALF = {"sm_80": _HALF_SM80, "sm_90": _HALF_SM90, "sm_100": _HALF_SM100, "gfx942": _HALF_GFX942}
 
+def tiles_for(kernel: str, q: Tensor, precision: str, head_dim: int, is_plain: bool) -> Tiles:
+    """The tiles of `kernel` (fwd, dkdv, dq, dbias) for q's device and dtype.
 
-def tiles_for(kernel: str, q: Tensor, block_d: int, block_dv: int, is_plain: bool) -> Tiles:
-    """The tiles of `kernel` (fwd, dkdv, dq, dbias) for q's device and dtype."""
+    `head_dim` is the wider of both, a power of two.
+    """
     if INTERPRETING and q.device.type == "cpu":
         return _INTERPRETED
-    arch = architecture(q.device)
+    dtypes = "half"
     if q.dtype == torch.float32:
-        table = _SINGLE_GFX942 if arch == "gfx942" else _SINGLE
-    else:
-        table = _HALF[arch]
-    plain, laden = table[kernel][max(64, block_d, block_dv)]
-    return plain if is_plain else laden
+        dtypes = "tf32" if precision == "tf32" else "single"
+    plain, laden = TABLES[architecture(q.device)][dtypes][kernel, max(64, head_dim)]
+    return Tiles(*(plain if is_plain else laden))
 
 
 def heads_together(first: Tensor, second: Tensor, group: int = 1) -> int:

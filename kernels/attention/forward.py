@@ -6,7 +6,9 @@ and per tile of scores x in base 2, with the running maximum m, total l and outp
 
     m' = max(m, max x),  l' = l 2^(m - m') + sum 2^(x - m'),  o' = o 2^(m - m') + 2^(x - m') v
 
-B batch, H query heads, G query heads per key head, T queries, S keys, D and DV head dims.
+B batch, H query heads, G query heads per key head, T queries, S keys, D and DV head dims. Head
+dims too wide for a tile come in CHUNKS: a program makes its scores of all of q's and k's, and owns
+one of the output's.
 Numerics: scores, probabilities' sums and outputs accumulate in fp32; probabilities are rounded to
 v's dtype for the second product. A row that sees no key gives output 0 and lse -inf.
 For backward lse is kept in base 2 as well, where a dominating score gives a probability of exactly
@@ -23,6 +25,7 @@ from trilith.kernels.attention.tiles import (
     LN2,
     LOG2E,
     NOT_SPECIALIZED,
+    add_products,
     band_of,
     band_range,
     bias_extent,
@@ -43,9 +46,11 @@ def _forward_loop(
     m,
     total,
     q,
+    q_ptr,
     k_ptr,
     v_ptr,
     seed_ptr,
+    q_strides,
     k_strides,
     v_strides,
     offs_m,
@@ -65,6 +70,9 @@ def _forward_loop(
     PAD_DV: tl.constexpr,
     FLAGS: tl.constexpr,
     NEGATIVE_SCALE: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCORE_MOD: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Take the keys [begin, end) into the running softmax of a tile of queries."""
@@ -75,6 +83,7 @@ def _forward_loop(
         and not FLAGS[3]
         and term_ptrs[0] is None
         and term_ptrs[1] is None
+        and SCORE_MOD is None
     )
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -82,7 +91,22 @@ def _forward_loop(
     for start_n in range(begin, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, k_strides, offs_n, offs_d, S, D, MASKED, PAD_D)
-        dots = tl.dot(q, tl.trans(k), input_precision="ieee")
+        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dots = add_products(
+            dots,
+            q_ptr,
+            q_strides,
+            offs_m,
+            T,
+            k_ptr,
+            k_strides,
+            offs_n,
+            S,
+            D,
+            BLOCK_D,
+            CHUNKS[0],
+            PRECISION,
+        )
         if PLAIN:
             m_new = tl.maximum(m, tl.max(dots, 1) * (scalars[0] * LOG2E))
             m_safe = m_new
@@ -99,6 +123,8 @@ def _forward_loop(
                 band,
                 scalars,
                 FLAGS,
+                SCORE_MOD,
+                None,
                 MASKED,
             )
             m_new = tl.maximum(m, tl.max(x, 1))
@@ -113,7 +139,7 @@ def _forward_loop(
             )
             p = tl.where(kept, p, 0.0)
         v = load_rows(v_ptr, v_strides, offs_n, offs_dv, S, DV, MASKED, PAD_DV)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, m, total
 
 
@@ -167,8 +193,11 @@ def attention_fwd_kernel(
     PAD_DV: tl.constexpr,
     FLAGS: tl.constexpr,
     NEGATIVE_SCALE: tl.constexpr,
+    CHUNKS: tl.constexpr = (1, 1),
+    PRECISION: tl.constexpr = "ieee",
+    SCORE_MOD: tl.constexpr = None,
 ):
-    """One program owns the outputs [BLOCK_M, DV] of one head."""
+    """One program owns the outputs [BLOCK_M, BLOCK_DV] of one head, DV split in CHUNKS[1]."""
     scalars = (
         tl.cast(scale, tl.float32),
         tl.cast(softcap, tl.float32),
@@ -187,6 +216,13 @@ def attention_fwd_kernel(
         tile, b, cu_q_ptr, cu_k_ptr, T, S, sequences, BLOCK_M
     )
     first_row += first_q
+    owns_lse = True
+    if CHUNKS[1] > 1:
+        own = tl.program_id(1) * BLOCK_DV
+        owns_lse = own == 0
+        DV -= own
+        v_ptr += own.to(tl.int64) * v_strides[3]
+        out_ptr += own.to(tl.int64) * out_strides[3]
     sizes = (
         T,
         S,
@@ -227,9 +263,11 @@ def attention_fwd_kernel(
                 m,
                 total,
                 q,
+                q_ptr,
                 k_ptr,
                 v_ptr,
                 seed_ptr,
+                q_strides,
                 k_strides,
                 v_strides,
                 offs_m,
@@ -249,6 +287,9 @@ def attention_fwd_kernel(
                 PAD_DV,
                 FLAGS,
                 NEGATIVE_SCALE,
+                CHUNKS,
+                PRECISION,
+                SCORE_MOD,
                 phase != 1,
             )
 
@@ -258,5 +299,6 @@ def attention_fwd_kernel(
     store_rows(out_ptr, out_strides, offs_m, offs_dv, T, DV, out)
     lse2 = m + tl.log2(safe)
     rows = first_row + offs_m
-    tl.store(lse_ptr + rows, tl.where(total == 0.0, -float("inf"), lse2 * LN2), mask=offs_m < T)
-    tl.store(lse2_ptr + rows, tl.where(total == 0.0, float("inf"), lse2), mask=offs_m < T)
+    mask = (offs_m < T) & owns_lse
+    tl.store(lse_ptr + rows, tl.where(total == 0.0, -float("inf"), lse2 * LN2), mask=mask)
+    tl.store(lse2_ptr + rows, tl.where(total == 0.0, float("inf"), lse2), mask=mask)

@@ -16,11 +16,12 @@ from trilith.kernels._runtime.checks import (
     require_shape,
 )
 from trilith.kernels._runtime.random import draw_seed
+from trilith.kernels.attention.config import LARGEST_HEAD_DIM
 from trilith.kernels.attention.op import OP
+from trilith.plugins import registry
 from trilith.plugins.sharding import is_dtensor
 
 _NAME = "attention"
-LARGEST_HEAD_DIM = 256
 
 
 def attention(
@@ -37,18 +38,20 @@ def attention(
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    score_mod: str | None = None,
+    precision: str = "ieee",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention of H query heads over Hkv key heads.
 
-    score = softcap(scale * q . k) + bias - slope * |distance|, out = softmax(score) v. The distance
-    of query t from key s is counted from the diagonal s = t ("top_left") or s = t + S - T
-    ("bottom_right", also where `causal` is False).
+    score = softcap(score_mod(scale * q . k)) + bias - slope * |distance|, out = softmax(score) v.
+    The distance of query t from key s is counted from the diagonal s = t ("top_left") or
+    s = t + S - T ("bottom_right", also where `causal` is False).
 
     Args:
-        q: (B, H, T, D), D from 1 to 256; any strides, as for all tensors here.
+        q: (B, H, T, D), D from 1 to 512; any strides, as for all tensors here.
         k: (B, Hkv, S, D), q's dtype. Hkv divides H; query head h reads key head h // (H / Hkv).
-        v: (B, Hkv, S, Dv), q's dtype; Dv from 1 to 256.
+        v: (B, Hkv, S, Dv), q's dtype; Dv from 1 to 512.
         causal: False, "top_left" or "bottom_right": no key beyond the diagonal. True where T == S.
         window: (left, right), how many keys before and after the diagonal's are seen; None for
             any number.
@@ -59,6 +62,8 @@ def attention(
         key_padding_mask: (B, S) boolean, True where the key takes part.
         dropout_p: the probability that a weight is dropped.
         scale: 1 / sqrt(D) if None.
+        score_mod: "vendor.name" of a change of the scaled scores that a plugin registered.
+        precision: of float32's products: "ieee", or "tf32", whose factors have 10 bits of mantissa.
         return_lse: whether to return the log-sum-exp of the scores too.
 
     Returns:
@@ -66,13 +71,14 @@ def attention(
         Both are differentiable. A query that sees no key has output 0, lse -inf, and gradients 0.
 
     Raises:
-        NotImplementedError: a head dim above 256 where kernels run.
+        NotImplementedError: a head dim above 512 where kernels run.
         TypeError: a dtype that does not fit.
         ValueError: shapes that do not fit, causal=True where T != S, a value out of range.
 
     Numerics:
         Sums in fp32. Probabilities, and score gradients, are rounded to the inputs' dtype before
-        they are multiplied. float32 products are IEEE. Deterministic.
+        they are multiplied. float32 products are IEEE unless `precision` says otherwise; where no
+        kernel runs they always are. Deterministic.
 
     Source: Vaswani et al., "Attention is all you need", 2017; Dao et al., "FlashAttention", 2022;
         Press et al., "Train short, test long", 2021 (slopes); Xiao et al., "Efficient streaming
@@ -105,7 +111,8 @@ def attention(
     scale = 1 / math.sqrt(max(1, q.shape[3])) if scale is None else scale
     out, lse = _attend(
         *(q, k, v, bias, key_padding_mask, slopes, sinks),
-        *(scale, softcap or 0.0, dropout_p, alignment, left, right, return_lse),
+        *(scale, softcap or 0.0, dropout_p, alignment, left, right),
+        *(known_score_mod(_NAME, score_mod), known_precision(_NAME, precision), return_lse),
     )
     if not return_lse:
         return out
@@ -160,6 +167,7 @@ def scaled_dot_product_attention(
         softmax_scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         tensors = (q, k, v, bias, None, None, None)
         rest = (softmax_scale, 0.0, dropout_p, "top_left", -1, 0 if is_causal else -1)
+        rest += ("", "ieee")
         provider = OP.choose(*tensors, None, *rest)
         if provider is not None or is_dtensor(query):
             seed = draw_seed(q) if dropout_p > 0 and provider is not None else None
@@ -196,6 +204,8 @@ def _attend(
     alignment: str,
     left: int,
     right: int,
+    score_mod: str,
+    precision: str,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The op; where no kernel runs and the lse is not wanted, torch's function for what it can.
@@ -204,7 +214,7 @@ def _attend(
     DTensors, for which it has no rule.
     """
     terms = (key_mask, slopes, sinks)
-    rest = (scale, softcap, p, alignment, left, right)
+    rest = (scale, softcap, p, alignment, left, right, score_mod, precision)
     provider = OP.choose(q, k, v, bias, *terms, None, *rest)
     if provider is not None:
         if max(q.shape[3], v.shape[3]) > LARGEST_HEAD_DIM:
@@ -215,7 +225,7 @@ def _attend(
         seed = draw_seed(q) if p > 0 else None
         return OP.run(provider, q, k, v, bias, *terms, seed, *rest)
     plain = all(t is None for t in terms) and softcap == 0 and left < 0 and right <= 0
-    plain = plain and q.dtype != torch.float64 and not is_dtensor(q)
+    plain = plain and q.dtype != torch.float64 and not (is_dtensor(q) or score_mod)
     from_top = right < 0 or alignment == "top_left" or q.shape[2] == k.shape[2]
     if plain and from_top and not return_lse and not (right == 0 and bias is not None):
         gqa = q.shape[1] != k.shape[1]
@@ -265,6 +275,20 @@ def score_window(
     require(valid, op, "window", "be (left, right), each None or not negative", window)
     before, after = (-1 if n is None else n for n in window)
     return alignment, before, after if right < 0 else 0
+
+
+def known_score_mod(op: str, name: str | None) -> str:
+    """The name, "" for none."""
+    if name is None:
+        return ""
+    names = registry.score_mod_names()
+    require(name in names, op, "score_mod", f"be one of those registered: {names}", repr(name))
+    return name
+
+
+def known_precision(op: str, precision: str) -> str:
+    require(precision in ("ieee", "tf32"), op, "precision", 'be "ieee" or "tf32"', repr(precision))
+    return precision
 
 
 def _score_terms(

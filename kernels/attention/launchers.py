@@ -11,15 +11,12 @@ from torch import Tensor
 from trilith.kernels._runtime.language import triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels.attention.backward import attention_bwd_dkdv_kernel, attention_delta_kernel
-from trilith.kernels.attention.backward_queries import (
-    attention_bwd_dbias_kernel,
-    attention_bwd_dq_kernel,
-    sequence_sum_kernel,
-)
+from trilith.kernels.attention.backward_bias import attention_bwd_dbias_kernel, sequence_sum_kernel
+from trilith.kernels.attention.backward_queries import attention_bwd_dq_kernel
 from trilith.kernels.attention.config import heads_together, tiles_for
 from trilith.kernels.attention.forward import attention_fwd_kernel
 from trilith.kernels.attention.reference import diagonal_of
-from trilith.plugins import BackwardContext
+from trilith.plugins import BackwardContext, registry
 
 
 def attention_out(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,8 +45,10 @@ def attention_fwd(
     alignment: str,
     left: int,
     right: int,
+    score_mod: str = "",
+    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rest = (scale, softcap, p, alignment, left, right)
+    rest = (scale, softcap, p, alignment, left, right, score_mod, precision)
     out, lse, lse2 = attention_out(q, v)
     AttentionCall(q, k, v, bias, key_mask, slopes, seed, *rest).forward(sinks, out, lse, lse2)
     return out, lse, lse2
@@ -117,6 +116,8 @@ class AttentionCall:
         alignment: str,
         left: int,
         right: int,
+        score_mod: str = "",
+        precision: str = "ieee",
         *,
         packed: Packed | None = None,
     ) -> None:
@@ -145,7 +146,9 @@ class AttentionCall:
             (0, 0) if self.slopes is None else self.slopes.stride(),
         )
         laden = (bias, key_mask, slopes, self.seed)
-        self._is_plain = softcap == 0 and all(t is None for t in laden)
+        self._is_plain = softcap == 0 and not score_mod and all(t is None for t in laden)
+        self._score_mod = registry.score_mod(score_mod) if score_mod else None
+        self._precision = precision if q.dtype == torch.float32 else "ieee"
         per_sequence = packed is not None and alignment == "bottom_right"
         self._flags = (left >= 0, right >= 0, slopes is not None, softcap > 0, per_sequence)
 
@@ -167,7 +170,7 @@ class AttentionCall:
         options = self.options("fwd")
         launch(
             attention_fwd_kernel,
-            (self.BH * self._tiles(self.T, options["BLOCK_M"]),),
+            (self.BH * self._tiles(self.T, options["BLOCK_M"]), self._chunks(options)[1]),
             *(self.q, self.k, self.v, self.bias, self.key_mask, self.slopes, sinks, self.seed),
             *(*self._starts(), out, lse, lse2),
             *self.strides,
@@ -183,20 +186,35 @@ class AttentionCall:
         """The constexprs and launch options of fwd, dkdv, dq or dbias."""
         D, DV = self.sizes[4:]
         block_d, block_dv = (max(16, triton.next_power_of_2(n)) for n in (D, DV))
-        tiles = tiles_for(kernel, self.q, block_d, block_dv, self._is_plain)
-        masked = {} if kernel == "dbias" else {"BLOCK_MASKED": tiles.block_masked}
+        tiles = tiles_for(kernel, self.q, self._precision, max(block_d, block_dv), self._is_plain)
+        special: dict[str, Any] = {}
+        if kernel != "dbias":
+            special["BLOCK_MASKED"] = tiles.block_masked
+        if self._precision != "ieee":
+            special["PRECISION"] = self._precision
+        if self._score_mod is not None:
+            special["SCORE_MOD"] = self._score_mod.forward
+            if kernel != "fwd":
+                special["DSCORE_MOD"] = self._score_mod.derivative
+        block_d, block_dv = (min(n, tiles.chunk) for n in (block_d, block_dv))
+        chunks = (triton.cdiv(D, block_d), triton.cdiv(DV, block_dv))
+        if max(chunks) > 1:
+            special["CHUNKS"] = chunks
         return {
-            **masked,
+            **special,
             "BLOCK_M": tiles.block_m,
             "BLOCK_N": tiles.block_n,
             "BLOCK_D": block_d,
             "BLOCK_DV": block_dv,
-            "PAD_D": block_d != D,
-            "PAD_DV": block_dv != DV,
+            "PAD_D": D % block_d != 0,
+            "PAD_DV": DV % block_dv != 0,
             "num_warps": tiles.num_warps,
             "num_stages": tiles.num_stages,
             "FLAGS": self._flags,
         }
+
+    def _chunks(self, options: dict[str, Any]) -> tuple[int, int]:
+        return options.get("CHUNKS", (1, 1))
 
     def upstream(
         self, out: Tensor, lse2: Tensor, dout: Tensor | None, dlse: Tensor | None
@@ -227,7 +245,7 @@ class AttentionCall:
         options = self.options("dq")
         launch(
             attention_bwd_dq_kernel,
-            (self.BH * self._tiles(self.T, options["BLOCK_M"]),),
+            (self.BH * self._tiles(self.T, options["BLOCK_M"]), self._chunks(options)[0]),
             *self._tensors(upstream),
             *(dq, dslopes),
             *(*self.strides, self._strides(upstream.dout), self._strides(dq)),
@@ -256,9 +274,10 @@ class AttentionCall:
     def key_gradients(self, upstream: Upstream) -> tuple[Tensor, Tensor]:
         dk, dv = self._like(self.k), self._like(self.v)
         options = self.options("dkdv")
+        programs = self.BH // self.sizes[1] * self._tiles(self.S, options["BLOCK_N"])
         launch(
             attention_bwd_dkdv_kernel,
-            (self.BH // self.sizes[1] * self._tiles(self.S, options["BLOCK_N"]),),
+            (programs, max(self._chunks(options))),
             *self._tensors(upstream),
             *(dk, dv),
             *(*self.strides, *(self._strides(t) for t in (upstream.dout, dk, dv))),

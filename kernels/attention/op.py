@@ -7,6 +7,7 @@ Parameters, with q (B, H, T, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), Hkv a divi
     sinks: (H,), one more score per head, without a value
     seed: of the dropout mask; p: dropout's probability
     scale: of q k^T; softcap: scores become softcap * tanh(score / softcap); 0 for none
+    score_mod: the name of what changes the scaled scores first; precision: of float32's products
     alignment: the diagonal starts at key 0 ("top_left") or ends at the last key ("bottom_right")
     left, right: how far before and after the diagonal keys are seen; negative for any distance
 Outputs: out (B, H, T, Dv), and lse (B, H, T) in natural logarithm, fp32.
@@ -45,6 +46,8 @@ def _cost(
     alignment: str,
     left: int,
     right: int,
+    score_mod: str = "",
+    precision: str = "ieee",
 ) -> Cost:
     (B, H, T, D), (S, Dv) = q.shape, v.shape[2:]
     pairs = B * H * T * S // (2 if right >= 0 else 1)

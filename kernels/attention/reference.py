@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from trilith.kernels._runtime.random import reference_keep_mask
+from trilith.plugins import registry
 
 
 def diagonal_of(alignment: str, queries: int, keys: int) -> int:
@@ -28,16 +29,18 @@ def attention_reference(
     alignment: str,
     left: int,
     right: int,
+    score_mod: str = "",
+    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
     """(softmax(scores) v, log-sum-exp of the scores), in float32, or in float64 for float64.
 
-    scores = cap(scale q k^T) + bias - slope |distance|, -inf where a key takes no part; a sink is
-    one more score per head, without a value.
+    scores = cap(mod(scale q k^T)) + bias - slope |distance|, -inf where a key takes no part; a sink
+    is one more score per head, without a value.
     """
     shape = (*q.shape[:3], k.shape[2])
     kept = reference_keep_mask(seed, shape, p) if seed is not None and p > 0 else None
     terms = (bias, key_mask, slopes, sinks, kept)
-    return attend(q, k, v, *terms, scale, softcap, p, alignment, left, right)
+    return attend(q, k, v, *terms, scale, softcap, p, alignment, left, right, score_mod)
 
 
 def attend(
@@ -55,13 +58,20 @@ def attend(
     alignment: str,
     left: int,
     right: int,
+    score_mod: str = "",
+    batch: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The same, of which dropout keeps the weights `kept`, or random ones."""
+    """The same, of which dropout keeps the weights `kept`, or random ones.
+
+    `batch` is the number of the first batch entry, as a score mod sees it.
+    """
     (B, H, T, D), (Hkv, S, Dv) = q.shape, v.shape[1:]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     wide_q, wide_k, wide_v = q.to(wide), k.to(wide), v.to(wide)
     grouped = wide_q.reshape(B, Hkv, H // max(Hkv, 1) * T, D)
     scores = (grouped @ wide_k.transpose(-1, -2)).reshape(B, H, T, S) * scale
+    if score_mod:
+        scores = modified(scores, score_mod, batch)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     scores = add_terms(scores, bias, key_mask, slopes, alignment, left, right)
@@ -82,6 +92,15 @@ def attend(
         weights = _dropped(weights, kept, p)
     out = (weights.reshape(B, Hkv, H // max(Hkv, 1) * T, S) @ wide_v).reshape(B, H, T, Dv)
     return out.to(q.dtype), lse
+
+
+def modified(scores: Tensor, score_mod: str, batch: int = 0) -> Tensor:
+    """Scores (B, H, T, S) as a registered ScoreMod's reference changes them."""
+    b, h, q, k = (
+        torch.arange(n, device=scores.device).view(-1, *(1,) * (3 - i))
+        for i, n in enumerate(scores.shape)
+    )
+    return registry.score_mod(score_mod).reference(scores, b + batch, h, q, k)
 
 
 def add_terms(

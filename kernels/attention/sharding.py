@@ -1,6 +1,7 @@
 """Which DTensors attention takes: batches, or heads.
 
-Dropout takes replicated tensors only, for the reason in `_runtime.sharding`.
+Dropout takes replicated tensors only, for the reason in `_runtime.sharding`, and so does a score
+mod, which is told the number of the batch entry and of the head.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from trilith.kernels._runtime.sharding import Strategy, split
 
 def dense(q: Any, k: Tensor, v: Tensor, *rest: Any) -> list[Strategy]:
     """Of q (B, H, ...), k and v (B, Hkv, ...): either dimension."""
-    bias, _, slopes, _, _, _, _, p = rest[:8]
-    if p > 0:
+    bias, _, slopes, _, _, _, _, p, *_, score_mod, _ = rest
+    if p > 0 or score_mod:
         return []
     batch = split([0, 0], [0, 0, 0, _unless_one(bias, 0), 0, _unless_one(slopes, 0)])
     terms = [_unless_one(bias, 1), None, _unless_one(slopes, 1), 0]
@@ -25,8 +26,8 @@ def dense(q: Any, k: Tensor, v: Tensor, *rest: Any) -> list[Strategy]:
 
 def packed(q: Any, k: Tensor, v: Tensor, *rest: Any) -> list[Strategy]:
     """Of q (total, H, D), k and v (total, Hkv, ...), lse (H, total): heads."""
-    _, _, bias, slopes, _, _, _, _, p = rest[:9]
-    if p > 0:
+    _, _, bias, slopes, _, _, _, _, p, *_, score_mod, _ = rest
+    if p > 0 or score_mod:
         return []
     terms = [None, None, _unless_one(bias, 1), _unless_one(slopes, 1), 0]
     return [split([1, 0], [1, dim, dim, *terms]) for dim in _key_heads(q, k, 1)]

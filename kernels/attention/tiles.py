@@ -159,15 +159,43 @@ def store_rows(ptr, strides, rows, cols, M, N, value):
 
 
 @triton.jit
+def add_products(
+    dots,
+    a_ptr,
+    a_strides,
+    a_rows,
+    a_limit,
+    b_ptr,
+    b_strides,
+    b_rows,
+    b_limit,
+    N,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dots + a b^T over the columns after the first BLOCK, of N, in chunks.
+
+    All programs that make the same scores add the chunks in this one order.
+    """
+    for chunk in tl.static_range(1, CHUNKS):
+        cols = chunk * BLOCK + tl.arange(0, BLOCK)
+        a = load_rows(a_ptr, a_strides, a_rows, cols, a_limit, N, True, True)
+        b = load_rows(b_ptr, b_strides, b_rows, cols, b_limit, N, True, True)
+        dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION)
+    return dots
+
+
+@triton.jit
 def head_terms(pointers, strides, b, h):
-    """Where the bias and key mask of one batch entry and head begin, and its slope.
+    """Where the bias and key mask of one batch entry and head begin, its slope, and which it is.
 
     Offsets, for Triton 3.6 returns no tuple with a pointer that is None.
     """
     slope = b.to(tl.float32) * 0.0
     if pointers[2] is not None:
         slope = tl.load(pointers[2] + b * strides[2][0] + h * strides[2][1]).to(tl.float32)
-    return b * strides[0][0] + h * strides[0][1], b * strides[1][0], slope
+    return b * strides[0][0] + h * strides[0][1], b * strides[1][0], slope, b, h
 
 
 @triton.jit
@@ -182,6 +210,8 @@ def scores(
     band,
     scalars,
     FLAGS: tl.constexpr,
+    SCORE_MOD: tl.constexpr,
+    DSCORE_MOD: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """(scores in base 2, d score / d (scale * dot)) of a tile of dot products q . k.
@@ -190,20 +220,28 @@ def scores(
     those of bias, key mask and slopes, `terms` comes from `head_terms`; `sizes` is (T, S, D, DV,
     row length of the dropout mask, rows and columns of the bias), `band` (low, high, diagonal),
     `scalars` (scale, softcap, p, 1 / (1 - p)), FLAGS (HAS_LOW, HAS_HIGH, HAS_SLOPE, HAS_SOFTCAP,
-    whether the band is moved to the end of a sequence's keys).
+    whether the band is moved to the end of a sequence's keys). SCORE_MOD changes the scaled dots
+    before all else; forward needs no derivative of it.
     """
     bias_ptr, key_mask_ptr, slopes_ptr = pointers
-    bias_start, key_mask_start, slope = terms
+    bias_start, key_mask_start, slope, b, h = terms
     bias_strides, key_mask_strides, slopes_strides = strides
     T, S, D, DV, mask_cols, bias_rows, bias_cols = sizes
     low, high, diagonal = band
+    slope_of_cap = 1.0
+    scale = scalars[0]
+    if SCORE_MOD is not None:
+        scaled = dots * scale
+        dots = SCORE_MOD(scaled, b, h, rows, cols)
+        scale = 1.0
+        if DSCORE_MOD is not None:
+            slope_of_cap = DSCORE_MOD(scaled, b, h, rows, cols)
     if FLAGS[3]:
-        t = _tanh(dots * (scalars[0] / scalars[1]))
+        t = _tanh(dots * (scale / scalars[1]))
         x = t * (scalars[1] * LOG2E)
-        slope_of_cap = 1.0 - t * t
+        slope_of_cap *= 1.0 - t * t
     else:
-        x = dots * (scalars[0] * LOG2E)
-        slope_of_cap = 1.0
+        x = dots * (scale * LOG2E)
     if FLAGS[2]:
         x -= (slope * LOG2E) * tl.abs(rows + diagonal - cols).to(tl.float32)
     if bias_ptr is not None:

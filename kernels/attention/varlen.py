@@ -26,7 +26,8 @@ from trilith.kernels._runtime.checks import (
 )
 from trilith.kernels._runtime.random import draw_seed, reference_keep_mask
 from trilith.kernels.attention import sharding
-from trilith.kernels.attention.functions import LARGEST_HEAD_DIM, score_window
+from trilith.kernels.attention.config import LARGEST_HEAD_DIM
+from trilith.kernels.attention.functions import known_precision, known_score_mod, score_window
 from trilith.kernels.attention.launchers import AttentionCall, Packed, sink_gradient
 from trilith.kernels.attention.reference import attend
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
@@ -70,9 +71,11 @@ def _varlen_fwd(
     alignment: str,
     left: int,
     right: int,
+    score_mod: str = "",
+    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, lse, lse2 = _out(q, v)
-    rest = (scale, softcap, p, alignment, left, right)
+    rest = (scale, softcap, p, alignment, left, right, score_mod, precision)
     call = _call(q, k, v, cu_seqlens_q, cu_seqlens_k, bias, slopes, seed, *rest)
     call.forward(sinks, _as_batch(out), lse, lse2)
     return out, lse, lse2
@@ -137,6 +140,8 @@ def varlen_reference(
     alignment: str,
     left: int,
     right: int,
+    score_mod: str = "",
+    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
     """Attention of each sequence by itself, one after the other; reads the lengths on the host."""
     begin, end = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -161,6 +166,8 @@ def varlen_reference(
             alignment,
             left,
             right,
+            score_mod,
+            n,
         )
         outs.append(_packed(out))
         lses.append(lse[0])
@@ -174,7 +181,7 @@ def varlen_reference(
 def _cost(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, *rest: Any) -> Cost:
     """As if all sequences had one length."""
     (total, H, D), Dv = q.shape, v.shape[2]
-    pairs = H * total * k.shape[0] // max(1, cu_q.shape[0] - 1) // (2 if rest[-1] >= 0 else 1)
+    pairs = H * total * k.shape[0] // max(1, cu_q.shape[0] - 1) // (2 if rest[10] >= 0 else 1)
     out_bytes, lse_bytes = total * H * Dv * q.element_size(), total * H * 4
     inputs = sum(t.numel() * t.element_size() for t in (q, k, v))
     bias_bytes = 0 if rest[1] is None else rest[1].numel() * rest[1].element_size()
@@ -247,14 +254,16 @@ def varlen_attention(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    score_mod: str | None = None,
+    precision: str = "ieee",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of B sequences that lie one behind the other, of any lengths, also of none.
 
     Args:
-        q: (total queries, H, D), D from 1 to 256; any strides, as for all floating tensors here.
+        q: (total queries, H, D), D from 1 to 512; any strides, as for all floating tensors here.
         k: (total keys, Hkv, D), q's dtype. Hkv divides H.
-        v: (total keys, Hkv, Dv), q's dtype; Dv from 1 to 256.
+        v: (total keys, Hkv, Dv), q's dtype; Dv from 1 to 512.
         cu_seqlens_q: (B + 1,) int32 or int64 on q's device: where each sequence's queries begin,
             from 0 to the total, or less: rows past the last sequence have output 0, lse -inf and
             gradients 0. The values are not checked, for that would wait for the device.
@@ -270,6 +279,7 @@ def varlen_attention(
         sinks: (H,), one more score per head, without a value.
         dropout_p: the probability that a weight is dropped.
         scale: 1 / sqrt(D) if None.
+        score_mod, precision: as `attention`; positions are counted in each sequence.
         return_lse: whether to return the log-sum-exp of the scores too.
 
     Returns:
@@ -277,7 +287,7 @@ def varlen_attention(
         Both are differentiable. A query that sees no key has output 0, lse -inf, and gradients 0.
 
     Raises:
-        NotImplementedError: a head dim above 256 where kernels run.
+        NotImplementedError: a head dim above 512 where kernels run.
         TypeError: a dtype that does not fit.
         ValueError: shapes that do not fit, a value out of range.
 
@@ -305,6 +315,7 @@ def varlen_attention(
     slopes = _check_terms(q, cu_seqlens_q.shape[0] - 1, bias, alibi_slopes, sinks)
     scale = 1 / math.sqrt(max(1, q.shape[2])) if scale is None else scale
     rest = (scale, softcap or 0.0, dropout_p, alignment, left, right)
+    rest += (known_score_mod(_NAME, score_mod), known_precision(_NAME, precision))
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, bias, slopes, sinks)
     seed = None
     provider = VARLEN_ATTENTION.choose(*tensors, None, *rest)

@@ -190,10 +190,11 @@ def test_pairs_of_options(pair):
 
 
 HEAD_DIMS = ((1, 1), (3, 17), (40, 40), (64, 128), (80, 80), (96, 160), (160, 8), (256, 256))
+WIDE = ((512, 512), (300, 40), (64, 387))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=dtype_name)
-@pytest.mark.parametrize(("D", "Dv"), HEAD_DIMS)
+@pytest.mark.parametrize(("D", "Dv"), HEAD_DIMS + WIDE)
 def test_head_dims(D, Dv, dtype):
     check(call(*qkv(33, 34, D, Dv, B=1, Hkv=1, dtype=dtype), right=0))
 
@@ -616,9 +617,19 @@ BAD_CALLS = {
     ),
     "probability": (lambda q, k, v: attention(q, k, v, dropout_p=-0.1), ValueError, "dropout_p"),
     "head_dim": (
-        lambda q, k, v: attention(*(t.repeat(1, 1, 1, 20) for t in (q, k, v))),
+        lambda q, k, v: attention(*(t.repeat(1, 1, 1, 33) for t in (q, k, v))),
         NotImplementedError,
-        "kernels for head dims up to 256, got 320 and 320",
+        "kernels for head dims up to 512, got 528 and 528",
+    ),
+    "score_mod": (
+        lambda q, k, v: attention(q, k, v, score_mod="acme.nothing"),
+        ValueError,
+        "score_mod must be one of those registered: [",
+    ),
+    "precision": (
+        lambda q, k, v: attention(q, k, v, precision="bf16"),
+        ValueError,
+        'precision must be "ieee" or "tf32"',
     ),
 }
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from tests.support.devices import DTYPES
 from trilith.kernels._runtime import device, launch
 from trilith.kernels.attention import config
+from trilith.kernels.attention.launchers import AttentionCall
+from trilith.kernels.attention.tables import TABLES
 from trilith.plugins import manager, registry
 
 ARCHITECTURES = {(8, 0): "sm_80", (8, 9): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}
@@ -63,17 +65,21 @@ def test_launch_tables_are_keyed_by_the_generation(monkeypatch, capability):
     assert device._architecture_of.__wrapped__(0) == "gfx942"
 
 
-@pytest.mark.parametrize("arch", config._HALF)
+@pytest.mark.parametrize("arch", TABLES)
 @pytest.mark.parametrize("kernel", ["fwd", "dkdv", "dq", "dbias"])
 def test_the_wider_head_dim_chooses_attentions_tiles(monkeypatch, arch, kernel):
     monkeypatch.setattr(config, "INTERPRETING", False)
     with device.assume_architecture(arch):
         for dtype in DTYPES:
-            q = torch.empty(1, 1, 4, 64, dtype=dtype)
-            for narrow, wide in ((64, 128), (64, 256), (16, 256), (128, 256)):
-                found = config.tiles_for(kernel, q, narrow, wide, True)
-                assert found == config.tiles_for(kernel, q, wide, narrow, True)
-                assert found == config.tiles_for(kernel, q, wide, wide, True)
+            for narrow, wide in ((64, 128), (64, 256), (16, 256), (128, 256), (64, 512)):
+                found = []
+                for d, dv in ((narrow, wide), (wide, narrow), (wide, wide)):
+                    q, v = (torch.empty(1, 1, 4, n, dtype=dtype) for n in (d, dv))
+                    terms = (None, None, None, None, 1.0, 0.0, 0.0, "top_left", -1, -1)
+                    options = AttentionCall(q, q, v, *terms).options(kernel)
+                    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+                    found.append([options[n] for n in names])
+                assert found[0] == found[1] == found[2]
 
 
 def costs():

@@ -185,7 +185,7 @@ def test_the_grid_has_a_tile_more_for_each_sequence():
     finally:
         observers.remove(observe)
     ((grid, options),) = grids
-    assert grid == (2 * (sum(QUERIES) // options["BLOCK_M"] + len(QUERIES) + 1),)
+    assert grid == (2 * (sum(QUERIES) // options["BLOCK_M"] + len(QUERIES) + 1), 1)
 
 
 def test_a_bias_that_is_too_short_reads_as_zero():

@@ -469,7 +469,7 @@ MUTANTS = (
     ),
     Mutant(
         "attention_bias_gradient_of_the_last_sharer",
-        _ATTENTION_QUERIES,
+        "trilith.kernels.attention.backward_bias",
         "dbias += ds",
         "dbias = ds",
         _ATTENTION_TESTS + " -k bias",
@@ -693,9 +693,9 @@ MUTANTS = (
     ),
     Mutant(
         "attention_gradient_of_an_unseen_head_dim",
-        "trilith.kernels.attention.config",
-        "[max(64, block_d, block_dv)]",
-        "[max(64, block_d)]",
+        "trilith.kernels.attention.launchers",
+        "self._precision, max(block_d, block_dv), self._is_plain",
+        "self._precision, block_d, self._is_plain",
         "tests/kernels/test_launch.py",
     ),
     Mutant(
