@@ -100,7 +100,7 @@ def _check(given: argparse.Namespace) -> int:
     device = None if given.device is None else torch.device(given.device)
     wrong = 0
     mods = named_score_mods(manager, given.name)
-    checked = [check_score_mod(mod, manager.registry, device) for mod in mods]
+    checked = [check_score_mod(mod, device) for mod in mods]
     checked += [check_op(op, device) for op in named_ops(manager, given.name, required=not mods)]
     for rows in checked:
         provider = ""

@@ -19,7 +19,7 @@ from trilith.plugins.conformance import (
 )
 from trilith.plugins.manager import Manager
 from trilith.plugins.op import Op
-from trilith.plugins.registry import Registry
+from trilith.plugins.registry import Registry, registry
 from trilith.plugins.spec import Sample, ScoreMod
 
 # How many of an op's samples a check takes where an interpreter runs the kernels.
@@ -175,7 +175,7 @@ def check_op(op: Op, device: torch.device | None = None) -> Iterator[Row]:
 
 
 def check_score_mod(
-    mod: ScoreMod, registry: Registry, device: torch.device | None = None
+    mod: ScoreMod, device: torch.device | None = None, registry: Registry = registry
 ) -> Iterator[Row]:
     """Attention's numbers and gradients with this score mod, against its reference in float64."""
     device = default_device() if device is None else device

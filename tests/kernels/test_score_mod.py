@@ -176,7 +176,7 @@ def test_the_checks_find_a_wrong_derivative():
 
     if wrong.name not in registry.score_mod_names():
         assert manager.add("wrong-mod", Plugin)
-    rows = check_score_mod(wrong, registry)
+    rows = check_score_mod(wrong)
     assert not next(rows).reason
     assert next(rows).reason
     assert named_score_mods(manager, "wrong-mod") == [wrong]
