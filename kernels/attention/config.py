@@ -35,15 +35,20 @@ _CACHE_BYTES = 24 << 20
 def tiles_for(kernel: str, q: Tensor, precision: str, head_dim: int, is_plain: bool) -> Tiles:
     """The tiles of `kernel` (fwd, dkdv, dq, dbias) for q's device and dtype.
 
-    `head_dim` is the wider of both, a power of two.
+    `head_dim` is the wider of both, a power of two. With tf32 a row takes the bytes, and the matrix
+    instructions, of a 16-bit row twice as long.
     """
     if INTERPRETING and q.device.type == "cpu":
         return _INTERPRETED
-    dtypes = "half"
-    if q.dtype == torch.float32:
-        dtypes = "tf32" if precision == "tf32" else "single"
-    plain, laden = TABLES[architecture(q.device)][dtypes][kernel, max(64, head_dim)]
-    return Tiles(*(plain if is_plain else laden))
+    head_dim = max(64, head_dim)
+    is_single = q.dtype == torch.float32 and precision == "ieee"
+    is_tf32 = q.dtype == torch.float32 and not is_single
+    if is_tf32:
+        head_dim = min(2 * head_dim, LARGEST_HEAD_DIM)
+    table = TABLES[architecture(q.device)]["single" if is_single else "half"]
+    plain, laden = table[kernel, head_dim]
+    tiles = Tiles(*(plain if is_plain else laden))
+    return tiles._replace(chunk=tiles.chunk // 2) if is_tf32 else tiles
 
 
 def heads_together(first: Tensor, second: Tensor, group: int = 1) -> int:
