@@ -12,6 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trilith.blocks.cache_checks import (
+    counts_of,
+    on_device,
+    require_fit,
+    require_positive,
+    require_stored,
+    shorter,
+)
 from trilith.kernels import decode_attention
 from trilith.kernels.attention.cache import CACHE_APPEND
 
@@ -30,8 +38,7 @@ class KVCache(nn.Module):
 
     def __init__(self, max_len: int) -> None:
         super().__init__()
-        if max_len < 1:
-            raise ValueError(f"KVCache: max_len must be positive, got {max_len}")
+        require_positive("KVCache", max_len=max_len)
         self.max_len = max_len
         self.filled: list[int] = []
         for name in ("k", "v", "lengths"):
@@ -49,7 +56,7 @@ class KVCache(nn.Module):
         Raises:
             ValueError: a sequence has no room for them, or shapes do not fit; nothing is changed.
         """
-        counts = _counts_of("KVCache", self._expected, self.filled, k)
+        counts = counts_of("KVCache", self._expected, self.filled, k, v)
         filled = [n + new for n, new in zip(self.filled or [0] * len(counts), counts, strict=True)]
         if max(filled, default=0) > self.max_len:
             raise ValueError(
@@ -59,26 +66,32 @@ class KVCache(nn.Module):
         if self.k is None:
             self.k, self.v = (t.new_zeros(*t.shape[:2], self.max_len, t.shape[3]) for t in (k, v))
             self.lengths = torch.zeros(len(k), dtype=torch.int32, device=k.device)
-        _require_fit("KVCache", k, self.k[:, :, :1])
-        _require_fit("KVCache", v, self.v[:, :, :1])
-        new = _on_device(counts, k)
+        require_fit("KVCache", k, self.k[:, :, :1])
+        require_fit("KVCache", v, self.v[:, :, :1])
+        new = on_device(counts, k)
         caches = (self.k.transpose(1, 2), self.v.transpose(1, 2))
         CACHE_APPEND(*caches, k, v, self.lengths, new, None)
         self.lengths += k.shape[2] if new is None else new
         self.filled, self._expected = filled, None
 
     def attend(self, q: Tensor, **options: Any) -> Any:
-        """`decode_attention` of the last tokens' queries (B, H, T, D) over all that is stored."""
+        """`decode_attention` of the last tokens' queries (B, H, T, D) over all that is stored.
+
+        Raises:
+            ValueError: nothing is stored yet.
+        """
+        require_stored(self)
         return decode_attention(q, self.k, self.v, self.lengths, **options)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget what a sequence has beyond `length`; 0 makes its row free for another."""
-        self.filled[sequence] = _shorter("KVCache", self.filled[sequence], length)
+        self.filled[sequence] = shorter("KVCache", self.filled[sequence], length)
         self.lengths[sequence] = length
 
     @torch.no_grad()
     def reorder(self, sequences: Sequence[int]) -> None:
         """Row i becomes what row sequences[i] was, as beam search wants it."""
+        require_stored(self)
         at = torch.tensor(sequences, device=self.k.device)
         self.k, self.v, self.lengths = self.k[at], self.v[at], self.lengths[at]
         self.filled = [self.filled[i] for i in sequences]
@@ -112,9 +125,8 @@ class PagedKVCache(nn.Module):
 
     def __init__(self, num_blocks: int, block_size: int, max_len: int) -> None:
         super().__init__()
-        for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
-            if value < 1:
-                raise ValueError(f"PagedKVCache: {name} must be positive, got {value}")
+        sizes = {"num_blocks": num_blocks, "block_size": block_size, "max_len": max_len}
+        require_positive("PagedKVCache", **sizes)
         self.block_size = block_size
         self.max_len = max_len
         self.filled: list[int] = []
@@ -134,7 +146,7 @@ class PagedKVCache(nn.Module):
             ValueError: a sequence grows too long, the blocks run out, or shapes do not fit;
                 nothing is changed.
         """
-        counts = _counts_of("PagedKVCache", self._expected, self.filled, k)
+        counts = counts_of("PagedKVCache", self._expected, self.filled, k, v)
         before = self.filled or [0] * len(counts)
         filled = [n + new for n, new in zip(before, counts, strict=True)]
         owned = self.blocks or [[] for _ in counts]
@@ -147,16 +159,17 @@ class PagedKVCache(nn.Module):
             )
         if self.k is None:
             self._allocate(k, v)
-        _require_fit("PagedKVCache", k, self.k.transpose(1, 2)[:1], batch=False)
-        _require_fit("PagedKVCache", v, self.v.transpose(1, 2)[:1], batch=False)
+        require_fit("PagedKVCache", k, self.k.transpose(1, 2)[:1], batch=False)
+        require_fit("PagedKVCache", v, self.v.transpose(1, 2)[:1], batch=False)
         self.blocks, self.filled, self._expected = owned, filled, None
         self._take(wanted)
-        new = _on_device(counts, k)
+        new = on_device(counts, k)
         CACHE_APPEND(self.k, self.v, k, v, self.lengths, new, self.block_table)
         self.lengths += k.shape[2] if new is None else new
 
     def attend(self, q: Tensor, **options: Any) -> Any:
-        """`decode_attention` of the last tokens' queries (B, H, T, D) over all that is stored."""
+        """As `KVCache.attend`."""
+        require_stored(self)
         table = self.block_table
         return decode_attention(q, self.k, self.v, self.lengths, block_table=table, **options)
 
@@ -166,7 +179,7 @@ class PagedKVCache(nn.Module):
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget what a sequence has beyond `length`, and give back the blocks behind it."""
-        self.filled[sequence] = _shorter("PagedKVCache", self.filled[sequence], length)
+        self.filled[sequence] = shorter("PagedKVCache", self.filled[sequence], length)
         kept = -(-length // self.block_size)
         self.free_blocks += reversed(self.blocks[sequence][kept:])
         del self.blocks[sequence][kept:]
@@ -203,37 +216,3 @@ class PagedKVCache(nn.Module):
             f"block_size={self.block_size}, max_len={self.max_len}, filled={self.filled}, "
             f"{len(self.free_blocks)} blocks free"
         )
-
-
-def _counts_of(
-    name: str, expected: Sequence[int] | None, filled: Sequence[int], k: Tensor
-) -> list[int]:
-    B, _, T, _ = k.shape
-    counts = [T] * B if expected is None else list(expected)
-    if len(counts) != B or (filled and len(filled) != B):
-        raise ValueError(f"{name}: keys must be of {len(filled or counts)} sequences, got {B}")
-    if not all(0 <= n <= T for n in counts):
-        raise ValueError(f"{name}: counts must be from 0 to {T}, got {counts}")
-    return counts
-
-
-def _on_device(counts: Sequence[int], k: Tensor) -> Tensor | None:
-    """None where every sequence takes all of its tokens."""
-    if all(n == k.shape[2] for n in counts):
-        return None
-    return torch.tensor(counts, dtype=torch.int32, device=k.device)
-
-
-def _require_fit(name: str, new: Tensor, like: Tensor, batch: bool = True) -> None:
-    ours, theirs = ((*t.shape[0 if batch else 1 : 2], t.shape[3]) for t in (like, new))
-    if ours != theirs or new.dtype != like.dtype or new.device != like.device:
-        raise ValueError(
-            f"{name}: keys and values must fit those stored, {like.dtype} {ours} on {like.device}, "
-            f"got {new.dtype} {theirs} on {new.device}"
-        )
-
-
-def _shorter(name: str, filled: int, length: int) -> int:
-    if not 0 <= length <= filled:
-        raise ValueError(f"{name}: length must be from 0 to {filled}, got {length}")
-    return length

@@ -31,6 +31,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"generate: temperature must be 0 or positive, got {self.temperature}")
+        if not isinstance(self.top_k, int | None):
+            raise TypeError(f"generate: top_k must be an int, got {type(self.top_k).__name__}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"generate: top_k must be at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -58,7 +60,7 @@ def generate(
     """The prompts and their continuations, 1-D each; see `TransformerLM.generate`."""
     steps = list(stream(model, prompts, max_new_tokens, **options))
     device = model.embedding.weight.device
-    texts = [prompt.to(device) for prompt in prompts]
+    texts = _texts(prompts, device)
     if not steps:
         return texts
     new = torch.stack(steps, dim=1)
@@ -77,7 +79,14 @@ def stream(
     """Yield the next ids (B,), -1 where a sequence has ended; arguments are checked at once."""
     choose = Sampling(**sampling)
     device = model.embedding.weight.device
-    texts = [prompt.to(device) for prompt in prompts]
+    texts = _texts(prompts, device)
+    if not isinstance(max_new_tokens, int):
+        kind = type(max_new_tokens).__name__
+        raise TypeError(f"generate: max_new_tokens must be an int, got {kind}")
+    if isinstance(stop_tokens, int):
+        raise TypeError(
+            f"generate: stop_tokens must be several ids, got {stop_tokens}; give [{stop_tokens}]"
+        )
     _require_room(model, texts, max_new_tokens)
     obstacle = cache_obstacle(model)
     if use_cache and obstacle is not None:
@@ -206,12 +215,22 @@ def _attentions(block: nn.Module) -> list[Any]:
     return [module for module in block.modules() if hasattr(module, "cache")]
 
 
+def _texts(prompts: Tensor | Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """int64 ids on the device; sequences of ints are taken too."""
+    texts = [torch.as_tensor(prompt) for prompt in prompts]
+    for text in texts:
+        if text.numel() and (text.is_floating_point() or text.dtype == torch.bool):
+            raise TypeError(f"generate: prompts must be integer token ids, got {text.dtype}")
+    return [text.to(device, torch.long) for text in texts]
+
+
 def _require_room(model: nn.Module, texts: list[Tensor], new: int) -> None:
     if not texts or any(text.ndim != 1 or not len(text) for text in texts):
         shapes = [tuple(text.shape) for text in texts]
-        raise ValueError(f"generate: prompts must be 1-D tensors of token ids, got {shapes}")
-    if any(text.is_floating_point() or text.dtype == torch.bool for text in texts):
-        raise TypeError("generate: prompts must be integer token ids")
+        raise ValueError(
+            "generate: prompts must be 1-D tensors of at least one token id, a batch of them, got "
+            f"{shapes}; a single prompt is given as prompt[None]"
+        )
     if new < 0:
         raise ValueError(f"generate: max_new_tokens must not be negative, got {new}")
     limits: list[Any] = [

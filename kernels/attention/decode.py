@@ -247,7 +247,8 @@ def decode_attention(
         require(softcap > 0, _NAME, "softcap", "be positive", softcap)
     left = -1
     if window is not None:
-        valid = len(window) == 2 and all(n is None or n >= 0 for n in window)
+        valid = isinstance(window, tuple | list) and len(window) == 2
+        valid = valid and all(n is None or n >= 0 for n in window)
         require(valid, _NAME, "window", "be (left, right), each None or not negative", window)
         left = -1 if window[0] is None else window[0]
     slopes = _slopes(q, alibi_slopes)
@@ -284,6 +285,10 @@ def _check(
     table: Tensor | None,
     sinks: Tensor | None,
 ) -> None:
+    for arg, given in (("cache_lengths", lengths), ("block_table", table)):
+        if not isinstance(given, Tensor | None):
+            kind = type(given).__name__
+            raise TypeError(f"{_NAME}: {arg} must be an integer tensor, got {kind}")
     require_floating(_NAME, q=q, k_cache=k, v_cache=v, sinks=sinks)
     rest = {"cache_lengths": lengths, "block_table": table, "sinks": sinks}
     require_same_device(_NAME, q, k_cache=k, v_cache=v, **rest)

@@ -128,6 +128,13 @@ def test_tokens_that_do_not_fit_change_nothing(kind):
     for wrong in ((k.half(), v.half()), (k[:2], v[:2]), (k[:, :1], v), (k, v[..., :3])):
         with pytest.raises(ValueError, match="KVCache: keys"):
             cache.append(*wrong)
+    with pytest.raises(
+        ValueError, match=r"one B, Hkv and T, got \(3, 2, 2, 8\)"
+    ):
+        cache.append(k, v[:, :, :1])
+    cache.expect([1])
+    with pytest.raises(ValueError, match=r"expect must be given 3 counts, got \[1\]"):
+        cache.append(k, v)
     cache.expect([1, 2, 3])
     with pytest.raises(ValueError, match=r"counts must be from 0 to 2, got \[1, 2, 3\]"):
         cache.append(k, v)
@@ -167,6 +174,8 @@ def test_a_cache_is_not_part_of_a_models_state(kind):
     cache = make(kind)
     cache.append(*tokens(2))
     assert not cache.state_dict()
+    with pytest.raises(ValueError, match="something must be appended first"):
+        make(kind).attend(torch.zeros(B, 2, 1, D))
     for wrong in ({"rows": lambda: KVCache(0), "pages": lambda: PagedKVCache(0, 4, 8)}[kind],):
         with pytest.raises(ValueError, match="must be positive, got 0"):
             wrong()

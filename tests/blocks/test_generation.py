@@ -198,14 +198,26 @@ def test_text_fills_the_positions_to_the_last(use_cache):
         ({"max_new_tokens": -1}, "max_new_tokens must not be negative, got -1"),
         ({"prompts": []}, "prompts must be 1-D"),
         ({"prompts": [torch.zeros(0).long()]}, "prompts must be 1-D"),
+        ({"prompts": torch.zeros(3).long()}, "prompts must be 1-D .* given as prompt"),
+        ({"prompts": [torch.zeros(3)]}, "prompts must be integer token ids, got torch.float32"),
+        ({"top_k": 2.5}, "top_k must be an int, got float"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens must be an int, got float"),
+        ({"stop_tokens": 5}, r"stop_tokens must be several ids, got 5; give \[5\]"),
     ],
 )
 def test_bad_options_are_refused_at_once(options, message):
     given = {"prompts": prompts(2), "max_new_tokens": 1, **options}
-    with pytest.raises(ValueError, match=f"generate: {message}"):
+    with pytest.raises((ValueError, TypeError), match=f"generate: {message}"):
         model_of().generate_stream(**given)
 
 
 def test_no_new_tokens_gives_the_prompts():
     texts = prompts(2, 3)
     assert all(map(torch.equal, model_of().generate(texts, 0), texts))
+
+
+def test_prompts_of_any_integers_are_one_text():
+    model, (text,) = model_of(), prompts(4)
+    expected = model.generate([text], 3)[0]
+    for given in ([text.tolist()], text[None].to(torch.uint8), [text.int()]):
+        assert torch.equal(model.generate(given, 3)[0], expected)

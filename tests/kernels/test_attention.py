@@ -132,61 +132,13 @@ def test_lengths(T, S):
     check(call(*qkv(T, S, B=1), **band))
 
 
-@pytest.mark.parametrize("band", CAUSAL, ids=str)
-@pytest.mark.parametrize(("T", "S"), [(65, 65), (33, 127), (127, 33)])
-def test_bands(T, S, band):
-    check(call(*qkv(T, S), **band))
-
-
-OPTIONS = {
-    "top_left": lambda T, S: {"alignment": "top_left", "right": 0},
-    "bottom_right": lambda T, S: {"alignment": "bottom_right", "right": 0},
-    "window": lambda T, S: {"left": 9, "right": 4},
-    "left_window": lambda T, S: {"left": 20},
-    "boolean": lambda T, S: {"bias": randn(2, 1, T, S) > -0.5},
-    "bias": lambda T, S: {"bias": randn(1, 2, T, S)},
-    "row_bias": lambda T, S: {"bias": randn(1, 1, 1, S)},
-    "key_mask": lambda T, S: {"key_mask": torch.rand(2, S, device=DEVICE) > 0.3},
-    "slopes": lambda T, S: {"slopes": randn(1, 2).abs() / 8},
-    "sinks": lambda T, S: {"sinks": randn(2)},
-    "softcap": lambda T, S: {"softcap": 1.5},
-    "dropout": lambda T, S: {"p": 0.3, "seed": torch.tensor([2**35 + 3], device=DEVICE)},
-    "negative_scale": lambda T, S: {"scale": -0.4},
-    "grouped": lambda T, S: {},
-    "value_dim": lambda T, S: {},
-}
-OVERLAPPING = ({"top_left", "bottom_right", "window"}, {"boolean", "bias", "row_bias"})
-OVERLAPPING += ({"window", "left_window"},)
-
-
-def options(names, T, S, D=16, dtype=torch.float32):
-    given = {}
-    for name in names:
-        given |= OPTIONS[name](T, S)
-    given = {
-        n: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
-        for n, t in given.items()
-    }
-    Hkv = 1 if "grouped" in names else 2
-    Dv = 24 if "value_dim" in names else D
-    return call(*qkv(T, S, D, Dv, Hkv=Hkv, dtype=dtype), **given)
-
-
-def pairs():
-    for pair in itertools.combinations(OPTIONS, 2):
-        if not any(set(pair) <= clash for clash in OVERLAPPING):
-            yield pytest.param(pair, id="-".join(pair))
-
-
-@by_dtype
-@pytest.mark.parametrize("option", OPTIONS)
-def test_options(option, dtype):
-    check(options([option], 65, 47, dtype=dtype))
-
-
-@pytest.mark.parametrize("pair", list(pairs()))
-def test_pairs_of_options(pair):
-    check(options(pair, 35, 43))
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=dtype_name)
+def test_features_together(dtype):
+    """Few and large; every pair of features is in test_attention_pairs."""
+    slopes = randn(1, 2).abs() / 8
+    given = {"bias": randn(1, 2, 65, 47, dtype=dtype), "sinks": randn(2, dtype=dtype)}
+    given |= {"slopes": slopes.to(dtype), "softcap": 1.5, "left": 30, "right": 4}
+    check(call(*qkv(65, 47, Dv=24, Hkv=1, dtype=dtype), **given))
 
 
 HEAD_DIMS = ((1, 1), (3, 17), (40, 40), (64, 128), (80, 80), (96, 160), (160, 8), (256, 256))

@@ -212,6 +212,9 @@ def test_a_gradient_is_refused_with_advice():
 Q, K, N = torch.zeros(2, 4, 1, 8), torch.zeros(2, 2, 5, 8), torch.zeros(2, dtype=torch.int32)
 ERRORS = {
     "lengths": (ValueError, r"cache_lengths must have shape \(2,\)", (Q, K, K, N[:1]), {}),
+    "listed_lengths": (TypeError, "cache_lengths must be an integer tensor, got list")
+    + ((Q, K, K, [5, 5]), {}),
+    "window_alone": (ValueError, "window must be .* got 4", (Q, K, K, N), {"window": 4}),
     "float_lengths": (TypeError, "cache_lengths must be int32 or int64", (Q, K, K, N.float()), {}),
     "head_dim": (ValueError, "k_cache must have shape", (Q, K[..., :4], K, N), {}),
     "values": (ValueError, "v_cache must have shape", (Q, K, K[:, :, :4], N), {}),

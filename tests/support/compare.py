@@ -117,9 +117,12 @@ def assert_fair(actual, expected, eager, rows=1):
     actual, expected, eager = (t.double()[finite] for t in (actual, expected, eager.to(actual)))
     if not actual.numel():
         return
-    bound = _WORST[dtype] * (eager - expected).abs().max() + 1e-5 * max(1, expected.abs().max())
+    largest = expected.abs().max()
+    # few elements of eager.s may have missed what one rounding costs: half an ulp of the largest
+    yardstick = max((eager - expected).abs().max(), torch.finfo(dtype).eps / 2 * largest)
+    bound = _WORST[dtype] * yardstick + 1e-5 * max(1, largest)
     if actual.numel() < 64:
-        bound += torch.finfo(dtype).eps * max(4 * expected.abs().max(), rows**0.5)
+        bound += torch.finfo(dtype).eps * max(4 * largest, rows**0.5)
     error = (actual - expected).abs().max()
     assert error <= bound, f"error {error:.3g}, bound {bound:.3g}"
 

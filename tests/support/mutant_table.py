@@ -23,6 +23,7 @@ _ATTENTION_FORWARD = "trilith.kernels.attention.forward"
 _ATTENTION_BACKWARD = "trilith.kernels.attention.backward"
 _ATTENTION_QUERIES = "trilith.kernels.attention.backward_queries"
 _ATTENTION_TESTS = "tests/kernels/test_attention.py"
+_PAIRS = "tests/kernels/test_attention_pairs.py"
 _DECODE = "trilith.kernels.attention.decode_kernel"
 _DECODE_TESTS = "tests/kernels/test_decode_attention.py"
 _MERGE = "trilith.kernels.attention.merge"
@@ -402,7 +403,7 @@ MUTANTS = (
         _ATTENTION_BACKWARD,
         "band = band_of(low, high, diagonal, T, S, FLAGS)",
         "band = band_of(low, high + 1, diagonal, T, S, FLAGS)",
-        _ATTENTION_TESTS + " -k test_bands",
+        _ATTENTION_TESTS + " -k test_lengths",
     ),
     Mutant(
         "attention_delta_left_out",
@@ -437,14 +438,14 @@ MUTANTS = (
         _ATTENTION_BACKWARD,
         "offs_m, start_n, mask_cols, scalars[2]",
         "offs_m + 1, start_n, mask_cols, scalars[2]",
-        _ATTENTION_TESTS + " -k dropout",
+        _PAIRS + " -k dropped",
     ),
     Mutant(
         "attention_dq_dropout_elsewhere",
         _ATTENTION_QUERIES,
         "offs_m, start_n, sizes[4], scalars[2]",
         "offs_m + 1, start_n, sizes[4], scalars[2]",
-        _ATTENTION_TESTS + " -k dropout",
+        _PAIRS + " -k dropped",
     ),
     Mutant(
         "attention_lse_in_base_2",
@@ -479,14 +480,14 @@ MUTANTS = (
         _ATTENTION_BACKWARD,
         "ds = p * (dp - delta[None, :]) * slope_of_cap",
         "ds = p * (dp - delta[None, :])",
-        _ATTENTION_TESTS + " -k softcap",
+        _PAIRS + " -k capped",
     ),
     Mutant(
         "attention_alignment_lost_by_alibi",
         _ATTENTION_TILES,
         "tl.abs(rows + diagonal - cols)",
         "tl.abs(rows - cols)",
-        _ATTENTION_TESTS + " -k slopes",
+        _PAIRS + " -k 'of_heads or of_batch'",
     ),
     Mutant(
         "merged_lse_left_out_of_the_gradient",
@@ -682,14 +683,14 @@ MUTANTS = (
         "trilith.kernels.attention.launchers",
         "sums.sum_to_size(slopes.shape)",
         "sums[: slopes.shape[0]]",
-        _ATTENTION_TESTS + " -k slopes",
+        _PAIRS + " -k 'of_heads or of_batch'",
     ),
     Mutant(
         "attention_sink_gradient_without_its_sign",
         "trilith.kernels.attention.launchers",
         "return -torch.where",
         "return torch.where",
-        _ATTENTION_TESTS + " -k sink",
+        _PAIRS + " -k sinks",
     ),
     Mutant(
         "attention_gradient_of_an_unseen_head_dim",
