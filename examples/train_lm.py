@@ -1,6 +1,7 @@
 """Train a byte-level language model on Python's standard library, or on a text of your own.
 
 python -m examples.train_lm [--text PATH] [--preset small|gpt2-small] [--resume]
+torchrun --nproc-per-node 4 -m examples.train_lm --parallel ddp|fsdp|tp|fsdp+tp [--resume]
 
 Writes to runs/train_lm/: checkpoint.safetensors, loss.png, sample.txt and metrics.json.
 """
@@ -17,6 +18,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file too
@@ -31,6 +33,7 @@ try:
     import trilith
     from examples.lm import BadInput, data, memory, plot
     from examples.lm.checkpoint import State, replace_file, restore, save
+    from examples.lm.ranks import Ranks, ranks_of, whole
     from examples.lm.settings import Settings, parse, settings_from
     from trilith.blocks import build_lm
 except ModuleNotFoundError as error:
@@ -49,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(argv)
     except BadInput as error:
-        print(f"train_lm: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all of torchrun's processes find the same
+            print(f"train_lm: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
         print("train_lm: the GPU's memory is full; give a smaller --batch", file=sys.stderr)
@@ -65,40 +69,59 @@ def run(argv: list[str] | None) -> int:
     corpus = data.text_file(args.text) if args.text else data.standard_library()
     settings = settings_from(args, corpus.fingerprint())
     data.require_windows(corpus, settings.context)
-    state = fresh_state(settings, corpus, torch.device(args.device))
+    ranks = ranks_of(args, settings.batch)
+    state = fresh_state(settings, corpus, ranks)
     checkpoint = args.out / "checkpoint.safetensors"
     resumed = checkpoint if args.resume == Path() else args.resume
     if resumed is not None:
         restore(resumed, state, settings)
-    prepare(checkpoint, resumed)
-    print(
-        f"{corpus.name}: {len(corpus.train):,} bytes to train on, {len(corpus.held_out):,} held "
-        f"out; {parameters_of(state.model):,} parameters on {args.device}"
-    )
+    ranks.wait()  # until all have read what is put aside now
+    if ranks.first:
+        prepare(checkpoint, resumed)
+        print(
+            f"{corpus.name}: {len(corpus.train):,} bytes to train on, {len(corpus.held_out):,} "
+            f"held out; {parameters_of(state.model):,} parameters on {args.device}"
+        )
     windows = data.held_out_windows(corpus.held_out, settings.context, EVAL_WINDOWS)
     first_step = state.step
     with stop_requests() as stops:
-        seconds = train(state, settings, windows, args, checkpoint, stops)
+        seconds, stopped = train(state, settings, windows, args, checkpoint, stops)
     save(checkpoint, state, settings)
-    if stops:
-        print(
-            f"train_lm: interrupted at step {state.step}, saved; go on with --resume {checkpoint}",
-            file=sys.stderr,
-        )
-        return 128 + stops[0]
+    if stopped:
+        if ranks.first:
+            print(
+                f"train_lm: interrupted at step {state.step}, saved; go on with --resume "
+                f"{checkpoint}",
+                file=sys.stderr,
+            )
+        ranks.close()
+        return 128 + (stops[0] if stops else signal.SIGTERM)
     tokens = (state.step - first_step) * settings.batch * settings.accumulate * settings.context
-    metrics = {
-        "val_loss": evaluate(state.model, windows, state.losses.device),
-        "unigram_loss": data.unigram_loss(corpus.train, windows),
-        "bigram_loss": data.bigram_loss(corpus.train, windows),
-        "tokens_per_s": tokens / seconds if tokens else None,
-        "preset": args.preset,
-        "text": corpus.name,
-        "step_bytes": step_bytes(state, settings, windows),
-    }
-    text = sample(state.model, corpus.held_out[:PROMPT_BYTES], settings)
-    write_results(args.out, state, text, metrics, began)
+    state = alone(state, settings, corpus, args)
+    if ranks.first:
+        metrics = {
+            "val_loss": evaluate(state.model, windows, state.losses.device),
+            "unigram_loss": data.unigram_loss(corpus.train, windows),
+            "bigram_loss": data.bigram_loss(corpus.train, windows),
+            "tokens_per_s": tokens / seconds if tokens else None,
+            "preset": args.preset,
+            "text": corpus.name,
+            "step_bytes": step_bytes(state, settings, windows),
+        }
+        text = sample(state.model, corpus.held_out[:PROMPT_BYTES], settings)
+        write_results(args.out, state, text, metrics, began)
+    ranks.close()
     return 0
+
+
+def alone(state: State, settings: Settings, corpus: data.Corpus, args: Namespace) -> State:
+    """The state with all of the model in this process; every rank must ask."""
+    if state.ranks.world == 1:
+        return state
+    weights = {name: whole(value) for name, value in state.model.state_dict().items()}
+    own = fresh_state(settings, corpus, Ranks(args.device))
+    own.model.load_state_dict(weights)
+    return replace(own, losses=state.losses, step=state.step, evals=state.evals)
 
 
 def write_results(
@@ -151,9 +174,12 @@ def step_bytes(state: State, settings: Settings, windows: Tensor) -> dict[str, i
     return {name: memory.peak_bytes(once, device) for name, once in passes.items()}
 
 
-def fresh_state(settings: Settings, corpus: data.Corpus, device: torch.device) -> State:
+def fresh_state(settings: Settings, corpus: data.Corpus, ranks: Ranks) -> State:
     torch.manual_seed(settings.seed)
-    model = build_lm(settings.model).to(device)
+    model = build_lm(settings.model).to(ranks.device)
+    trained = ranks.spread(model)
+    if ranks.row_ranks > 1:  # other rows, other dropout
+        torch.manual_seed(settings.seed + 1 + ranks.row_rank)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [
@@ -162,8 +188,8 @@ def fresh_state(settings: Settings, corpus: data.Corpus, device: torch.device) -
     ]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
     batches = data.Batches(corpus.train, settings.batch, settings.context, settings.seed)
-    losses = torch.full((settings.steps,), math.nan, device=device)
-    return State(model, optimizer, batches, losses)
+    losses = torch.full((settings.steps,), math.nan, device=ranks.device)
+    return State(model, trained, ranks, optimizer, batches, losses)
 
 
 def prepare(checkpoint: Path, resumed: Path | None) -> None:
@@ -183,14 +209,20 @@ def train(
     args: Namespace,
     checkpoint: Path,
     stops: list[int],
-) -> float:
-    """Train to the last step or to a stop request; returns the seconds spent in training steps."""
+) -> tuple[float, bool]:
+    """Train to the last step or to a stop request.
+
+    Returns the seconds spent in training steps, and whether a stop was asked for.
+    """
     device = state.losses.device
-    seconds = 0.0
-    with tqdm(total=settings.steps, initial=state.step, unit="step") as bar:
-        while state.step < settings.steps and not stops:
+    seconds, stopped = 0.0, bool(stops)
+    with tqdm(
+        total=settings.steps, initial=state.step, unit="step", disable=not state.ranks.first
+    ) as bar:
+        while state.step < settings.steps and not stopped:
             began = time.perf_counter()
-            state.losses[state.step] = train_step(state, settings, device)
+            loss, stopped = state.ranks.agree(train_step(state, settings, device), bool(stops))
+            state.losses[state.step] = loss
             state.step += 1
             if state.step % BAR_EVERY == 0 or state.step == settings.steps:
                 bar.set_postfix(loss=f"{state.losses[state.step - 1].item():.3f}", refresh=False)
@@ -200,20 +232,21 @@ def train(
                 state.evals.append((state.step, evaluate(state.model, windows, device)))
             if state.step % args.save_every == 0:
                 save(checkpoint, state, settings)
-    return seconds
+    return seconds, stopped
 
 
 def train_step(state: State, settings: Settings, device: torch.device) -> Tensor:
-    """One optimizer step over `accumulate` batches; returns their mean loss."""
+    """One optimizer step over `accumulate` batches; returns the mean loss of this rank's rows."""
     state.model.train()
     for group in state.optimizer.param_groups:
         group["lr"] = settings.lr * schedule(state.step, settings)
     state.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=device)
     for _ in range(settings.accumulate):
-        tokens, targets = (part.to(device, non_blocking=True) for part in state.batches.next())
+        drawn = (state.ranks.rows(part) for part in state.batches.next())
+        tokens, targets = (part.to(device, non_blocking=True) for part in drawn)
         with low_precision(device):
-            loss = state.model(tokens, targets) / settings.accumulate
+            loss = state.trained(tokens, targets) / settings.accumulate
         loss.backward()
         total += loss.detach()
     nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from examples.lm import BadInput
 from examples.lm.data import Batches
+from examples.lm.ranks import Ranks, placed_like, whole
 from examples.lm.settings import Settings
 
 _FORMAT = "trilith-train-lm-1"
@@ -25,6 +26,8 @@ class State:
     """Everything that changes while a run trains."""
 
     model: nn.Module
+    trained: nn.Module  # what training calls: the model, or what averages its gradients
+    ranks: Ranks
     optimizer: torch.optim.Optimizer
     batches: Batches
     losses: Tensor  # (steps,), NaN where not yet trained
@@ -57,13 +60,28 @@ def save(path: Path, state: State, settings: Settings) -> None:
         tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
     tensors["losses"] = state.losses
     tensors["rng.batches"] = state.batches.state
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if state.losses.is_cuda:
-        tensors["rng.cuda"] = torch.cuda.get_rng_state(state.losses.device)
+    tensors |= _random_states(state)
     about = {"step": state.step, "evals": state.evals, "settings": settings.describe()}
     metadata = {"format": _FORMAT, "run": json.dumps(about)}
-    whole = {name: value.contiguous() for name, value in tensors.items()}
-    replace_file(path, lambda temporary: save_file(whole, temporary, metadata))
+    found = {name: whole(value).contiguous() for name, value in tensors.items()}
+    if state.ranks.first:
+        replace_file(path, lambda temporary: save_file(found, temporary, metadata))
+
+
+def _random_states(state: State) -> dict[str, Tensor]:
+    """Of every rank, the first one's without a number."""
+    found = {"rng.cpu": torch.get_rng_state()}
+    if state.losses.is_cuda:
+        found["rng.cuda"] = torch.cuda.get_rng_state(state.losses.device)
+    return {
+        _of_rank(name, rank): one
+        for name, own in found.items()
+        for rank, one in enumerate(state.ranks.all_of(own))
+    }
+
+
+def _of_rank(name: str, rank: int) -> str:
+    return f"{name}.{rank}" if rank else name
 
 
 def restore(path: Path, state: State, settings: Settings) -> None:
@@ -82,18 +100,25 @@ def restore(path: Path, state: State, settings: Settings) -> None:
     _require_same(path, about["settings"], settings.describe())
     _require_shapes(path, tensors, state)
 
-    state.model.load_state_dict(_under("model.", tensors))
+    fresh = state.model.state_dict()
+    model = _under("model.", tensors)
+    state.model.load_state_dict({n: placed_like(v, fresh[n]) for n, v in model.items()})
     restored = state.optimizer.state_dict()
     restored["state"] = {}
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     for name, value in _under("optimizer.", tensors).items():
         index, _, key = name.partition(".")
+        if value.shape == parameters[int(index)].shape:
+            value = placed_like(value, parameters[int(index)])
         restored["state"].setdefault(int(index), {})[key] = value
     state.optimizer.load_state_dict(restored)
     state.losses.copy_(tensors["losses"])
     state.batches.state = tensors["rng.batches"].cpu()
-    torch.set_rng_state(tensors["rng.cpu"].cpu())
-    if "rng.cuda" in tensors and state.losses.is_cuda:
-        torch.cuda.set_rng_state(tensors["rng.cuda"].cpu(), state.losses.device)
+    cpu, cuda = (_of_rank(name, state.ranks.rank) for name in ("rng.cpu", "rng.cuda"))
+    if cpu in tensors:  # else there are more ranks than there were
+        torch.set_rng_state(tensors[cpu].cpu())
+    if cuda in tensors and state.losses.is_cuda:
+        torch.cuda.set_rng_state(tensors[cuda].cpu(), state.losses.device)
     state.step = about["step"]
     state.evals = [(int(step), float(loss)) for step, loss in about["evals"]]
 

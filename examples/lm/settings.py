@@ -11,6 +11,7 @@ import torch
 
 from examples.lm import BadInput
 from examples.lm.data import VOCAB_SIZE
+from examples.lm.ranks import MODES
 from trilith.blocks import LMConfig
 
 
@@ -109,6 +110,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="go on from this checkpoint; without a path, from the one in --out",
     )
     add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
+    add("--parallel", choices=MODES, help="over the processes of torchrun; see blocks/parallel")
+    add("--tensor-ranks", type=_positive, default=2, help="of fsdp+tp: that share each layer")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
     add("--save-every", type=_positive, default=200, help="steps between checkpoints")
     add("--eval-every", type=_positive, default=250, help="steps between validations")

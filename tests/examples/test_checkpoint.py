@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from examples.lm import BadInput, checkpoint, data
+from examples.lm.ranks import Ranks
 from examples.lm.settings import PRESETS, Settings
 from examples.train_lm import fresh_state
 from trilith.blocks import LMConfig
@@ -21,7 +22,7 @@ CORPUS = data.Corpus("numbers", torch.arange(100, dtype=torch.uint8), torch.zero
 
 
 def state_of(settings: Settings = TINY, steps: int = 0) -> checkpoint.State:
-    state = fresh_state(settings, CORPUS, torch.device("cpu"))
+    state = fresh_state(settings, CORPUS, Ranks("cpu"))
     for _ in range(steps):
         for parameter in state.model.parameters():
             parameter.grad = torch.randn_like(parameter)
@@ -129,3 +130,30 @@ def test_someone_elses_file_is_refused(tmp_path):
 def test_missing_file_is_said(tmp_path):
     with pytest.raises(BadInput, match="no checkpoint at .*start without --resume"):
         checkpoint.restore(tmp_path / "none", state_of(), TINY)
+
+
+def test_each_rank_goes_on_with_its_own_random_numbers(tmp_path):
+    """The first of two ranks writes both states; a third, which was not there, keeps its own."""
+
+    class Second(Ranks):
+        rank, world = 1, 2
+
+        def all_of(self, state):
+            return [torch.zeros_like(state), state]
+
+        first = True  # to have it write
+
+    path = tmp_path / "c.safetensors"
+    saved = state_of(steps=1)
+    saved.ranks = Second("cpu")
+    checkpoint.save(path, saved, TINY)
+    expected = torch.rand(3)
+    torch.manual_seed(99)
+    checkpoint.restore(path, saved, TINY)
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(99)
+    saved.ranks.rank = 2
+    checkpoint.restore(path, saved, TINY)
+    found = torch.rand(3)
+    torch.manual_seed(99)
+    assert torch.equal(found, torch.rand(3))
