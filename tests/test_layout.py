@@ -112,6 +112,8 @@ PUBLIC = {
     "trilith.blocks.parallel": {
         "context_parallel",
         "context_parallel_attention",
+        "load_checkpoint",
+        "save_checkpoint",
         "pipeline_stage",
         "tensor_parallel_plan",
         "vocab_parallel_cross_entropy",

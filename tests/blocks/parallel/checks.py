@@ -10,7 +10,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -23,7 +24,9 @@ from trilith.blocks import LMConfig, build_lm
 from trilith.blocks.parallel import (
     context_parallel,
     context_parallel_attention,
+    load_checkpoint,
     pipeline_stage,
+    save_checkpoint,
     tensor_parallel_plan,
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
@@ -419,3 +422,41 @@ def dropout_is_in_step_and_apart(sequence):
     before = torch.get_rng_state()
     model(tokens)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@check(worlds=(4,), style=["llama", "gpt"])
+def checkpoints_fit_any_number_of_ranks(style, folder):
+    """Saved by four, in two dimensions; loaded by two, and by one for itself."""
+    mesh, rank, path = mesh_of(2, 2), dist.get_rank(), folder / f"checkpoint-{style}"
+    saved = model_of(style)
+    parallelize_module(saved, mesh["tp"], tensor_parallel_plan(saved))
+    saved = sharded(saved, mesh=mesh["dp"])
+    optimizer = torch.optim.AdamW(saved.parameters(), lr=1e-2)
+    saved(*mine(*batch(), mesh["dp"])).backward()
+    optimizer.step()
+    save_checkpoint(path, saved, optimizer)
+    exact = [whole(p) for p in saved.parameters()]
+    moments = [whole(optimizer.state[p]["exp_avg"]) for p in saved.parameters()]
+    assert not [file for file in path.iterdir() if file.suffix != ".safetensors"]
+
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair = DeviceMesh.from_group(pairs[rank // 2], "cpu")
+    torch.manual_seed(rank)
+    loaded = build_lm(LMConfig(**SIZES | STYLES[style]))
+    options = {"group": pair.get_group()}
+    if rank in (0, 1):
+        sharded(loaded, mesh=pair)
+    elif style == "llama":
+        torch.manual_seed(0)
+        parallelize_module(loaded, pair, tensor_parallel_plan(loaded))
+    else:
+        options = {}
+    again = torch.optim.AdamW(loaded.parameters(), lr=1e-2)
+    load_checkpoint(path, loaded, again, **options)
+    for ours, value, moment in zip(loaded.parameters(), exact, moments, strict=True):
+        assert torch.equal(whole(ours), value)
+        assert torch.equal(whole(again.state[ours]["exp_avg"]), moment)
+        assert again.state[ours]["step"] == 1
+    dist.barrier()
+    with pytest.raises(CheckpointException, match="Missing key in checkpoint.*blocks.2"):
+        load_checkpoint(path, model_of(style, n_layers=3))
