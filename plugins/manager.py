@@ -167,11 +167,16 @@ class Manager:
             raise ValueError(f"no hook found; hooks are {', '.join(sorted(_HOOKS))}")
 
     def _answers(self, plugin: Any, hook: str, kinds: tuple[type, ...]) -> list[Any]:
-        specs = [spec for answer in self._ask(plugin, hook) for spec in answer]
+        if plugin not in (owner for _, owner in self._having(hook)):
+            return []
+        wanted = f"{hook} must return a sequence of {' or '.join(k.__name__ for k in kinds)}"
+        answers = self._ask(plugin, hook)  # pluggy leaves an answer of None out
+        if not answers or isinstance(answers[0], str) or not isinstance(answers[0], Iterable):
+            raise TypeError(f"{wanted}, got {answers[0] if answers else None!r}")
+        specs = list(answers[0])
         for spec in specs:
             if not isinstance(spec, kinds):
-                wanted = " or ".join(kind.__name__ for kind in kinds)
-                raise TypeError(f"{hook} must return a sequence of {wanted}, got {spec!r} in it")
+                raise TypeError(f"{wanted}, got {spec!r} in it")
         return specs
 
     def _ask(self, plugin: Any, hook: str, **arguments: Any) -> Any:
@@ -247,7 +252,9 @@ def _tracing() -> bool:
 def _guarded(stage: str, call: Callable[..., Any], *args: Any) -> Any:
     try:
         return call(*args)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, and what a plugin calls its own
         raise PluginError(stage, error) from error
 
 

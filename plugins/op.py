@@ -7,6 +7,7 @@ the forward and backward ops. A backward under create_graph=True differentiates 
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -142,12 +143,28 @@ class Op:
             raise ValueError(
                 f"{name}: provider {provider!r} must bring forward and backward as a pair"
             )
+        self._require_same_parameters(implementation)
         self._by_provider[provider] = implementation
         self.running.setdefault(provider, implementation)
         self._owners[provider] = owner
         self.implementations.append(implementation)
         self.implementations.sort(key=lambda i: -i.priority)
         self.forget_selections()
+
+    def _require_same_parameters(self, implementation: Implementation) -> None:
+        """That forward can be called as the op's own is."""
+        try:
+            signature = inspect.signature(implementation.forward)
+        except (TypeError, ValueError):  # of a builtin
+            return
+        given = [None] * (self._arity + self.parameters.asks_needs)
+        try:
+            signature.bind(*given)
+        except TypeError as error:
+            raise TypeError(
+                f"{self.spec.name}: provider {implementation.provider!r} must take the parameters "
+                f"{self.signature}, got {signature}: {error}"
+            ) from None
 
     def remove_implementation(self, provider: str) -> None:
         self.implementations.remove(self._by_provider.pop(provider))

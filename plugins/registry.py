@@ -116,7 +116,13 @@ class Registry:
         spec = self._modules.get((slot, name))
         if spec is None:
             raise KeyError(f"no {slot} {name!r}; there are: {', '.join(self.module_names(slot))}")
-        return spec.build(config)
+        module = spec.build(config)
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(
+                f"{slot} {name!r} of {self._owners[slot, name]}: build must return an nn.Module, "
+                f"got {module!r}"
+            )
+        return module
 
     def module_names(self, slot: str, owner: str | None = None) -> list[str]:
         self.before_lookup()

@@ -54,6 +54,7 @@ HINTS = {
     "checkpointing": "the same inputs must give the same bits: take seeds as arguments",
     "inference_mode": "nothing in forward may need autograd",
     "opcheck": "schema, fake and strides must agree; inputs are not returned",
+    "cost_is_sound": "count each input and output once, in bytes of its own dtype",
     "compiles": "no data-dependent Python in forward's fake",
     "compiles_dynamic": "sizes may be symbols in the fake: no int(), no branching on sizes",
     "compiles_with_inductor": "fake strides must be those of the real outputs",

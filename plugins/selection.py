@@ -137,7 +137,7 @@ def providers(op: Op) -> list[str]:
 def supporting(op: Op, selection: Selection, args: tuple[object, ...]) -> str | None:
     """The first provider that takes these arguments; None is the reference."""
     for candidate in selection.implementations:
-        if candidate.supports is None or candidate.supports(*args):
+        if candidate.supports is None or _asked(op, candidate, args):
             return candidate.provider
     if selection.by_name:
         provider = selection.implementations[0].provider
@@ -146,6 +146,18 @@ def supporting(op: Op, selection: Selection, args: tuple[object, ...]) -> str | 
             "whose supports() refuses these arguments"
         )
     return None
+
+
+def _asked(op: Op, candidate: Implementation, args: tuple[object, ...]) -> bool:
+    assert candidate.supports is not None
+    try:
+        return bool(candidate.supports(*args))
+    except Exception as error:
+        owner = op.owner_of(candidate.provider)
+        raise RuntimeError(
+            f"{op.spec.name}: supports() of {candidate.provider!r} (of {owner}) raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def traceable(op: Op, selection: Selection) -> str | None:

@@ -89,8 +89,7 @@ def _strategies(op: Op, args: Sequence[Any], tensors: Sequence[DTensor | None]) 
     """What the op takes on a mesh dimension, all tensors replicated first."""
     from torch.distributed.tensor import Replicate
 
-    rules = [] if op.spec.sharding is None else op.spec.sharding(*args)
-    found = [([Replicate()] * op.spec.outputs, []), *rules]
+    found = [([Replicate()] * op.spec.outputs, []), *_rules(op, args)]
     strategies = []
     for outputs, inputs in found:
         padded = [*inputs, *[None] * (len(tensors) - len(inputs))]
@@ -107,6 +106,19 @@ def _strategies(op: Op, args: Sequence[Any], tensors: Sequence[DTensor | None]) 
             )
         strategies.append(_Strategy(list(outputs), placed))
     return strategies
+
+
+def _rules(op: Op, args: Sequence[Any]) -> list[Any]:
+    if op.spec.sharding is None:
+        return []
+    rules = op.spec.sharding(*args)
+    try:
+        return [(list(outputs), list(inputs)) for outputs, inputs in rules]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{op.spec.name}: sharding must return [(output placements, input placements), ...], "
+            f"got {rules!r}"
+        ) from None
 
 
 def _choose(

@@ -104,6 +104,21 @@ class Implementation:
     supports: Callable[..., bool] | None = None
     priority: int = 0
 
+    def __post_init__(self) -> None:
+        who = f"Implementation of {self.op} by {self.provider!r}"
+        pair = {"forward": self.forward, "backward": self.backward}
+        _require_functions(who, optional=True, supports=self.supports, **pair)
+        _require_places(who, self.devices, self.dtypes)
+        bounds = self.arch is None or (
+            isinstance(self.arch, tuple)
+            and len(self.arch) == 2
+            and all(bound is None or type(bound) is int for bound in self.arch)
+        )
+        if not bounds:
+            raise ValueError(f"{who}: arch must be like (80, 89) or (90, None), got {self.arch!r}")
+        if type(self.priority) is not int:
+            raise TypeError(f"{who}: priority must be an int, got {self.priority!r}")
+
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this implementation cannot run there, or None if it can."""
         if device.type not in self.devices:
@@ -199,9 +214,31 @@ class OpSpec:
                 f"{self.name}: autocast must be 'keep' or 'low', got {self.autocast!r}"
             )
 
+        _require_functions(
+            self.name, forward=self.forward, reference=self.reference, samples=self.samples
+        )
+        for name in ("backward", "fake", "fake_backward", "cost", "sharding", "shared_gradients"):
+            _require_functions(self.name, optional=True, **{name: getattr(self, name)})
+        _require_places(self.name, self.devices, self.dtypes)
+        if type(self.outputs) is not int or self.outputs < 1:
+            raise ValueError(f"{self.name}: outputs must be at least 1, got {self.outputs!r}")
+
     @property
     def provider(self) -> str:
         return self.name.partition("::")[0]
+
+
+def _require_functions(who: str, *, optional: bool = False, **given: Any) -> None:
+    for name, function in given.items():
+        if not (callable(function) or (optional and function is None)):
+            raise TypeError(f"{who}: {name} must be a function, got {function!r}")
+
+
+def _require_places(who: str, devices: Any, dtypes: Any) -> None:
+    for name, given, kind in (("devices", devices, str), ("dtypes", dtypes, torch.dtype)):
+        is_sequence = isinstance(given, (tuple, list)) and all(isinstance(g, kind) for g in given)
+        if not (is_sequence or (name == "dtypes" and given is None)):
+            raise TypeError(f"{who}: {name} must be a tuple of {kind.__name__}, got {given!r}")
 
 
 @dataclass(frozen=True)
@@ -242,3 +279,4 @@ class ModuleSpec:
             raise ValueError(
                 f"ModuleSpec {self.name!r}: slot must be one of {SLOTS}, got {self.slot!r}"
             )
+        _require_functions(f"ModuleSpec {self.name!r}", build=self.build)

@@ -11,6 +11,7 @@ Example:
             check(op, sample, device, dtype)
 """
 
+from trilith.plugins.conformance.declarations import cost_is_sound
 from trilith.plugins.conformance.launches import guard_bands, writes_are_disjoint
 from trilith.plugins.conformance.memory import (
     every_element_is_written,
@@ -74,6 +75,7 @@ CHECKS: tuple[Check, ...] = (
     checkpointing,
     inference_mode,
     opcheck,
+    cost_is_sound,
     compiles,
     compiles_dynamic,
     compiles_with_inductor,

@@ -20,7 +20,12 @@ Check = Callable[[Op, Sample, torch.device, torch.dtype], None]
 def samples_of(op: Op, device: torch.device, dtype: torch.dtype) -> list[Sample]:
     """The op's samples, the same ones each time."""
     torch.manual_seed(0)
-    return list(op.spec.samples(device, dtype))
+    found = list(op.spec.samples(device, dtype))
+    for sample in found:
+        if not isinstance(sample, Sample):
+            kind = type(sample).__name__
+            raise AssertionError(f"{op.spec.name}: samples() must yield Samples, got a {kind}")
+    return found
 
 
 def backward_arguments(
@@ -68,7 +73,11 @@ def bound(op: Op, sample: Sample) -> list[Any]:
 
 
 def as_tuple(outputs: Any) -> tuple[Any, ...]:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    found = (outputs,) if isinstance(outputs, Tensor) or outputs is None else tuple(outputs)
+    for i, output in enumerate(found):
+        if not isinstance(output, Tensor):
+            raise TypeError(f"output {i} must be a tensor, got {output!r}")
+    return found
 
 
 def with_grad(args: Sequence[Any], wanted: Sequence[int]) -> list[Any]:

@@ -28,6 +28,7 @@ from trilith.plugins.conformance.support import (
     named_check,
     provider_of,
     replaced,
+    tensors_of,
 )
 from trilith.plugins.op import Op
 from trilith.plugins.spec import Sample
@@ -74,6 +75,7 @@ def fakes_are_exact(op: Op, sample: Sample, device: torch.device, dtype: torch.d
     provider = provider_of(op, args)
     if provider is None:
         return
+    _require_fresh_tensors(op, args, op.torch_ops.run_forward(*args, provider))
     results = op.torch_ops.forward(*args, provider)
     _compare_with_fake("forward result", op.torch_ops.forward, (*args, provider), results)
     if not has_gradient(op, args):
@@ -88,6 +90,18 @@ def fakes_are_exact(op: Op, sample: Sample, device: torch.device, dtype: torch.d
         what, like = f"gradient of {name_of(op, i)}", args[i]
         assert gradient.dtype == like.dtype, f"{what}: dtype {gradient.dtype}, not {like.dtype}"
         assert gradient.shape == like.shape, f"{what}: shape {gradient.shape}, not {like.shape}"
+
+
+def _require_fresh_tensors(op: Op, args: Sequence[Any], results: Sequence[Any]) -> None:
+    at_least = op.spec.outputs
+    assert len(results) >= at_least, (
+        f"forward must return {at_least} outputs, then aux, got {len(results)} results"
+    )
+    owners = {args[i].untyped_storage().data_ptr(): name_of(op, i) for i in tensors_of(args)}
+    for i, result in enumerate(results):
+        assert isinstance(result, Tensor), f"forward result {i} must be a tensor, got {result!r}"
+        owner = owners.get(result.untyped_storage().data_ptr()) if result.numel() else None
+        assert owner is None, f"forward result {i} must have memory of its own, it shares {owner}'s"
 
 
 def _compare_with_fake(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.support.devices import INTERPRETING
 from trilith.kernels._runtime.language import tl, triton
-from trilith.plugins import OpSpec, Sample
+from trilith.plugins import Cost, OpSpec, Sample
 
 EVERYWHERE = ("cpu", "cuda")
 
@@ -252,6 +252,10 @@ def fake_that_reads(x, weight):
     return x.new_empty(x.shape), x.new_empty(int(weight.numel() + 0 * weight.sum().item()))
 
 
+def cost_in_elements(x, weight):
+    return Cost(x.numel() + weight.numel(), 2 * x.numel())
+
+
 # Faults by name: the spec with the fault, and the checks that must each catch it.
 FAULTS = {
     f.__name__: (replace(SOUND, **{part: f}), checks)
@@ -283,6 +287,7 @@ FAULTS = {
         ("reference", reference_with_nan_when_empty, ["empty_tensors"]),
         ("reference", reference_detached, ["gradients_match_reference"]),
         ("reference", reference_that_branches, ["functorch_transforms"]),
+        ("cost", cost_in_elements, ["cost_is_sound"]),
         ("fake", fake_transposed, ["fakes_are_exact", "opcheck"]),
         ("fake", fake_of_another_shape, ["fakes_are_exact", "opcheck"]),
         ("fake", fake_with_sizes_fixed, ["compiles_dynamic"]),

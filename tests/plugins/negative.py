@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trilith.kernels import launch
 from trilith.kernels._runtime.language import tl, triton
-from trilith.plugins import TRITON_DEVICES, OpSpec, Sample, hookimpl
+from trilith.plugins import TRITON_DEVICES, Cost, Implementation, OpSpec, Sample, hookimpl
 
 EVERYWHERE = ("cpu", "cuda")
 
@@ -109,6 +109,57 @@ def nondeterministic(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return (y * (1 + 1e-6 * torch.rand_like(y, dtype=torch.float32)).to(y.dtype),)
 
 
+def result_is_an_input(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """As an op in place would: right where it can be, and the caller's x is the result."""
+    return (x.data.copy_(forward(x, weight)[0]),)
+
+
+def aux_is_no_tensor(x: Tensor, weight: Tensor) -> tuple[Any, ...]:
+    return (*forward(x, weight), None)
+
+
+def wrong_in_bfloat16_only(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    (y,) = forward(x, weight)
+    return (1.05 * y if x.dtype == torch.bfloat16 else y,)
+
+
+def wrong_for_strided_inputs_only(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    (y,) = forward(x, weight)
+    return (y if x.is_contiguous() else 1.05 * y,)
+
+
+def reads_past_the_end(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """As an unmasked load does; what it reads enters times 0, so that only a NaN shows."""
+    (y,) = forward(x, weight)
+    end = x.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))  # noqa: B905
+    if x.untyped_storage().nbytes() > end * x.element_size():
+        y = y + 0 * x.as_strided((1,), (1,), end)
+    return (y,)
+
+
+def wrong_dtype_from_fake(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return (x.new_empty(x.shape, dtype=torch.float64),)
+
+
+def gradient_left_out(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return backward(ctx, dy)[0], None
+
+
+def upstream_gradient_mutated(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+    gradients = backward(ctx, dy)
+    dy.data.mul_(2)
+    return gradients
+
+
+def more_gradients_than_parameters(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+    return (*backward(ctx, dy), dy)
+
+
+def cost_of_elements(x: Tensor, weight: Tensor) -> Cost:
+    """Counts elements, where bytes are asked for."""
+    return Cost(x.numel(), 2 * x.numel())
+
+
 def _mask(x: Tensor, seed: Tensor, shift: int = 0) -> Tensor:
     position = torch.arange(x.numel(), device=x.device).view(x.shape)
     return ((position + shift + seed) * 2654435761).remainder(2**32) < 2**31
@@ -151,6 +202,16 @@ OPS: dict[str, tuple[OpSpec, str]] = {
         ("forward", input_mutated, "nothing_is_written_to"),
         ("forward", output_not_fully_written, "every_element_is_written"),
         ("forward", nondeterministic, "runs_are_bit_equal"),
+        ("forward", result_is_an_input, "fakes_are_exact"),
+        ("forward", aux_is_no_tensor, "fakes_are_exact"),
+        ("forward", wrong_in_bfloat16_only, "forward_matches_reference"),
+        ("forward", wrong_for_strided_inputs_only, "input_layouts"),
+        ("forward", reads_past_the_end, "guard_bands"),
+        ("fake", wrong_dtype_from_fake, "fakes_are_exact"),
+        ("backward", gradient_left_out, "gradients_match_reference"),
+        ("backward", upstream_gradient_mutated, "nothing_is_written_to"),
+        ("backward", more_gradients_than_parameters, "gradients_match_reference"),
+        ("cost", cost_of_elements, "cost_is_sound"),
     ]
 }
 OPS["mask_mismatch"] = (
@@ -208,6 +269,36 @@ class Misspelt(Bringing):
         return []
 
 
+class Stopped(BaseException):
+    """No Exception, so that `except Exception` lets it through."""
+
+
+def stops() -> Any:
+    raise Stopped("no licence")
+
+
+class Answering:
+    """A plugin whose hooks return what they are given."""
+
+    def __init__(self, ops: Any = (), implementations: Callable[[], Any] = list) -> None:
+        self._ops, self._implementations = ops, implementations
+
+    @hookimpl
+    def trilith_register_ops(self) -> Any:
+        return self._ops() if callable(self._ops) else self._ops
+
+    @hookimpl
+    def trilith_register_implementations(self) -> Any:
+        return self._implementations()
+
+
+def implementing(**fields: Any) -> Callable[[], Any]:
+    """Another implementation of the sound op, in which these fields are wrong."""
+    pair = {"forward": forward, "backward": backward, "devices": EVERYWHERE}
+    given: dict[str, Any] = {"op": SOUND.name, "provider": "other", **pair, **fields}
+    return lambda: Answering(implementations=lambda: [Implementation(**given)])
+
+
 class Unmarked:
     """pluggy would pass over it without a word."""
 
@@ -229,6 +320,57 @@ PLUGINS: dict[str, tuple[Callable[[], Any], str, str]] = {
         "trilith_register_module",
     ),
     "unmarked_hook": (Unmarked, "hooks", "must be marked"),
+    "base_exception": (stops, "import", "Stopped: no licence"),
+    "hook_returns_nothing": (
+        lambda: Answering(lambda: None),
+        "trilith_register_ops",
+        "must return a sequence of OpSpec or Op, got None",
+    ),
+    "hook_returns_a_string": (
+        lambda: Answering("negative::op"),
+        "trilith_register_ops",
+        "must return a sequence of OpSpec or Op, got 'negative::op'",
+    ),
+    "hook_returns_one_spec": (
+        lambda: Answering(lambda: replace(SOUND, name="negative::one")),
+        "trilith_register_ops",
+        "must return a sequence of OpSpec or Op, got OpSpec(",
+    ),
+    "op_twice_in_one_plugin": (
+        lambda: Answering([replace(SOUND, name="negative::twice")] * 2),
+        "trilith_register_ops",
+        "negative::twice of bad:op_twice_in_one_plugin is already defined",
+    ),
+    "op_without_a_namespace": (
+        lambda: Answering(lambda: [replace(SOUND, name="relu2")]),
+        "trilith_register_ops",
+        "name must be 'namespace::op', got 'relu2'",
+    ),
+    "reference_that_is_no_function": (
+        lambda: Answering(lambda: [replace(SOUND, name="negative::x", reference=None)]),
+        "trilith_register_ops",
+        "negative::x: reference must be a function, got None",
+    ),
+    "implementation_with_other_parameters": (
+        implementing(forward=lambda x: (x,)),
+        "trilith_register_implementations",
+        "provider 'other' must take the parameters (x: torch.Tensor, weight: torch.Tensor)",
+    ),
+    "implementation_without_backward": (
+        implementing(backward=None),
+        "trilith_register_implementations",
+        "provider 'other' must bring forward and backward as a pair",
+    ),
+    "devices_that_are_a_string": (
+        implementing(devices="cuda"),
+        "trilith_register_implementations",
+        "devices must be a tuple of str, got 'cuda'",
+    ),
+    "arch_that_is_a_number": (
+        implementing(arch=90),
+        "trilith_register_implementations",
+        "arch must be like (80, 89) or (90, None), got 90",
+    ),
     "name_clash": (
         lambda: Bringing(SOUND),
         "trilith_register_ops",

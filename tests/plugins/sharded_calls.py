@@ -73,6 +73,7 @@ def product(name, **fields):
 
 PRODUCT = product("product")
 LINEAR = product("linear", sharding=lambda x, y: [([Partial()], [Partial()]), ([Shard(-1)],) * 2])
+GARBLED = product("garbled", sharding=lambda x, y: "rows")
 LYING = product("lying", sharding=lambda x, y: [([R], [Shard(0)])])
 
 
@@ -411,6 +412,8 @@ def third_party(mesh):
     agree(lambda x: LINEAR(x, None), [x], [R], R, mesh)
     wrong = "sharding must split or sum each of 1 outputs"
     refused(ValueError, wrong, lambda: LYING(rows, None))
+    wrong = "sharded::garbled: sharding must return .*, got 'rows'"
+    refused(TypeError, wrong, lambda: GARBLED(rows, None))
 
 
 def second_derivatives(mesh):

@@ -343,6 +343,30 @@ def test_a_package_named_like_a_hook_is_none(manager):
     assert manager.add("trilith-acme:acme", lambda: plugin)
 
 
+def test_a_hook_may_be_a_generator(manager):
+    class Yielding(Plugin):
+        @hookimpl
+        def trilith_register_ops(self) -> Any:
+            yield _spec("acme_yield::op")
+
+    assert manager.add("acme:yields", Yielding)
+    assert manager.registry.op_names() == ["acme_yield::op"]
+
+
+def test_a_user_may_interrupt_loading(manager):
+    with pytest.raises(KeyboardInterrupt):
+        manager.load([Entry("a", "slow", lambda: _raise(KeyboardInterrupt()))])
+    manager.load([Entry("a", "slow", Plugin())])
+    assert manager.loaded == ["a:slow"]
+
+
+def test_what_a_factory_builds_must_be_a_module(manager, registry):
+    module = ModuleSpec(slot="norm", name="acme.norm", build=lambda config: "norm")
+    manager.add("acme:modules", lambda: Plugin(modules=[module]))
+    with pytest.raises(TypeError, match=r"norm 'acme.norm' of acme:modules.*got 'norm'"):
+        registry.build_module("norm", "acme.norm", None)
+
+
 def test_a_plugin_that_exits_stops_nobody(manager):
     with pytest.warns(PluginWarning, match="SystemExit: no licence"):
         manager.load(

@@ -12,6 +12,7 @@ from trilith.plugins.report import check_op, run_check
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = {"wrong_in_bfloat16_only": torch.bfloat16}
 BY_NAME = {check.__name__: check for check in CHECKS}
 
 
@@ -29,7 +30,7 @@ def test_the_kit_catches(manager, fault):
     assert manager.add(f"bad:{fault}", lambda: Bringing(spec))
     op = manager.registry.op(spec.name)
     with pytest.raises(AssertionError, match=rf"^{spec.name}\(.*: {check}: "):
-        run_check(op, "negative", BY_NAME[check], DEVICE, torch.float32)
+        run_check(op, "negative", BY_NAME[check], DEVICE, DTYPES.get(fault, torch.float32))
 
 
 def test_the_kit_passes_the_sound_one(manager):

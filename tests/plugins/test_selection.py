@@ -253,6 +253,12 @@ def test_one_asked_for_by_name_raises_where_it_refuses_the_arguments(manager):
             _tag(op)
 
 
+def test_a_supports_that_raises_is_named(manager):
+    _op(manager, _other("acme_sel::op", supports=lambda x: x.nothing, priority=1))
+    with pytest.raises(RuntimeError, match=r"supports\(\) of 'other' \(of acme:sel\) raised Attr"):
+        _tag(manager.registry.op("acme_sel::op"))
+
+
 def test_architecture_bounds_where_there_is_no_device_to_ask(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refusal = _other("acme_sel::op", arch=(90, None)).refusal(torch.device("cuda"), torch.float32)
