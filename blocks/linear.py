@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TypeGuard
 
 from torch import Tensor, nn
@@ -49,14 +50,21 @@ def kernels_run(x: Tensor) -> bool:
 
 
 def linear_act(
-    linear: nn.Module, x: Tensor, activation: str, *, p: float, training: bool
+    linear: nn.Module,
+    x: Tensor,
+    activation: str,
+    *,
+    p: float,
+    training: bool,
+    product: Callable[[Tensor, Tensor], Tensor] = F.linear,
 ) -> Tensor:
     """dropout(activation(linear(x))); where kernels run, the activation's pass adds the bias.
 
     Elsewhere the matrix product adds the bias at no cost, and adding it apart would be a pass more.
+    `product` takes x and linear's weight where it may be read.
     """
     if kernels_run(x) and plain_linear(linear):
-        return _act(F.linear(x, linear.weight), linear.bias, activation, p if training else 0.0)
+        return _act(product(x, linear.weight), linear.bias, activation, p if training else 0.0)
     return _act(linear(x), None, activation, p if training else 0.0)
 
 

@@ -1,40 +1,63 @@
-"""nn.Sequential whose Linear, activation[, dropout], Linear run in fewer passes."""
+"""nn.Sequential whose norm, Linear and Linear, activation[, dropout] run in fewer passes."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trilith.blocks.drop_in.activations import kernel_name
+from trilith.blocks.drop_in.norms import may_join_linear, norm_linear, plain_norm
 from trilith.blocks.drop_in.transformer import plain_dropout
 from trilith.blocks.linear import linear_act, plain_linear
 from trilith.kernels import BIAS_ACT, DROPOUT
 
 
 class FusedSequential(nn.Sequential):
-    """torch.nn.Sequential: the activation's pass adds the bias before it and drops out after it."""
+    """torch.nn.Sequential: the activation's pass adds the bias before it and drops out after it.
+
+    What a norm before a linear layer gives is not kept for backward.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if input.is_cpu and all(op.is_reference_on_cpu for op in (BIAS_ACT, DROPOUT)):
             return super().forward(input)
         x, modules, at = input, list(self), 0
         while at < len(modules):
+            product: Any = F.linear
+            joins = _norm_and_linear(modules, at)
+            if joins and may_join_linear(x, modules[at + 1].weight, modules[at]):  # type: ignore[arg-type]
+                product, at = partial(norm_linear, modules[at]), at + 1
             length = _pattern(modules, at)
             if length:
-                name = kernel_name(modules[at + 1])
-                assert name is not None
-                last = modules[at + length - 1]
-                drops = length == 3 and last.training
-                p = float(last.p) if drops else 0.0  # type: ignore[arg-type]
-                x = linear_act(modules[at], x, name, p=p, training=drops)
+                x = _activated(modules[at : at + length], x, product)
                 at += length
-            else:
-                x = modules[at](x)
-                at += 1
+                continue
+            module = modules[at]
+            x = module(x) if product is F.linear else product(x, module.weight, module.bias)
+            at += 1
         return x
 
 
 def has_pattern(sequence: nn.Sequential) -> bool:
-    return any(_pattern(list(sequence), at) for at in range(len(sequence)))
+    modules = list(sequence)
+    return any(_pattern(modules, at) or _norm_and_linear(modules, at) for at in range(len(modules)))
+
+
+def _activated(modules: list[nn.Module], x: Tensor, product: Any) -> Tensor:
+    """Linear, activation and maybe dropout of x."""
+    name = kernel_name(modules[1])
+    assert name is not None
+    drops = len(modules) == 3 and modules[2].training
+    p = float(modules[2].p) if drops else 0.0  # type: ignore[arg-type]
+    return linear_act(modules[0], x, name, p=p, training=drops, product=product)
+
+
+def _norm_and_linear(modules: list[nn.Module], at: int) -> bool:
+    pair = modules[at : at + 2]
+    return len(pair) == 2 and plain_norm(pair[0]) and plain_linear(pair[1])
 
 
 def _pattern(modules: list[nn.Module], at: int) -> int:

@@ -5,7 +5,6 @@ Shapes: B batch, T queries, S keys, E = H heads of D.
 
 from __future__ import annotations
 
-from functools import wraps
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trilith.blocks.drop_in.layouts import nested, padded
-from trilith.blocks.drop_in.swap import keep_called
+from trilith.blocks.drop_in.swap import constructed_like, keep_called
 from trilith.kernels import ATTENTION, scaled_dot_product_attention
 
 
@@ -27,7 +26,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     passed_over_by_torch = True
 
-    @wraps(nn.MultiheadAttention.__init__)
+    @constructed_like(nn.MultiheadAttention)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         keep_called(self)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from functools import wraps
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trilith.blocks.drop_in.layouts import each
-from trilith.blocks.drop_in.swap import keep_called
-from trilith.kernels import LAYER_NORM, RMS_NORM, layer_norm, rms_norm
+from trilith.blocks.drop_in.swap import constructed_like, keep_called, unhooked
+from trilith.blocks.linear import kernels_run
+from trilith.kernels import (
+    LAYER_NORM,
+    NORM_LINEAR,
+    RMS_NORM,
+    layer_norm,
+    layer_norm_linear,
+    rms_norm,
+    rms_norm_linear,
+)
+from trilith.plugins import may_fuse
 
 
 class LayerNorm(nn.LayerNorm):
@@ -18,7 +28,7 @@ class LayerNorm(nn.LayerNorm):
 
     passed_over_by_torch = True
 
-    @wraps(nn.LayerNorm.__init__)
+    @constructed_like(nn.LayerNorm)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         keep_called(self)
@@ -40,3 +50,27 @@ class RMSNorm(nn.RMSNorm):
         if x.is_nested:
             return each(self.forward, x)
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+def plain_norm(module: nn.Module) -> bool:
+    """Whether reading the parameters of a norm over the last dimension is calling it."""
+    kinds = (nn.LayerNorm, LayerNorm, nn.RMSNorm, RMSNorm)
+    return type(module) in kinds and unhooked(module) and len(module.normalized_shape) == 1  # type: ignore[arg-type]
+
+
+def may_join_linear(x: Tensor, weight: Tensor, norm: nn.Module) -> bool:
+    """Whether the norm of x and its product with `weight` may be one call."""
+    op = LAYER_NORM if isinstance(norm, nn.LayerNorm) else RMS_NORM
+    as_torch = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+    return kernels_run(x) and as_torch and not x.is_nested and may_fuse(NORM_LINEAR, x, op)
+
+
+def norm_linear(
+    norm: nn.LayerNorm | nn.RMSNorm, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """F.linear(norm(x), weight, bias); what the norm gives is not kept."""
+    if isinstance(norm, nn.LayerNorm):
+        y = layer_norm_linear(x, norm.weight, norm.bias, weight, bias, norm.eps)
+    else:
+        y = rms_norm_linear(x, norm.weight, weight, bias, norm.eps)
+    return cast(Tensor, y)

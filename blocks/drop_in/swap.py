@@ -8,6 +8,7 @@ that it would pass over look as if they had one, `MarkedHooks`.
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -52,6 +53,11 @@ def may_be_passed_over(module: nn.Module) -> None:
     for key, hook in list(hooks.items()):
         if hook is called:
             del hooks[key]
+
+
+def constructed_like(base: type[nn.Module]) -> Any:
+    """Decorates a constructor that takes what `base`'s takes, and shows its signature."""
+    return wraps(base.__init__)
 
 
 def adopt(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -8,7 +8,6 @@ addition and the norm after.
 
 from __future__ import annotations
 
-from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from trilith.blocks.drop_in.attention import MultiheadAttention
 from trilith.blocks.drop_in.dropout import Dropout
 from trilith.blocks.drop_in.layouts import nested, padded
 from trilith.blocks.drop_in.norms import LayerNorm
-from trilith.blocks.drop_in.swap import adopt, may_be_passed_over, unhooked
+from trilith.blocks.drop_in.swap import adopt, constructed_like, may_be_passed_over, unhooked
 from trilith.blocks.linear import kernels_run, linear_act
 from trilith.kernels import (
     ADD_NORM,
@@ -43,7 +42,7 @@ _CHILDREN: dict[type[nn.Module], type[nn.Module]] = {
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """torch.nn.TransformerEncoderLayer, also within torch.nn.TransformerEncoder."""
 
-    @wraps(nn.TransformerEncoderLayer.__init__)
+    @constructed_like(nn.TransformerEncoderLayer)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _adopt_children(self)
@@ -75,7 +74,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     """torch.nn.TransformerDecoderLayer, also within torch.nn.TransformerDecoder."""
 
-    @wraps(nn.TransformerDecoderLayer.__init__)
+    @constructed_like(nn.TransformerDecoderLayer)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _adopt_children(self)

@@ -290,6 +290,33 @@ def test_sharded_modules_are_treated_inside(process_group):
     assert classes(model) == was
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("follows", ["nothing", "an activation"])
+def test_a_norm_before_a_linear_layer_is_not_kept(norm, follows, launches):
+    more = [] if follows == "nothing" else [nn.GELU(), nn.Linear(20, 4)]
+    sequence = nn.Sequential(norm(12), nn.Linear(12, 20), *more).to(DEVICE)
+    nn.init.uniform_(sequence[0].weight, 0.5, 2.0)
+    x, saved = torch.randn(5, 12, device=DEVICE), []
+    normed = sequence[0](x)
+
+    def run():
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            found = results(sequence, x)
+        kept = [t for t in saved if t.shape == x.shape and torch.allclose(t, normed, atol=1e-5)]
+        return found, bool(kept)
+
+    expected, kept = run()
+    assert kept
+    assert {e.became for e in trilith.fuse(sequence).swapped} >= {"FusedSequential"}
+    actual, kept = run()
+    assert not kept
+    torch.testing.assert_close(actual, expected, **CLOSE)
+    assert launches
+    sequence[1].register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(results(sequence, x), expected, **CLOSE)
+
+
 def test_dropout_within_a_sequence_acts_in_training_only():
     sequence = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 4))
     sequence.to(DEVICE)
