@@ -32,6 +32,7 @@ PUBLIC = {
         "plugins",
         "trace",
         "unfuse",
+        "register_flash_attention",
         "register_transformers",
         "use_implementation",
     },

@@ -14,6 +14,10 @@ _FUNCTIONS = {
     "op": ("trilith.plugins.manager", "find_op"),
     "explain": ("trilith.plugins.manager", "explain"),
     "fuse": ("trilith.blocks.fuse", "fuse"),
+    "register_flash_attention": (
+        "trilith.kernels.attention.torch_flash",
+        "register_flash_attention",
+    ),
     "register_transformers": (
         "trilith.blocks.drop_in.attention_interface",
         "register_transformers",
@@ -33,6 +37,7 @@ __all__ = [
     "kernels",
     "op",
     "plugins",
+    "register_flash_attention",
     "register_transformers",
     "trace",
     "unfuse",

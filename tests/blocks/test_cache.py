@@ -128,9 +128,7 @@ def test_tokens_that_do_not_fit_change_nothing(kind):
     for wrong in ((k.half(), v.half()), (k[:2], v[:2]), (k[:, :1], v), (k, v[..., :3])):
         with pytest.raises(ValueError, match="KVCache: keys"):
             cache.append(*wrong)
-    with pytest.raises(
-        ValueError, match=r"one B, Hkv and T, got \(3, 2, 2, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"one B, Hkv and T, got \(3, 2, 2, 8\)"):
         cache.append(k, v[:, :, :1])
     cache.expect([1])
     with pytest.raises(ValueError, match=r"expect must be given 3 counts, got \[1\]"):
