@@ -16,9 +16,10 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run as a file too
@@ -35,6 +36,7 @@ try:
     from examples.lm.checkpoint import State, replace_file, restore, save
     from examples.lm.ranks import Ranks, ranks_of, whole
     from examples.lm.settings import Settings, parse, settings_from
+    from perf.models import eager_lm
     from trilith.blocks import build_lm
 except ModuleNotFoundError as error:
     print(
@@ -107,6 +109,9 @@ def run(argv: list[str] | None) -> int:
             "preset": args.preset,
             "text": corpus.name,
             "step_bytes": step_bytes(state, settings, windows),
+            "step_bytes_with_kernels": None
+            if args.device == "cuda"
+            else memory.counted_with_kernels(settings.model, settings.batch),
         }
         text = sample(state.model, corpus.held_out[:PROMPT_BYTES], settings)
         write_results(args.out, state, text, metrics, began)
@@ -147,31 +152,43 @@ def write_results(
         f"val_loss {metrics['val_loss']:.3f} nats per byte (bigram {metrics['bigram_loss']:.3f}, "
         f"unigram {metrics['unigram_loss']:.3f}) after {metrics['seconds']:.0f} s; see {out}/"
     )
-    fused, logits = (
-        "does not fit" if peak is None else f"{peak / 1e6:.1f} MB"
-        for peak in metrics["step_bytes"].values()
+    print("memory of a step at its peak: " + in_words(metrics["step_bytes"]))
+    counted = metrics["step_bytes_with_kernels"]
+    if counted is not None:
+        print("on a GPU, counted in bfloat16 without running it: " + in_words(counted))
+
+
+def in_words(peaks: dict[str, int | None]) -> str:
+    names = {"fused": "", "logits": "with the logits of all tokens ", "plain": "in plain PyTorch "}
+    return "; ".join(
+        names[name] + ("does not fit" if peak is None else f"{peak / 1e6:.1f} MB")
+        for name, peak in peaks.items()
     )
-    print(f"memory of a step at its peak: {fused}; with the logits of all tokens: {logits}")
 
 
 def step_bytes(state: State, settings: Settings, windows: Tensor) -> dict[str, int | None]:
-    """Most bytes in use in a forward and backward pass: as trained, and with all logits made.
-
-    None where that does not fit.
+    """Most bytes in use in a forward and backward pass: as trained, with all logits made, and of
+    the same model in plain PyTorch (without dropout). None where that does not fit.
     """
     device = state.losses.device
     batch = windows[torch.arange(settings.batch) % len(windows)].to(device)
     state.optimizer.zero_grad(set_to_none=True)
     state.model.train()
 
-    def run(logits: bool) -> None:
+    tokens, targets = batch[:, :-1], batch[:, 1:]
+    losses: dict[str, Callable[[], Tensor]] = {
+        "fused": lambda: state.model(tokens, targets),
+        "logits": lambda: state.model(tokens, targets, logits=True)[0],
+        "plain": lambda: eager_lm(tokens, targets, state.model),
+    }
+
+    def run(name: str) -> None:
         with low_precision(device):
-            made = state.model(batch[:, :-1], batch[:, 1:], logits=logits)
-        (made[0] if logits else made).backward()
+            loss = losses[name]()
+        loss.backward()
         state.optimizer.zero_grad(set_to_none=True)
 
-    passes = {"fused": lambda: run(False), "logits": lambda: run(True)}
-    return {name: memory.peak_bytes(once, device) for name, once in passes.items()}
+    return {name: memory.peak_bytes(partial(run, name), device) for name in losses}
 
 
 def fresh_state(settings: Settings, corpus: data.Corpus, ranks: Ranks) -> State:

@@ -67,6 +67,9 @@ def test_a_run_writes_its_metrics_plot_sample_and_checkpoint(whole):
     assert metrics["tokens_per_s"] > 0 and metrics["seconds"] > 0 and metrics["params"] > 0
     assert metrics["steps"] == 300 and metrics["device"]
     assert 0 < metrics["step_bytes"]["fused"] < metrics["step_bytes"]["logits"]
+    if DEVICE == "cpu":
+        counted = metrics["step_bytes_with_kernels"]
+        assert 0 < counted["fused"] < counted["plain"]
     assert set(metrics["versions"]) >= {"trilith", "python", "torch"}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "sample.txt").read_text() in printed
