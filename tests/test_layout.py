@@ -16,7 +16,11 @@ except ImportError:
 ROOT = Path(__file__).parents[1]
 ORDER = ("plugins", "kernels", "blocks")
 LAST = ("examples", "perf", "tests")
-BESIDE = (("perf", "tests", "support"), ("examples", "perf", "meters"))  # tools for each other
+BESIDE = (  # tools for each other
+    ("perf", "tests", "support"),
+    ("examples", "perf", "meters"),
+    ("examples", "perf", "models"),  # the same model in plain PyTorch
+)
 PACKAGE = ("trilith", *ORDER)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
