@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +12,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "docs" / "parallel.md"]
+EXAMPLES = [e for p in PAGES for e in re.findall(r"```python\n(.*?)```", p.read_text(), re.DOTALL)]
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
 
 
 @pytest.mark.parametrize("example", [e for e in EXAMPLES if "from_pretrained" not in e])
 def test_python_example_runs(example, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
     run = subprocess.run(
         [sys.executable, "-c", example],
         cwd=tmp_path,
-        env=environment,
+        env=environment | ALONE | {"MASTER_PORT": port},
         capture_output=True,
         text=True,
     )
@@ -28,5 +34,6 @@ def test_python_example_runs(example, tmp_path):
 
 
 def test_linked_files_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / target).exists(), target
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), target

@@ -16,6 +16,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from trilith.blocks.alibi import Alibi
 from trilith.blocks.attention import SelfAttention
 from trilith.blocks.positions import LearnedPosition, Rotary, SinusoidalPosition
+from trilith.blocks.stochastic_depth import StochasticDepth
 from trilith.kernels import attention, merge_attention
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         mesh: of one dimension.
 
     Raises:
-        NotImplementedError: an attention has Alibi.
+        NotImplementedError: the model has Alibi or StochasticDepth.
         ValueError: from the model, when the ranks' tokens together outgrow the positions' max_len.
 
     Example:
@@ -50,6 +51,11 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     attentions = [m for m in model.modules() if isinstance(m, SelfAttention)]
     if any(isinstance(m.position, Alibi) for m in attentions):
         raise NotImplementedError("context_parallel: position must not be Alibi")
+    if any(isinstance(m, StochasticDepth) for m in model.modules()):
+        raise NotImplementedError(
+            "context_parallel: the model must not have StochasticDepth: a sample's tokens are on "
+            "several ranks, which would drop it each for itself"
+        )
     for module in attentions:
         module.ring = ring
     places = [m for m in model.modules() if isinstance(m, _POSITIONS)]

@@ -15,7 +15,6 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.tensor import Placement
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
 
-from trilith.blocks.alibi import Alibi
 from trilith.blocks.attention import SelfAttention
 from trilith.blocks.parallel.seeds import RankSeeds
 
@@ -39,11 +38,6 @@ class Heads(ParallelStyle):
                     f"tensor_parallel_plan: {self.name}.{what} must be divisible by the "
                     f"{ranks} ranks of the mesh, got {count}"
                 )
-        if isinstance(module.position, Alibi):
-            raise NotImplementedError(
-                f"tensor_parallel_plan: {self.name}.position must not be Alibi, whose slopes are "
-                "those of all heads"
-            )
         module.heads = (n_heads // ranks, n_kv_heads // ranks, n_kv_heads // ranks)
         if self.seeds_apart:
             RankSeeds(device_mesh).attach(module)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
+from trilith.blocks.alibi import Alibi
 from trilith.blocks.attention import SelfAttention
 from trilith.blocks.mlp import MLP, GatedMLP
 from trilith.blocks.norms import LayerNorm, RMSNorm
@@ -23,6 +24,7 @@ from trilith.blocks.parallel.seeds import RankSeeds
 from trilith.blocks.parallel.vocab import VocabParallel
 from trilith.blocks.positions import LearnedPosition, SinusoidalPosition
 from trilith.blocks.residual import Residual
+from trilith.blocks.stochastic_depth import StochasticDepth
 from trilith.blocks.transformer import TransformerBlock, TransformerLM
 
 if TYPE_CHECKING:
@@ -55,7 +57,8 @@ def tensor_parallel_plan(
         Module names and their styles, of one mesh dimension.
 
     Raises:
-        NotImplementedError: a module with parameters that no style here splits.
+        NotImplementedError: a module with parameters that no style here splits, Alibi, or, with
+            sequence_parallel, StochasticDepth.
         ValueError: from `parallelize_module`, heads that the mesh does not divide.
 
     Source: Shoeybi et al., "Megatron-LM", 2019; Korthikanti et al., "Reducing activation
@@ -70,6 +73,7 @@ def tensor_parallel_plan(
     plan: dict[str, ParallelStyle] = {"": _Root(between)}
     known: set[nn.Module] = {model}
     for name, module in model.named_modules():
+        _require_splittable(name, module, sequence_parallel)
         styles = _styles(model, name, module, between)
         plan |= {f"{name}.{part}" if part else name: style for part, style in styles.items()}
         known |= {module.get_submodule(part) for part in styles}
@@ -80,6 +84,18 @@ def tensor_parallel_plan(
                 f"{type(module).__name__}; write a plan of your own for it"
             )
     return plan
+
+
+def _require_splittable(name: str, module: nn.Module, sequence_parallel: bool) -> None:
+    if isinstance(module, Alibi):
+        raise NotImplementedError(
+            f"tensor_parallel_plan: {name} must not be Alibi, whose slopes are those of all heads"
+        )
+    if sequence_parallel and isinstance(module, StochasticDepth):
+        raise NotImplementedError(
+            f"tensor_parallel_plan: {name} must not be StochasticDepth with sequence_parallel: a "
+            "sample's tokens are on several ranks, which would drop it each for itself"
+        )
 
 
 def _styles(

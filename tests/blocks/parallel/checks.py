@@ -460,3 +460,40 @@ def checkpoints_fit_any_number_of_ranks(style, folder):
     dist.barrier()
     with pytest.raises(CheckpointException, match="Missing key in checkpoint.*blocks.2"):
         load_checkpoint(path, model_of(style, n_layers=3))
+
+
+@check(worlds=(2,))
+def a_tensor_parallel_model_generates():
+    """Greedily, over a cache of each rank's heads."""
+    model = model_of("llama")
+    prompts, _ = batch(length=3)
+    wanted = model.generate(prompts, 4)
+    parallelize_module(model, mesh_of(2), tensor_parallel_plan(model))
+    found = model.generate(prompts, 4)
+    assert all(map(torch.equal, found, wanted))
+
+
+@check(worlds=(2,))
+def what_cannot_be_split_is_refused():
+    """By name, before anything is changed."""
+    deep = model_of("llama", stochastic_depth=0.5)
+    tensor_parallel_plan(deep)
+    with pytest.raises(NotImplementedError, match="StochasticDepth"):
+        tensor_parallel_plan(deep, sequence_parallel=True)
+    with pytest.raises(NotImplementedError, match="StochasticDepth"):
+        context_parallel(deep, mesh_of(2))
+    sloped = model_of("llama", position="alibi", n_kv_heads=8)
+    with pytest.raises(NotImplementedError, match="blocks.0.attention.branch.position .* Alibi"):
+        tensor_parallel_plan(sloped)
+    with pytest.raises(NotImplementedError, match="position must not be Alibi"):
+        context_parallel(sloped, mesh_of(2))
+    strange = model_of("llama")
+    strange.blocks[1].mlp.branch.up = torch.nn.Bilinear(2, 2, 2)
+    with pytest.raises(NotImplementedError, match="blocks.1.mlp.branch.up must be .*got Bilinear"):
+        tensor_parallel_plan(strange)
+    whole_rows = model_of("llama")
+    parallelize_module(
+        whole_rows, mesh_of(2), tensor_parallel_plan(whole_rows, sequence_parallel=True)
+    )
+    with pytest.raises(ValueError, match="T divisible by the 2 ranks of the mesh, got"):
+        whole_rows(*batch(length=5))
