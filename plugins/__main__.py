@@ -84,8 +84,15 @@ def _explain(given: argparse.Namespace) -> int:
     dtype = getattr(torch, given.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"--dtype must be a dtype of torch, got {given.dtype!r}")
-    print(explain(given.op, given.device, dtype))
+    print(explain(given.op, _device(given.device), dtype))
     return 0
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be a device of torch, as cuda, got {name!r}") from None
 
 
 def _check(given: argparse.Namespace) -> int:
@@ -97,7 +104,7 @@ def _check(given: argparse.Namespace) -> int:
     from trilith.plugins.report import check_op, check_score_mod, named_ops, named_score_mods
 
     manager.load()
-    device = None if given.device is None else torch.device(given.device)
+    device = None if given.device is None else _device(given.device)
     wrong = 0
     mods = named_score_mods(manager, given.name)
     checked = [check_score_mod(mod, device) for mod in mods]

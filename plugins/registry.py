@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -22,6 +23,13 @@ def _nothing() -> None: ...
 
 class UnknownOpError(KeyError):
     """No plugin has registered an op of this name so far."""
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """What to ask of someone who said rms_norm, or spelt trilith::rms_norm nearly right."""
+    full = {n: n for n in known} | {n.partition("::")[2]: n for n in known}
+    close = get_close_matches(name, full, n=1, cutoff=0.7)
+    return f", did you mean {full[close[0]]}?" if close else ""
 
 
 class Registry:
@@ -102,7 +110,7 @@ class Registry:
         return self._ops[name]
 
     def _unknown(self, name: str) -> str:
-        return f"no op {name!r}; there are: {', '.join(sorted(self._ops))}"
+        return f"no op {name!r}{_meant(name, self._ops)}; there are: {', '.join(sorted(self._ops))}"
 
     def op_names(self, owner: str | None = None) -> list[str]:
         self.before_lookup()

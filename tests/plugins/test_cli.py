@@ -61,6 +61,8 @@ def test_explain(capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["explain", "acme::nothing"], "no op 'acme::nothing'; there are: "),
+        (["explain", "rms_norm"], "no op 'rms_norm', did you mean trilith::rms_norm?; there are: "),
+        (["explain", "trilith::rms_norm", "--device", "gpu"], "must be a device of torch"),
         (["explain", "trilith::rms_norm", "--dtype", "bf17"], "must be a dtype of torch"),
         (["check", "nobody"], "no op or plugin 'nobody'; ops are: "),
         (["new", "A"], "name must be lower-case"),
