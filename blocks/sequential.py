@@ -29,7 +29,7 @@ class FusedSequential(nn.Sequential):
             product: Any = F.linear
             joins = _norm_and_linear(modules, at)
             if joins and may_join_linear(x, modules[at + 1].weight, modules[at]):  # type: ignore[arg-type]
-                product, at = partial(norm_linear, modules[at]), at + 1
+                product, at = partial(norm_linear, modules[at]), at + 1  # type: ignore[arg-type]
             length = _pattern(modules, at)
             if length:
                 x = _activated(modules[at : at + length], x, product)

@@ -142,14 +142,17 @@ def attention_mask(
     # a static cache's offset is a tensor: its queries are not the last of the keys
     last = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     if not (allow_is_causal_skip and last) or chunked:
-        skips = {
-            "allow_is_causal_skip": allow_is_causal_skip,
-            "allow_is_bidirectional_skip": allow_is_bidirectional_skip,
-        }
         return sdpa_mask(
-            *(batch_size, q_length, kv_length, q_offset, kv_offset),
-            *(mask_function, attention_mask, local_size),
-            **skips,
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,  # type: ignore[arg-type]  # a static cache gives a tensor
+            kv_offset,
+            mask_function,
+            attention_mask,
+            local_size,
+            allow_is_causal_skip=allow_is_causal_skip,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
             device=device,
             **rest,
         )

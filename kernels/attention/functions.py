@@ -166,8 +166,8 @@ def scaled_dot_product_attention(
         bias = None if attn_mask is None else _mask_as_4d(attn_mask, batch)
         softmax_scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         tensors = (q, k, v, bias, None, None, None)
-        rest = (softmax_scale, 0.0, dropout_p, "top_left", -1, 0 if is_causal else -1)
-        rest += ("", "ieee")
+        right = 0 if is_causal else -1
+        rest = (softmax_scale, 0.0, dropout_p, "top_left", -1, right, "", "ieee")
         provider = OP.choose(*tensors, None, *rest)
         if provider is not None or is_dtensor(query):
             seed = draw_seed(q) if dropout_p > 0 and provider is not None else None

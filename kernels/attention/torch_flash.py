@@ -14,7 +14,6 @@ sequences (torch.nn.attention.varlen, nested tensors) stay torch's: `varlen_atte
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -113,7 +112,7 @@ def _backward(
     philox_offset: Tensor,
     *,
     scale: float | None = None,
-) -> Sequence[Tensor]:
+) -> tuple[Tensor | None, ...]:
     seed = philox_seed.view(torch.int64)[:1] if dropout_p > 0 else None
     lse2 = torch.where(logsumexp == -torch.inf, torch.inf, logsumexp * math.log2(math.e))
     rest = _rest(query, dropout_p, is_causal, scale)

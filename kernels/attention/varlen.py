@@ -314,8 +314,8 @@ def varlen_attention(
         require(softcap > 0, _NAME, "softcap", "be positive", softcap)
     slopes = _check_terms(q, cu_seqlens_q.shape[0] - 1, bias, alibi_slopes, sinks)
     scale = 1 / math.sqrt(max(1, q.shape[2])) if scale is None else scale
-    rest = (scale, softcap or 0.0, dropout_p, alignment, left, right)
-    rest += (known_score_mod(_NAME, score_mod), known_precision(_NAME, precision))
+    modifier, products = known_score_mod(_NAME, score_mod), known_precision(_NAME, precision)
+    rest = (scale, softcap or 0.0, dropout_p, alignment, left, right, modifier, products)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, bias, slopes, sinks)
     seed = None
     provider = VARLEN_ATTENTION.choose(*tensors, None, *rest)
