@@ -33,6 +33,7 @@ from perf.fused_workloads import (
     layer_norm_linear,
     rms_norm_linear_pair,
 )
+from perf.meters.bands import share_read
 from perf.meters.compiled import partitioned, scheduled
 from perf.meters.dispatch import DIRECTIONS, host_microseconds
 from perf.meters.launches import launches
@@ -119,6 +120,7 @@ COMPILED: dict[str, Callable[[int], Workload]] = {
 SIZES = tuple(range(8, 28))
 ONE, TWO, ALL = "compiled, one size", "two sizes", f"{len(SIZES)} sizes"
 BLOCK_TOKENS, BLOCK_WIDTH, BLOCK_HEADS = 128, 768, 12
+BANDS = {"causal": (-1, 0), "causal, window of 512": (511, 0)}
 SAVED = "saved bytes per token and width"
 GOALS = {"gpt": 10.1, "gated": 11.4}  # elements saved per token and width
 
@@ -144,6 +146,14 @@ def _figures_of(direction: str, moved: Traffic, minimal: int) -> dict[str, float
         f"{direction} bytes / minimal": round(moved.total / minimal, 4),
         f"{direction} requests / minimal": round(moved.requested / minimal, 4),
         f"{direction} launches": len(moved.launches),
+    }
+
+
+def count_skipped(left: int, right: int) -> dict[str, float]:
+    """Rows that attention's kernels go through in a band of 4096 positions, over all of them."""
+    return {
+        f"{kernel} reads / those of all pairs": round(share_read(kernel, 4096, left, right), 4)
+        for kernel in ("fwd", "dkdv", "dq")
     }
 
 
@@ -198,6 +208,8 @@ def subjects() -> dict[str, Callable[[], dict[str, float]]]:
     found: dict[str, Callable[[], dict[str, float]]] = {}
     for workload in OPS:
         found[workload.name] = partial(count_op, workload)
+    for name, band in BANDS.items():
+        found[f"attention at T4096, {name}"] = partial(count_skipped, *band)
     for kind in GOALS:
         found[f"{kind} block"] = partial(count_block, kind, lambda x, made: made(x))
     for name, at in COMPILED.items():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tests.support.compare import assert_like_eager
 from tests.support.devices import DEVICE, DTYPES, dtype_name
 from trilith.kernels._runtime.language import tl, triton
+from trilith.kernels._runtime.launch import observers
 from trilith.kernels._runtime.random import reference_keep_mask
 from trilith.kernels.attention import attention, scaled_dot_product_attention
 from trilith.kernels.attention.op import OP
@@ -149,6 +150,22 @@ WIDE = ((512, 512), (300, 40), (64, 387))
 @pytest.mark.parametrize(("D", "Dv"), HEAD_DIMS + WIDE)
 def test_head_dims(D, Dv, dtype):
     check(call(*qkv(33, 34, D, Dv, B=1, Hkv=1, dtype=dtype), right=0))
+
+
+def test_tf32_is_float32s_by_choice():
+    """Of inputs that tf32 holds, only the probabilities are rounded: to 10 bits, in relation."""
+    asked = []
+    observers.append(lambda kernel, grid, args, options: asked.append(options.get("PRECISION")))
+    try:
+        q, k, v = (t.bfloat16().float() for t in qkv(35, 43))
+        out = attention(q, k, v, precision="tf32")
+        attention(q, k, v)
+        attention(q.half(), k.half(), v.half(), precision="tf32")
+    finally:
+        observers.pop()
+    assert asked == ["tf32", None, None]
+    expected = attention(q.double(), k.double(), v.double())
+    assert (out - expected).abs().max() <= 2**-10 * v.abs().max()
 
 
 @pytest.mark.parametrize("function", [attention, scaled_dot_product_attention])

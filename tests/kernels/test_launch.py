@@ -82,6 +82,36 @@ def test_the_wider_head_dim_chooses_attentions_tiles(monkeypatch, arch, kernel):
                 assert found[0] == found[1] == found[2]
 
 
+def powers_of_two(numbers):
+    return all(n > 0 and n & (n - 1) == 0 for n in numbers)
+
+
+@pytest.mark.parametrize("arch", TABLES)
+@pytest.mark.parametrize("dtypes", ["half", "single"])
+def test_attentions_tiles_fit_each_other(arch, dtypes):
+    """Masked tiles divide the loop's, so that bounds on one's borders are on the other's."""
+    entries = TABLES[arch][dtypes]
+    assert {d for _, d in entries} == {64, 128, 256, 512} and len(entries) == 16
+    for (kernel, _), pair in entries.items():
+        for tiles in (config.Tiles(*numbers) for numbers in pair):
+            loop = tiles.block_m if kernel == "dkdv" else tiles.block_n
+            assert loop % tiles.block_masked == 0 or kernel == "dbias"
+            assert powers_of_two((*tiles[:4], tiles.chunk)) and 1 <= tiles.num_stages <= 4
+
+
+@pytest.mark.parametrize("kernel", ["fwd", "dkdv", "dq", "dbias"])
+def test_tf32_takes_the_tiles_of_16_bit_rows_twice_as_long(monkeypatch, kernel):
+    monkeypatch.setattr(config, "INTERPRETING", False)
+    single, half = (torch.empty(1, 1, 4, 64, dtype=d) for d in (torch.float32, torch.float16))
+    for d in (64, 128, 256):
+        found = config.tiles_for(kernel, single, "tf32", d, True)
+        expected = config.tiles_for(kernel, half, "ieee", 2 * d, True)
+        assert found == expected._replace(chunk=expected.chunk // 2)
+    assert config.tiles_for(kernel, half, "tf32", 64, True) == config.tiles_for(
+        kernel, half, "ieee", 64, True
+    )
+
+
 def costs():
     manager.load()
     for name in registry.op_names():

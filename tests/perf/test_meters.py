@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from perf.meters.bands import share_read
 from perf.meters.compiled import scheduled
 from perf.meters.launches import launches
 from perf.meters.recompiles import compilations
@@ -176,3 +177,11 @@ def test_a_function_of_any_size_is_compiled_twice():
 def test_a_function_that_depends_on_its_size_is_compiled_each_time():
     counts = compilations(lambda x: x * 2 if x.shape[0] % 2 else x * 3, calls(range(4, 10)))
     assert counts[-1] > 2
+
+
+@interpreted
+def test_causal_attention_goes_through_half_of_the_tiles():
+    for kernel in ("fwd", "dkdv", "dq"):
+        assert share_read(kernel, 4096, -1, -1) == 1.0
+        assert 0.5 < share_read(kernel, 4096, -1, 0) <= 0.55
+        assert share_read(kernel, 4096, 511, 0) < 0.16

@@ -162,8 +162,8 @@ ROUNDING = (
     Mutant(
         "attention_scores_rounded",
         _FORWARD,
-        'dots = tl.dot(q, tl.trans(k), input_precision="ieee")',
-        "dots = " + _rounded('tl.dot(q, tl.trans(k), input_precision="ieee")', "q.dtype"),
+        "dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)",
+        "dots = " + _rounded("tl.dot(q, tl.trans(k), input_precision=PRECISION)", "q.dtype"),
         _ATTENTION_TESTS + _HALF,
     ),
     Mutant(
@@ -178,17 +178,17 @@ ROUNDING = (
     Mutant(
         "attention_key_gradients_accumulated_in_16_bits",
         _BACKWARD,
-        'dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")',
-        "dk = " + _rounded('tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")', "q.dtype"),
+        "dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)",
+        "dk = " + _rounded("tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)", "q.dtype"),
         _ATTENTION_TESTS + _HALF,
     ),
     Mutant(
         "attention_query_gradients_accumulated_in_16_bits",
         _QUERIES,
-        'dq = tl.dot((ds * slope_of_cap).to(k.dtype), k, dq, input_precision="ieee")',
+        "dq = tl.dot((ds * slope_of_cap).to(k.dtype), k, dq, input_precision=PRECISION)",
         "dq = "
         + _rounded(
-            'tl.dot((ds * slope_of_cap).to(k.dtype), k, dq, input_precision="ieee")', "k.dtype"
+            "tl.dot((ds * slope_of_cap).to(k.dtype), k, dq, input_precision=PRECISION)", "k.dtype"
         ),
         _ATTENTION_TESTS + _HALF,
     ),
