@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.support.compare import assert_like_eager
+from tests.support.compare import assert_fair, assert_like_eager
+from tests.support.covering import pairwise
 from tests.support.devices import DEVICE, DTYPES, dtype_name
 from trilith.kernels import attention, decode_attention
 from trilith.kernels._runtime.launch import observers
@@ -79,41 +80,6 @@ def test_lengths(length, T, poison):
     assert lse[0, :, unseeing:].isfinite().all()
 
 
-OPTIONS = {
-    "window": lambda: {"left": 20},
-    "window_0": lambda: {"left": 0},
-    "softcap": lambda: {"softcap": 1.5},
-    "slopes": lambda: {"slopes": randn(3, 4).abs() / 8},
-    "sinks": lambda: {"sinks": randn(4)},
-    "negative_scale": lambda: {"scale": -0.4},
-    "everything": lambda: {
-        "left": 33,
-        "softcap": 2.0,
-        "slopes": randn(1, 4).abs() / 8,
-        "sinks": randn(4),
-    },
-}
-
-
-@by_dtype
-@pytest.mark.parametrize("option", ["plain", *OPTIONS])
-def test_options(option, dtype):
-    given = OPTIONS.get(option, dict)()
-    check(*draw([96, 50, 3], H=4, Hkv=2, T=2, dtype=dtype), **given)
-
-
-@pytest.mark.parametrize(("D", "Dv"), [(1, 1), (3, 17), (40, 24), (80, 80), (128, 64), (257, 512)])
-def test_head_dims(D, Dv):
-    check(*draw([40, 7], H=2, Hkv=1, S=40, D=D, Dv=Dv))
-
-
-@pytest.mark.parametrize(
-    ("H", "Hkv", "T"), [(6, 2, 1), (8, 1, 1), (17, 1, 1), (4, 1, 9), (5, 5, 4)]
-)
-def test_heads_share_a_tile(H, Hkv, T):
-    check(*draw([96, 33], H=H, Hkv=Hkv, T=T))
-
-
 def paged(k, v, lengths, size=16, spare=2):
     """The same caches in shuffled blocks, NaN in those of nobody, nonsense past each length."""
     B, _, S, _ = k.shape
@@ -133,6 +99,48 @@ def paged(k, v, lengths, size=16, spare=2):
     for b, length in enumerate(lengths.tolist()):
         table[b, -(-length // size) :] = 10**6 * (-1) ** b
     return *pools, table
+
+
+DIMS = {"1": (1, 1), "3-17": (3, 17), "40": (40, 40), "80-24": (80, 24), "128-64": (128, 64)}
+DIMS |= {"257-512": (257, 512)}
+HEADS = {"equal": (2, 2), "grouped": (6, 2), "one": (8, 1), "beyond_a_tile": (17, 1)}
+FACTORS = {
+    "dims": tuple(DIMS),
+    "heads": tuple(HEADS),
+    "dtype": {dtype_name(dtype): dtype for dtype in DTYPES},
+    "queries": ("1", "3"),
+    "lengths": {"short": (40, 7, 0), "whole": (40, 40, 40), "ends": (16, 17, 1)},
+    "pages": ("rows", "1", "16"),
+    "window": {"any": -1, "20": 20, "0": 0},
+    "softcap": ("none", "capped"),
+    "slopes": {"none": 0, "of_heads": 1, "of_batch": 3},
+    "sinks": ("none", "sinks"),
+    "scale": {"positive": 0.3, "negative": -0.4},
+    "layout": ("dense", "heads_inside"),
+}
+ROWS = pairwise({name: tuple(choices) for name, choices in FACTORS.items()})
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(row.values()))
+def test_pairs_of_features(row):
+    (D, Dv), (H, Hkv) = DIMS[row["dims"]], HEADS[row["heads"]]
+    dtype, slopes = FACTORS["dtype"][row["dtype"]], FACTORS["slopes"][row["slopes"]]
+    lengths, T = FACTORS["lengths"][row["lengths"]], int(row["queries"])
+    q, k, v, counted = draw(lengths, H=H, Hkv=Hkv, T=T, S=40, D=D, Dv=Dv, dtype=dtype)
+    if row["layout"] == "heads_inside":
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    table = None
+    if row["pages"] != "rows":
+        k, v, table = paged(k, v, counted, int(row["pages"]))
+    check(
+        *(q, k, v, counted, table),
+        left=FACTORS["window"][row["window"]],
+        softcap=1.5 if row["softcap"] == "capped" else 0.0,
+        slopes=randn(slopes, H).abs() / 8 if slopes else None,
+        sinks=randn(H, dtype=dtype) if row["sinks"] == "sinks" else None,
+        scale=FACTORS["scale"][row["scale"]],
+        judge=assert_fair,
+    )
 
 
 @by_dtype
