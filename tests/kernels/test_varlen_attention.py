@@ -64,19 +64,36 @@ FACTORS = {
         "dropout": lambda: {"p": 0.3, "seed": torch.tensor([2**35 + 3], device=DEVICE)},
     },
     "scale": {"default": {}, "negative": {"scale": -0.4}},
-    "shape": {"plain": {}, "grouped": {"Hkv": 1}, "value_dim": {"Dv": 24, "D": 5}},
+    "shape": {
+        "plain": {},
+        "grouped": {"Hkv": 1},
+        "value_dim": {"Dv": 24, "D": 5},
+        "ones": {"D": 1},
+        "wide": {"D": 80, "Dv": 128},
+    },
+    "layout": {
+        "dense": lambda t: t,
+        "heads_outside": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+        "stride_0": lambda t: t[:, :1].expand(t.shape),
+    },
 }
 ROWS = pairwise({name: tuple(choices) for name, choices in FACTORS.items()})
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(row.values()))
 def test_pairs_of_features(row):
-    given = {}
+    given, layout = {}, FACTORS["layout"][row["layout"]]
     for name, choice in row.items():
+        if name == "layout":
+            continue
         made = FACTORS[name][choice]
         given |= made() if callable(made) else made
     shape = {n: given.pop(n) for n in ("D", "Dv", "Hkv") if n in given}
-    args = call(*packed(**shape), **given)
+    args = call(*map(layout, packed(**shape)), **given)
+    judge(args)
+
+
+def judge(args):
     q, v = args[0], args[2]
     dout, dlse = randn(*q.shape[:2], v.shape[2]), randn(q.shape[1], q.shape[0])
     chosen = differentiable(args)
@@ -86,6 +103,11 @@ def test_pairs_of_features(row):
     yardstick = run(OP.spec.reference, args, dout, dlse)
     for a, e, p in zip(actual, expected, yardstick, strict=True):
         assert_like_eager(a, e, p)
+
+
+def test_heads_wider_than_a_chunk():
+    lengths = ((3, 0, 9), (5, 2, 8))
+    judge(call(*packed(D=260, Dv=300, lengths=lengths), lengths, right=0, sinks=randn(2)))
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=dtype_name)
