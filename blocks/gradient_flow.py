@@ -99,12 +99,18 @@ def gradient_flow(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Grad
 
     Raises:
         ValueError: the loss is not a scalar with a gradient.
+        TypeError: loss cannot be called.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
         >>> print(gradient_flow(model, lambda m: m(torch.randn(8, 4)).square().mean()))
         ... # doctest: +SKIP
     """
+    if not callable(loss):
+        raise TypeError(
+            f"gradient_flow: loss must be callable as loss(model), got {type(loss).__name__}; "
+            "give `lambda model: ...`"
+        )
     recorder = _Recorder(model, _blocks(model))
     with recorder.hooked():
         value = loss(model)

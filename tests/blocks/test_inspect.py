@@ -175,3 +175,8 @@ def test_gradcheck_passes_and_fails(monkeypatch):
     monkeypatch.setattr(Square, "factor", 3.0)
     with pytest.raises(GradcheckError, match="Sequential: the gradient of parameter 0.weight"):
         trilith.inspect.gradcheck(module, x)
+
+
+def test_a_loss_that_was_computed_already_is_refused():
+    with pytest.raises(TypeError, match=r"loss must be callable as loss\(model\), got Tensor"):
+        trilith.inspect.gradient_flow(nn.Linear(2, 2), torch.zeros(()))
