@@ -29,7 +29,12 @@ CASES: dict[str, tuple[Any, ...]] = {
     "Tanh": (),
     "GELU": (),
     "SiLU": (),
+    "Softmax": (-1,),
+    "LogSoftmax": (-1,),
+    "BatchNorm1d": (DIM,),
     "CrossEntropyLoss": (),
+    "BCEWithLogitsLoss": (),
+    "MSELoss": (),
     "MultiheadAttention": (DIM, HEADS),
     "TransformerEncoderLayer": (DIM, HEADS),
     "TransformerDecoderLayer": (DIM, HEADS),
@@ -43,6 +48,8 @@ def inputs(name: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
     if name == "TransformerEncoderLayer":
         return (torch.randn(128, 4, DIM, dtype=dtype, requires_grad=True),)
     x = torch.randn(ROWS, DIM, dtype=dtype, requires_grad=True)
+    if name in ("BCEWithLogitsLoss", "MSELoss"):
+        return x, torch.rand_like(x)
     return (x, torch.randint(DIM, (ROWS,))) if name == "CrossEntropyLoss" else (x,)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from trilith.kernels import BATCH_NORM, batch_norm
+from trilith.kernels import BATCH_NORM, BATCH_NORM_GIVEN, batch_norm
 
 
 class BatchNorm1d(nn.BatchNorm1d):
@@ -14,7 +14,9 @@ class BatchNorm1d(nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_cpu and BATCH_NORM.is_reference_on_cpu:
+        by_batch = self.training or (self.running_mean is None and self.running_var is None)
+        op = BATCH_NORM if by_batch else BATCH_NORM_GIVEN
+        if input.is_cpu and op.is_reference_on_cpu:
             return super().forward(input)
         self._check_input_dim(input)
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
@@ -23,7 +25,6 @@ class BatchNorm1d(nn.BatchNorm1d):
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # a tensor, so that the host need not wait for it
                 momentum = 1.0 / self.num_batches_tracked
-        by_batch = self.training or (self.running_mean is None and self.running_var is None)
         keep = not self.training or self.track_running_stats
         return batch_norm(
             input,

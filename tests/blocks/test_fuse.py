@@ -339,3 +339,31 @@ def test_a_class_that_another_library_changed_since_is_left():
     trilith.fuse(model)
     model[0].__class__ = type("Sharded", (drop_in.LayerNorm,), {})
     assert [e.why for e in trilith.unfuse(model).left]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_a_fused_model_trains_under_autocast_with_a_scaler_as_before(dtype):
+    model, x = Model().to(DEVICE), tokens()
+    twin = copy.deepcopy(model)
+    trilith.fuse(model)
+    for m in (model, twin):
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**8)
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            with torch.autocast(DEVICE, dtype):
+                loss = m(x).float().square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 2.0**8
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=2e-2, atol=2e-2)
+
+
+def test_a_model_fused_on_meta_loads_what_a_plain_one_saved():
+    model, x = Model().to(DEVICE), tokens()
+    with torch.device("meta"):
+        empty = Model()
+    trilith.fuse(empty)
+    empty.to_empty(device=DEVICE).load_state_dict(model.state_dict())
+    torch.testing.assert_close(empty(x), model(x), **CLOSE)
