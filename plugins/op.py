@@ -24,6 +24,10 @@ from trilith.plugins.parameters import Parameters
 from trilith.plugins.selection import Selection, SelectionKey, Vote
 from trilith.plugins.spec import Implementation, OpSpec
 
+# A name of this module is found faster than one of torch's, in what every call does.
+_transforms_are_active = torch._C._are_functorch_transforms_active
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
 
 class Op:
     """A callable op. Takes and returns what the OpSpec's forward does, without the aux tensors."""
@@ -43,7 +47,7 @@ class Op:
         self.abandoned = False
         self.parameters = Parameters(spec)
         self.signature = self.parameters.signature
-        self._arity = len(self.parameters)
+        self._arity, self._tensors = len(self.parameters), self.parameters.tensors
         self.implementations: list[Implementation] = []
         self.vote: Vote | None = None
         self.scope: ContextVar[str | None] = ContextVar(spec.name, default=None)
@@ -78,7 +82,7 @@ class Op:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) != self._arity:
             args = self.parameters.bind(args, kwargs)
-        for i in self.parameters.tensors:
+        for i in self._tensors:
             if type(args[i]) not in sharding.PLAIN and sharding.is_dtensor(args[i]):
                 return sharding.call(self, args)
         lead = self.parameters.lead(args)
@@ -97,7 +101,7 @@ class Op:
     def run(self, provider: str | None, *args: Any) -> Any:
         """A call by whom `choose` said, but for DTensors' shards and casts of autocast, which
         are other arguments than those that were asked about."""
-        for i in self.parameters.tensors:
+        for i in self._tensors:
             if type(args[i]) not in sharding.PLAIN and sharding.is_dtensor(args[i]):
                 return sharding.call(self, args)
         device_type = self.parameters.lead(args).device.type
@@ -255,12 +259,13 @@ class Op:
     def provider(self, lead: Tensor, args: Sequence[Any]) -> str | None:
         """Who runs a call with these arguments, of which `lead` is the first tensor; None for the
         reference."""
-        if torch._C._are_functorch_transforms_active():
+        if _transforms_are_active():
             return None
-        for i in self.parameters.tensors:
-            if args[i] is not None and args[i].numel() == 0:
+        for i in self._tensors:
+            tensor = args[i]
+            if tensor is not None and tensor.numel() == 0:
                 return None
-        if torch.compiler.is_dynamo_compiling():
+        if _is_dynamo_compiling():
             return _traced_provider(self.spec.name, lead.device, lead.dtype, self._guard)
         found = self._selections.get((lead.device, lead.dtype, self.scope.get()))
         if found is None:
@@ -278,7 +283,7 @@ class Op:
             )
 
     def _wants_gradient(self, args: tuple[Any, ...]) -> bool:
-        for i in self.parameters.tensors:  # any() over a generator takes three times as long
+        for i in self._tensors:  # any() over a generator takes three times as long
             tensor = args[i]
             if tensor is not None and tensor.requires_grad:
                 return True
