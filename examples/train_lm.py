@@ -34,7 +34,7 @@ try:
     import trilith
     from examples.lm import BadInput, data, memory, plot
     from examples.lm.checkpoint import State, replace_file, restore, save
-    from examples.lm.ranks import Ranks, ranks_of, whole
+    from examples.lm.ranks import Group, Ranks, ranks_of, whole
     from examples.lm.settings import Settings, parse, settings_from
     from perf.models import eager_lm
     from trilith.blocks import build_lm
@@ -121,7 +121,7 @@ def run(argv: list[str] | None) -> int:
 
 def alone(state: State, settings: Settings, corpus: data.Corpus, args: Namespace) -> State:
     """The state with all of the model in this process; every rank must ask."""
-    if state.ranks.world == 1:
+    if not isinstance(state.ranks, Group):
         return state
     weights = {name: whole(value) for name, value in state.model.state_dict().items()}
     own = fresh_state(settings, corpus, Ranks(args.device))

@@ -632,8 +632,8 @@ MUTANTS = (
     Mutant(
         "autocast_reaches_the_kernels",
         _OP,
-        'if self.spec.autocast == "low":',
-        "if True:",
+        'if self.spec.autocast == "low":\n            dtype',
+        "if True:\n            dtype",
         _OP_TESTS + " -k TestAutocast",
     ),
     Mutant(
@@ -818,5 +818,26 @@ MUTANTS = (
         "var.detach() * (count / max(1, count - 1))",
         "var.detach() * 1.0",
         "tests/kernels/test_batch_norm.py -k running",
+    ),
+    Mutant(
+        "ranks_read_all_key_heads_where_there_are_several",
+        "trilith.kernels.attention.sharding",
+        "if heads == 1:",
+        "if heads >= 1:",
+        "tests/plugins/test_sharding.py -k attentions",
+    ),
+    Mutant(
+        "lse_of_torch_read_as_base_2",
+        "trilith.kernels.attention.torch_flash",
+        "logsumexp * math.log2(math.e)",
+        "logsumexp",
+        "tests/kernels/test_torch_flash.py -k torchs_op",
+    ),
+    Mutant(
+        "reference_of_decoding_sees_a_key_less",
+        "trilith.kernels.attention.decode_reference",
+        "(distance > left)",
+        "(distance >= left)",
+        _DECODE_TESTS,
     ),
 )
