@@ -16,6 +16,7 @@ from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.reduce import column_sum_pair
 from trilith.kernels._runtime.rows import Rows, as_rows, row_offsets
+from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 
 _ELEMENTS, _WARPS = 2048, 4
 _COLUMNS, _FEW_COLUMNS = 64, 2
@@ -215,8 +216,8 @@ class _Work(NamedTuple):
 
     def blocks(self) -> tuple[int, int]:
         return (
-            triton.cdiv(self.r, self.options["BLOCK_R"]),
-            triton.cdiv(self.c, self.options["BLOCK_C"]),
+            cdiv(self.r, self.options["BLOCK_R"]),
+            cdiv(self.c, self.options["BLOCK_C"]),
         )
 
     def shares(self) -> tuple[int, int]:
@@ -232,8 +233,8 @@ def _work(*tensors: Tensor) -> _Work:
     inner = tensors[0].numel() // (n * c)
     rows = as_rows(*(t.reshape(n, c, inner).transpose(1, 2) for t in tensors))
     most = _COLUMNS if inner == 1 else _FEW_COLUMNS
-    block_c = min(triton.next_power_of_2(c), most)
-    block_r = min(triton.next_power_of_2(n * inner), _ELEMENTS // block_c)
+    block_c = min(next_power_of_2(c), most)
+    block_r = min(next_power_of_2(n * inner), _ELEMENTS // block_c)
     options = {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": _WARPS}
     return _Work(rows, n * inner, c, options)
 
@@ -259,13 +260,13 @@ def batch_norm_statistics(x: Tensor, mean: Tensor, var: Tensor) -> None:
     )
     launch(
         _merge_kernel,
-        (triton.cdiv(work.c, _MERGED_COLUMNS),),
+        (cdiv(work.c, _MERGED_COLUMNS),),
         shares,
         mean,
         var,
         grid[0],
         *sizes[:2],
-        BLOCK_P=triton.next_power_of_2(grid[0]),
+        BLOCK_P=next_power_of_2(grid[0]),
         BLOCK_C=_MERGED_COLUMNS,
         num_warps=_WARPS,
     )

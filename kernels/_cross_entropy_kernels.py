@@ -16,6 +16,7 @@ from torch import Tensor
 from trilith.kernels._runtime.functors import ACTIVATIONS
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.rows import RowTile, row_offsets, row_tile
+from trilith.kernels._runtime.sizes import next_power_of_2
 
 _STRIDED_TILE, _STRIDED_WARPS = (16, 64), 4
 _tanh, _tanh_grad = ACTIVATIONS["tanh"].f, ACTIVATIONS["tanh"].df
@@ -29,7 +30,7 @@ def class_strides(x: Tensor) -> tuple[int, int, int]:
 def logits_tile(x: Tensor, widest: int) -> RowTile:
     """The tile for rows of logits (N, C), at most `widest` classes, or for those of (N, C, D)."""
     if x.dim() == 3 and x.shape[2] > 1:  # neighbours in memory are neighbouring rows
-        columns = min(triton.next_power_of_2(x.shape[1]), _STRIDED_TILE[1])
+        columns = min(next_power_of_2(x.shape[1]), _STRIDED_TILE[1])
         return RowTile(_STRIDED_TILE[0], columns, _STRIDED_WARPS)
     return row_tile(min(x.shape[1], widest), per_thread=8, max_warps=8)
 

@@ -17,9 +17,9 @@ from trilith.kernels._cross_entropy_kernels import (
     cross_entropy_in_place_kernel,
     scale_kernel,
 )
-from trilith.kernels._runtime.language import triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.rows import row_tile
+from trilith.kernels._runtime.sizes import cdiv
 from trilith.plugins import TRITON_DEVICES
 
 CHUNK_TOKENS = 4096  # more make the matrix products no faster
@@ -65,11 +65,7 @@ def chunk_tokens(tokens: int, classes: int, x: Tensor) -> int:
     size = classes * x.element_size()
     limit = CHUNK_BYTES // size if runs_kernels(x) else HOST_CHUNK_BYTES // size
     most = min(CHUNK_TOKENS, max(LEAST_TOKENS, limit))
-    return _cdiv(tokens, _cdiv(tokens, most))
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+    return cdiv(tokens, cdiv(tokens, most))
 
 
 def run_chunks(
@@ -90,7 +86,7 @@ def run_chunks(
     head = linear_weight.to(x.dtype)
     bias = None if linear_bias is None else linear_bias.to(x.dtype)
     tokens = chunk_tokens(m, classes, x)
-    columns = _cdiv(classes, _ALIGNED) * _ALIGNED
+    columns = cdiv(classes, _ALIGNED) * _ALIGNED
     buffer = x.new_empty(tokens, columns)[:, :classes]
     rows = _rows_by_kernel if runs_kernels(x) else _rows_in_plain_pytorch
     for start in range(0, m, tokens):
@@ -158,7 +154,7 @@ def _rows_by_kernel(
         "BLOCK_N": tile.block_n,
         "num_warps": tile.num_warps,
     }
-    grid = (triton.cdiv(logits.shape[0], tile.block_m),)
+    grid = (cdiv(logits.shape[0], tile.block_m),)
     inputs = (logits, target, weight, weight_sum)
     if wants_gradient:
         upstream = (dloss, losses, None if dloss is None else dloss.stride(0))
@@ -225,7 +221,7 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous gradient times a scalar, rounded once; 0 stays 0 if the scale is not finite."""
     if runs_kernels(gradient):
         result = torch.empty_like(gradient, dtype=dtype)
-        grid = (triton.cdiv(gradient.numel(), _SCALE_BLOCK),)
+        grid = (cdiv(gradient.numel(), _SCALE_BLOCK),)
         arguments = (gradient, scale, result, gradient.numel())
         launch(scale_kernel, grid, *arguments, BLOCK=_SCALE_BLOCK, num_warps=8)
         return result

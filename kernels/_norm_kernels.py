@@ -36,6 +36,7 @@ from trilith.kernels._runtime.rows import (
     row_offsets,
     row_tile,
 )
+from trilith.kernels._runtime.sizes import cdiv
 
 _FWD_RESIDENT_N = 16384  # 32 elements a thread in 16 warps
 _BWD_RESIDENT_N = 8192  # 16 elements a thread in 16 warps, beside two accumulators
@@ -379,7 +380,7 @@ def norm_forward(
     tile = row_tile(max(n, _QUAD if p else 1), per_thread=16, max_warps=16)
     launch(
         _norm_fwd_kernel,
-        (triton.cdiv(m, tile.block_m),),
+        (cdiv(m, tile.block_m),),
         *tensors,
         *strides,
         m,
@@ -406,7 +407,7 @@ def norm_backward(
     """The gradients of x, weight and bias, those of them that are needed."""
     n = x.shape[-1]
     m = x.numel() // n
-    rows = as_rows(*(t for t in (dy, x, more.dsum) if t is not None))
+    rows = as_rows(dy, x) if more.dsum is None else as_rows(dy, x, more.dsum)
     inputs = (*rows.tensors[:2], weight, mean, rstd)
     strides_and_sizes = (*rows.strides[:2], _stride(weight), m, n, rows.inner)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
@@ -418,19 +419,20 @@ def norm_backward(
             sums = rstd.new_empty((2, m))
             options = {"BLOCK_N": _SPLIT_N, "num_warps": _SPLIT_WARPS}
             launch(_norm_bwd_sums_kernel, (m,), *inputs, sums, *strides_and_sizes, **options)
-    splits = triton.cdiv(n, tile.block_n)
+    splits = cdiv(n, tile.block_n)
     programs = persistent_programs(m, tile, x.device, splits)
     pairs = zip((weight, bias), needs[1:], strict=True)
     dtypes = [p.dtype for p, needed in pairs if p is not None and needed]
     partials = rstd.new_empty((len(dtypes), programs, n))
+    shares = partials.unbind()
     launch(
         _norm_bwd_kernel,
         (programs, splits),
         *inputs,
         sums,
         dx,
-        partials[0] if needs[1] else None,
-        partials[-1] if needs[2] else None,
+        shares[0] if needs[1] else None,
+        shares[-1] if needs[2] else None,
         *strides_and_sizes,
         None if more.dsum is None else rows.tensors[2],
         bias if more.y is not None else None,
@@ -449,7 +451,7 @@ def norm_backward(
         return dx, None, None
     if len(dtypes) == 2:
         return dx, *column_sum_pair(partials, *dtypes)
-    total = column_sum(partials[0], *dtypes)
+    total = column_sum(shares[0], *dtypes)
     return dx, total if needs[1] else None, total if needs[2] else None
 
 

@@ -38,8 +38,10 @@ from trilith.kernels._cross_entropy_kernels import (
 )
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.rows import RowTile, row_offsets
 from trilith.kernels._runtime.sharding import Strategy, split
+from trilith.kernels._runtime.sizes import cdiv
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 _WIDEST_BLOCK = 2048  # three sums a lane live beside the two tiles
@@ -205,6 +207,7 @@ def _soft_cross_entropy_out(x: Tensor, *_: object) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(shape, dtype=torch.float32) for _ in range(5))
 
 
+@planned
 def _soft_cross_entropy_fwd(
     x: Tensor,
     target: Tensor,
@@ -215,11 +218,12 @@ def _soft_cross_entropy_fwd(
 ) -> tuple[Tensor, ...]:
     outputs = _soft_cross_entropy_out(x)
     tile, tail, options = _launch_arguments(x, target, weight, label_smoothing, z_loss, softcap)
-    grid = (triton.cdiv(outputs[0].numel(), tile.block_m),)
+    grid = (cdiv(outputs[0].numel(), tile.block_m),)
     launch(soft_cross_entropy_fwd_kernel, grid, x, target, weight, *outputs, *tail, **options)
     return outputs
 
 
+@planned
 def _soft_cross_entropy_bwd(
     ctx: BackwardContext, dloss: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -229,7 +233,7 @@ def _soft_cross_entropy_bwd(
     dx = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
     dtarget = target.new_empty(x.shape) if ctx.needs_input_grad[1] else None
     tile, tail, options = _launch_arguments(*ctx.inputs)
-    grid = (triton.cdiv(dloss.numel(), tile.block_m) * triton.cdiv(x.shape[1], tile.block_n),)
+    grid = (cdiv(dloss.numel(), tile.block_m) * cdiv(x.shape[1], tile.block_n),)
     dloss = dloss.reshape(-1)
     made = dtarget if dx is None else dx
     assert made is not None

@@ -28,6 +28,7 @@ from trilith.kernels._runtime.matrix import (
     require_linear,
     room_for,
 )
+from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels._runtime.sharding import Strategy, by_rows, split
 from trilith.kernels.activations import (
@@ -49,6 +50,7 @@ def _bias_act_linear_out(x: Tensor, bias: Tensor | None, weight: Tensor, *_: Any
     return _linear_out(x, weight)
 
 
+@planned
 def _bias_act_linear_fwd(
     x: Tensor,
     bias: Tensor | None,
@@ -62,6 +64,7 @@ def _bias_act_linear_fwd(
     return (F.linear(hidden, weight, out_bias),)
 
 
+@planned
 def _bias_act_linear_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, bias, weight, _, seed, activation, p = ctx.inputs
     needs = ctx.needs_input_grad
@@ -208,6 +211,7 @@ def _gated_act_linear_out(gate: Tensor, up: Tensor, weight: Tensor, *_: Any) -> 
     return _linear_out(gate, weight)
 
 
+@planned
 def _gated_act_linear_fwd(
     gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor]:
@@ -215,6 +219,7 @@ def _gated_act_linear_fwd(
     return (F.linear(hidden, weight, bias),)
 
 
+@planned
 def _gated_act_linear_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...]:
     gate, up, weight, _, activation = ctx.inputs
     needs = ctx.needs_input_grad

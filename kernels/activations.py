@@ -36,9 +36,11 @@ from trilith.kernels._runtime.elementwise import (
 from trilith.kernels._runtime.functors import ACTIVATIONS, require_activation
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels._runtime.reduce import column_sum
 from trilith.kernels._runtime.sharding import Strategy, elementwise
+from trilith.kernels._runtime.sizes import cdiv
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 __all__ = ["bias_act", "gated_act"]
@@ -219,6 +221,7 @@ def _bias_act_out(x: Tensor, *_: object) -> tuple[Tensor]:
     return (x.new_empty(x.shape),)
 
 
+@planned
 def _bias_act_fwd(
     x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, p: float
 ) -> tuple[Tensor, ...]:
@@ -248,6 +251,7 @@ def _bias_act_fwd(
     return (y,)
 
 
+@planned
 def _bias_act_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, bias, seed, activation, p = ctx.inputs
     return bias_act_backward(dy, x, bias, seed, activation, p, ctx.needs_input_grad[:2], None)
@@ -267,12 +271,12 @@ def bias_act_backward(
     needs_x, needs_bias = needs
     plane = as_plane(dy, x, columns=bias is not None, p=p)
     tile = plane.tile(_BACKWARD_ELEMENTS if needs_bias else _FORWARD_ELEMENTS, summed=needs_bias)
-    programs = plane.row_programs(tile) if needs_bias else triton.cdiv(plane.m, tile["BLOCK_M"])
+    programs = plane.row_programs(tile) if needs_bias else cdiv(plane.m, tile["BLOCK_M"])
     dx = x.new_empty(x.shape) if needs_x else None
     partials = x.new_empty((programs, plane.n), dtype=torch.float32) if needs_bias else None
     launch(
         _bias_act_bwd_kernel,
-        (programs * triton.cdiv(plane.n, tile["BLOCK_N"]),),
+        (programs * cdiv(plane.n, tile["BLOCK_N"]),),
         *plane.tensors,
         bias,
         seed,
@@ -405,6 +409,7 @@ def _gated_act_out(gate: Tensor, *_: object) -> tuple[Tensor]:
     return (gate.new_empty(gate.shape),)
 
 
+@planned
 def _gated_act_fwd(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, ...]:
     (y,) = _gated_act_out(gate)
     plane = as_plane(gate, up, columns=False)
@@ -426,6 +431,7 @@ def _gated_act_fwd(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, .
     return (y,)
 
 
+@planned
 def _gated_act_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...]:
     gate, up, activation = ctx.inputs
     return gated_act_backward(dy, gate, up, activation, ctx.needs_input_grad[:2], None)

@@ -27,6 +27,7 @@ from trilith.kernels._norm_kernels import Added, AddedGradients, norm_backward, 
 from trilith.kernels._runtime import checks
 from trilith.kernels._runtime.elementwise import require_seed
 from trilith.kernels._runtime.matrix import room_for
+from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.kernels.dropout import BIAS_DROPOUT_ADD
@@ -48,6 +49,7 @@ def _out(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return (*outputs, *statistics(residual, centred))
 
 
+@planned
 def _fwd(
     x: Tensor,
     residual: Tensor,
@@ -77,6 +79,7 @@ def _grads(
     return dx, dresidual, *room_for(ctx.inputs[2:5], needs[2:])
 
 
+@planned
 def _bwd(
     ctx: BackwardContext, dnormed: Tensor | None, dsummed: Tensor | None
 ) -> tuple[Tensor | None, ...]:

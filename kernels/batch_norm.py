@@ -30,6 +30,7 @@ from trilith.kernels._batch_norm_kernels import (
     batch_norm_statistics,
 )
 from trilith.kernels._runtime.checks import require, require_floating, require_same_device
+from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
@@ -43,6 +44,7 @@ def _train_out(
     return x.new_empty(x.shape), mean, torch.empty_like(mean)
 
 
+@planned
 def _train_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,6 +54,7 @@ def _train_fwd(
     return y, mean, var
 
 
+@planned
 def _train_bwd(
     ctx: BackwardContext, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None
 ) -> tuple[Tensor | None, ...]:
@@ -97,6 +100,7 @@ def _given_out(
     return (x.new_empty(x.shape),)
 
 
+@planned
 def _given_fwd(
     x: Tensor,
     mean: Tensor,
@@ -110,6 +114,7 @@ def _given_fwd(
     return (y,)
 
 
+@planned
 def _given_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, mean, var, weight, bias, eps = ctx.inputs
     needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])

@@ -36,10 +36,11 @@ from trilith.kernels._runtime.checks import (
     require_floating,
     require_same_device,
 )
-from trilith.kernels._runtime.language import triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.rows import RowTile
 from trilith.kernels._runtime.sharding import Strategy, split
+from trilith.kernels._runtime.sizes import cdiv
 from trilith.kernels._soft_cross_entropy import SOFT_CROSS_ENTROPY
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 from trilith.plugins.sharding import is_dtensor
@@ -73,6 +74,7 @@ def _cross_entropy_out(x: Tensor, target: Tensor, *_: object) -> tuple[Tensor, T
     return loss, peak, log_sum
 
 
+@planned
 def _cross_entropy_fwd(
     x: Tensor,
     target: Tensor,
@@ -86,18 +88,19 @@ def _cross_entropy_fwd(
     weight_sum, tile, tail, options = _launch_arguments(
         x, target, weight, ignore_index, label_smoothing, z_loss, softcap
     )
-    grid = (triton.cdiv(target.numel(), tile.block_m),)
+    grid = (cdiv(target.numel(), tile.block_m),)
     inputs = (x, target.reshape(-1), weight, weight_sum)
     launch(cross_entropy_fwd_kernel, grid, *inputs, *outputs, *tail, **options)
     require_labels(_OP, outputs[0], target, ignore_index, x.shape[1])
     return outputs
 
 
+@planned
 def _cross_entropy_bwd(ctx: BackwardContext, dloss: Tensor) -> tuple[Tensor]:
     x, target, weight = ctx.inputs[:3]
     dx = x.new_empty(x.shape)
     weight_sum, tile, tail, options = _launch_arguments(*ctx.inputs)
-    grid = (triton.cdiv(target.numel(), tile.block_m) * triton.cdiv(x.shape[1], tile.block_n),)
+    grid = (cdiv(target.numel(), tile.block_m) * cdiv(x.shape[1], tile.block_n),)
     dloss = dloss.reshape(-1)
     inputs = (dloss, x, target.reshape(-1), weight, weight_sum, *ctx.aux)
     steps = (class_strides(dx), dloss.stride(0))

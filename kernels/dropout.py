@@ -35,9 +35,11 @@ from trilith.kernels._runtime.elementwise import (
 )
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels._runtime.reduce import column_sum
 from trilith.kernels._runtime.sharding import Strategy, elementwise
+from trilith.kernels._runtime.sizes import cdiv
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 __all__ = ["bias_dropout_add", "dropout"]
@@ -159,6 +161,7 @@ def _dropout_out(x: Tensor, *_: object) -> tuple[Tensor]:
     return (x.new_empty(x.shape),)
 
 
+@planned
 def _dropout_fwd(x: Tensor, seed: Tensor | None, p: float) -> tuple[Tensor, ...]:
     require_seed("dropout", seed, p)
     (y,) = _dropout_out(x)
@@ -166,6 +169,7 @@ def _dropout_fwd(x: Tensor, seed: Tensor | None, p: float) -> tuple[Tensor, ...]
     return (y,)
 
 
+@planned
 def _dropout_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...]:
     _, seed, p = ctx.inputs
     return _dropout_fwd(dy, seed, p)
@@ -246,6 +250,7 @@ def _bias_dropout_add_out(x: Tensor, residual: Tensor, *_: object) -> tuple[Tens
     return (residual.new_empty(residual.shape),)
 
 
+@planned
 def _bias_dropout_add_fwd(
     x: Tensor,
     residual: Tensor,
@@ -260,6 +265,7 @@ def _bias_dropout_add_fwd(
     return (y,)
 
 
+@planned
 def _bias_dropout_add_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...]:
     _, _, bias, seed, p, _ = ctx.inputs
     dx, _, _ = _bias_dropout_add_grads(ctx, dy)
@@ -273,7 +279,7 @@ def _bias_dropout_add_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | No
     partials = dy.new_empty((programs, plane.n), dtype=torch.float32)
     launch(
         _dropout_bwd_kernel,
-        (programs * triton.cdiv(plane.n, tile["BLOCK_N"]),),
+        (programs * cdiv(plane.n, tile["BLOCK_N"]),),
         plane.tensors[0],
         seed,
         dx,

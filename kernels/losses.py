@@ -28,6 +28,7 @@ from trilith.kernels._runtime.elementwise import NUM_WARPS, Plane, as_plane, off
 from trilith.kernels._runtime.functors import ACTIVATIONS
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.reduce import column_sum
 from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
@@ -263,6 +264,7 @@ def _backward(
     return tuple(grads)
 
 
+@planned
 def _bce_fwd(
     x: Tensor,
     target: Tensor,
@@ -274,6 +276,7 @@ def _bce_fwd(
     return _forward(_BCE, (x, target, weight, pos_weight), reduction, dtype)
 
 
+@planned
 def _bce_bwd(ctx: BackwardContext, dloss: Tensor) -> tuple[Tensor | None, ...]:
     needs = (*ctx.needs_input_grad[:2], False)
     return _backward(_BCE, dloss, ctx.inputs[:4], ctx.inputs[4], needs)[:2]
@@ -300,12 +303,14 @@ def _bce_reference(
     return loss.to(torch.promote_types(dtype, x.dtype))
 
 
+@planned
 def _mse_fwd(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dtype
 ) -> tuple[Tensor]:
     return _forward(_MSE, (x, target, weight, None), reduction, dtype)
 
 
+@planned
 def _mse_bwd(ctx: BackwardContext, dloss: Tensor) -> tuple[Tensor | None, ...]:
     given = (*ctx.inputs[:3], None)
     return _backward(_MSE, dloss, given, ctx.inputs[3], ctx.needs_input_grad[:3])

@@ -37,6 +37,7 @@ from trilith.kernels._runtime.matrix import (
     require_linear,
     room_for,
 )
+from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.kernels.add_norm import (
@@ -76,6 +77,7 @@ def _norm_linear_out(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return *_products_out(x, weight, second), *statistics(x, centred)
 
 
+@planned
 def _norm_linear_fwd(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -94,6 +96,7 @@ def _norm_linear_fwd(
     return *_products(normed, weight, bias, weight2, bias2), *saved
 
 
+@planned
 def _norm_linear_bwd(
     ctx: BackwardContext, dy: Tensor | None, dy2: Tensor | None
 ) -> tuple[Tensor | None, ...]:
@@ -165,6 +168,7 @@ def _add_norm_linear_out(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tenso
     return *_products_out(x, weight, second), summed, *statistics(summed, centred)
 
 
+@planned
 def _add_norm_linear_fwd(
     x: Tensor,
     residual: Tensor,
@@ -189,6 +193,7 @@ def _add_norm_linear_fwd(
     return *_products(normed, weight, bias, weight2, bias2), summed, *saved
 
 
+@planned
 def _add_norm_linear_bwd(
     ctx: BackwardContext, dy: Tensor | None, dy2: Tensor | None, dsummed: Tensor | None
 ) -> tuple[Tensor | None, ...]:

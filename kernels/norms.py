@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trilith.kernels._norm_kernels import norm_backward, norm_forward
 from trilith.kernels._runtime.checks import require_floating, require_same_device
+from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.sharding import by_rows
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
@@ -30,6 +31,7 @@ def _layer_norm_out(
     return x.new_empty(x.shape), mean, torch.empty_like(mean)
 
 
+@planned
 def _layer_norm_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,6 +40,7 @@ def _layer_norm_fwd(
     return y, mean, rstd
 
 
+@planned
 def _layer_norm_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, _ = ctx.inputs
     mean, rstd = ctx.aux
@@ -60,12 +63,14 @@ def _rms_norm_out(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor,
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
+@planned
 def _rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     y, rstd = _rms_norm_out(x, weight, eps)
     norm_forward(x, weight, None, eps, y, None, rstd)
     return y, rstd
 
 
+@planned
 def _rms_norm_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, _ = ctx.inputs
     (rstd,) = ctx.aux

@@ -23,7 +23,9 @@ from trilith.kernels._runtime.checks import require, require_floating, require_s
 from trilith.kernels._runtime.device import multiprocessors
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.sharding import Strategy, split
+from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 _TILE = 2048  # elements of one head
@@ -110,10 +112,12 @@ def _rotary_out(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _rotary_fwd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    return _rotate(x, cos, sin, interleaved, inverse=False)
+@planned
+def _rotary_fwd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor]:
+    return (_rotate(x, cos, sin, interleaved, inverse=False),)
 
 
+@planned
 def _rotary_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor]:
     _, cos, sin, interleaved = ctx.inputs
     return (_rotate(dy, cos, sin, interleaved, inverse=True),)
@@ -123,16 +127,16 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, inverse: 
     y = _rotary_out(x)
     b, h, t, d = x.shape
     pairs = cos.shape[-1]
-    block_p = triton.next_power_of_2(pairs)
-    block_t = max(1, min(_TILE // (2 * block_p), triton.next_power_of_2(t)))
-    tiles = b * triton.cdiv(t, block_t)
-    heads = min(_MOST_HEADS, triton.next_power_of_2(h))
+    block_p = next_power_of_2(pairs)
+    block_t = max(1, min(_TILE // (2 * block_p), next_power_of_2(t)))
+    tiles = b * cdiv(t, block_t)
+    heads = min(_MOST_HEADS, next_power_of_2(h))
     wanted = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device)
-    while heads > 1 and tiles * triton.cdiv(h, heads) < wanted:
+    while heads > 1 and tiles * cdiv(h, heads) < wanted:
         heads //= 2
     launch(
         _rotary_kernel,
-        (tiles * triton.cdiv(h, heads),),
+        (tiles * cdiv(h, heads),),
         x,
         cos,
         sin,
@@ -149,7 +153,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, inverse: 
         HEADS=heads,
         BLOCK_T=block_t,
         BLOCK_P=block_p,
-        BLOCK_REST=triton.next_power_of_2(d - 2 * pairs) if d > 2 * pairs else 0,
+        BLOCK_REST=next_power_of_2(d - 2 * pairs) if d > 2 * pairs else 0,
         num_warps=4 if block_t * block_p >= 512 else 1,
     )
     return y

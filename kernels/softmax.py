@@ -23,8 +23,10 @@ from torch import Tensor
 from trilith.kernels._runtime.checks import require_floating
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.rows import Rows, as_rows, row_offsets, row_tile
 from trilith.kernels._runtime.sharding import Strategy, split
+from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 __all__ = ["log_softmax", "softmax"]
@@ -172,7 +174,7 @@ def _work(dim: int, resident_n: int, out: Tensor, *inputs: Tensor) -> _Work:
         shape = (-1, n, out[(0,) * (dim + 1)].numel())
         rows = as_rows(*(t.reshape(shape).transpose(1, 2) for t in (*inputs, out)))
     if dim < out.dim() - 1:
-        block_n = min(triton.next_power_of_2(n), _ACROSS_N)
+        block_n = min(next_power_of_2(n), _ACROSS_N)
         tile = (block_n >= n, _ACROSS_M, block_n, _ACROSS_WARPS)
     elif n <= resident_n:
         tile = (True, *row_tile(n, per_thread=16, max_warps=16))
@@ -194,7 +196,7 @@ def _forward(
     y, peak, total = _softmax_out(x, dim, dtype)
     work = _work(dim, _FWD_RESIDENT_N, y, x)
     (x, y_view), (x_strides, y_strides) = work.rows.tensors, work.rows.strides
-    grid = (triton.cdiv(work.m, work.options["BLOCK_M"]),)
+    grid = (cdiv(work.m, work.options["BLOCK_M"]),)
     sizes = (work.m, work.n, work.rows.inner)
     tensors = (x, y_view, peak, total)
     launch(
@@ -208,25 +210,29 @@ def _backward(ctx: BackwardContext, dy: Tensor, *, log: bool) -> tuple[Tensor]:
     dx = x.new_empty(x.shape)
     work = _work(dim, _BWD_RESIDENT_N, dx, dy, x)
     dy_view, x_view, dx_view = work.rows.tensors
-    grid = (triton.cdiv(work.m, work.options["BLOCK_M"]),)
+    grid = (cdiv(work.m, work.options["BLOCK_M"]),)
     sizes = (work.m, work.n, work.rows.inner)
     tensors = (dy_view, x_view, *ctx.aux, dx_view)
     launch(_softmax_bwd_kernel, grid, *tensors, *work.rows.strides, *sizes, LOG=log, **work.options)
     return (dx,)
 
 
+@planned
 def _softmax_fwd(x: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return _forward(x, dim, dtype, log=False)
 
 
+@planned
 def _softmax_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor]:
     return _backward(ctx, dy, log=False)
 
 
+@planned
 def _log_softmax_fwd(x: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return _forward(x, dim, dtype, log=True)
 
 
+@planned
 def _log_softmax_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor]:
     return _backward(ctx, dy, log=True)
 

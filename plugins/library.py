@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _KEY = "CompositeExplicitAutograd"
 # The types that the dispatcher hands on unchanged.
-_EXACT: Mapping[str, type] = {"float": float, "int": int, "bool": bool, "str": str}
+_EXACT: Mapping[str, type] = {
+    "float": float,
+    "SymInt": int,
+    "bool": bool,
+    "str": str,
+    "ScalarType": torch.dtype,
+}
 
 
 class TorchOps:

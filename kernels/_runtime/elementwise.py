@@ -16,6 +16,7 @@ from trilith.kernels._runtime.device import multiprocessors
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.random import keep_mask, reference_keep_mask
 from trilith.kernels._runtime.rows import as_rows, row_offsets
+from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 
 NUM_WARPS = 4
 _FLAT_COLUMNS, _COLUMNS, _SUMMED_COLUMNS, _STRIDED_COLUMNS = 2048, 512, 128, 32
@@ -39,12 +40,12 @@ class Plane(NamedTuple):
             widest = _SUMMED_COLUMNS  # few enough that the partial sums stay small
         if any(s[2] not in (0, 1) for s in self.strides):
             widest = _STRIDED_COLUMNS  # such a tensor may have its rows side by side
-        block_n = max(16, min(triton.next_power_of_2(self.n), widest))
-        block_m = min(max(1, elements // block_n), triton.next_power_of_2(self.m))
+        block_n = max(16, min(next_power_of_2(self.n), widest))
+        block_m = min(max(1, elements // block_n), next_power_of_2(self.m))
         return {"BLOCK_M": block_m, "BLOCK_N": block_n}
 
     def programs(self, tile: dict[str, int]) -> int:
-        return triton.cdiv(self.m, tile["BLOCK_M"]) * triton.cdiv(self.n, tile["BLOCK_N"])
+        return cdiv(self.m, tile["BLOCK_M"]) * cdiv(self.n, tile["BLOCK_N"])
 
     def resident_programs(self, tile: dict[str, int]) -> int:
         """How many programs share all tiles, so that all of them run at a time."""
@@ -54,8 +55,8 @@ class Plane(NamedTuple):
     def row_programs(self, tile: dict[str, int]) -> int:
         """How many programs share a column block, so that all of them run at a time."""
         slots = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(self.tensors[0].device)
-        most = max(1, slots // triton.cdiv(self.n, tile["BLOCK_N"]))
-        return min(triton.cdiv(self.m, tile["BLOCK_M"]), most)
+        most = max(1, slots // cdiv(self.n, tile["BLOCK_N"]))
+        return min(cdiv(self.m, tile["BLOCK_M"]), most)
 
 
 def as_plane(*tensors: Tensor, columns: bool, p: float = 0.0) -> Plane:

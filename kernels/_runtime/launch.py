@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from trilith.plugins.spec import INTERPRETING
+
 Grid = tuple[int, ...]
 Observer = Callable[[Any, Grid, tuple[Any, ...], dict[str, Any]], None]
 
 observers: list[Observer] = []
+
+
+class Recorder(Protocol):
+    """Is told how each launch of its thread can be done again: a callable and its arguments."""
+
+    busy: bool
+
+    def note(self, start: Callable[..., Any], args: tuple[Any, ...]) -> None: ...
+
+
+class _Here(threading.local):
+    recorder: Recorder | None = None
+
+
+here = _Here()
 
 
 def launch(kernel: Any, grid: Grid, *args: Any, **options: Any) -> None:
@@ -28,8 +47,24 @@ def launch(kernel: Any, grid: Grid, *args: Any, **options: Any) -> None:
         observe(kernel, grid, args, options)
     if isinstance(first, FakeTensor):
         return
+    recorder = here.recorder
+    if recorder is not None:
+        recorder.busy = True
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
-            kernel[grid](*args, **options)
+            binary = kernel[grid](*args, **options)
     else:
-        kernel[grid](*args, **options)
+        binary = kernel[grid](*args, **options)
+    if recorder is not None:
+        recorder.busy = False
+        recorder.note(*_again(kernel, binary, grid, args, options))
+
+
+def _again(
+    kernel: Any, binary: Any, grid: Grid, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The same launch without Triton's binding and specialising of arguments."""
+    if INTERPRETING:
+        return partial(kernel[grid], **options), args
+    rest = kernel.params[len(args) :]
+    return binary[(*grid, 1, 1)[:3]], (*args, *(options.get(p.name, p.default) for p in rest))

@@ -13,6 +13,7 @@ from torch import Tensor
 from trilith.kernels._runtime.device import multiprocessors
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 
 _MAX_BLOCK_P = 64
 _MIN_BLOCK_N = 8  # 8 floats are one 32-byte sector
@@ -59,10 +60,10 @@ def column_sum_pair(
 
 def _reduce(partials: Tensor, first: Tensor, second: Tensor | None) -> None:
     p, n = partials.shape[-2:]
-    block_p = min(triton.next_power_of_2(p), _MAX_BLOCK_P)
-    share = triton.next_power_of_2(max(1, n // multiprocessors(partials.device)))
+    block_p = min(next_power_of_2(p), _MAX_BLOCK_P)
+    share = next_power_of_2(max(1, n // multiprocessors(partials.device)))
     block_n = min(max(share, _MIN_BLOCK_N), _TILE // block_p)
-    grid = (triton.cdiv(n, block_n), 1 if second is None else 2)
+    grid = (cdiv(n, block_n), 1 if second is None else 2)
     launch(
         _column_sum_kernel,
         grid,

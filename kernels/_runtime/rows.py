@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trilith.kernels._runtime.device import multiprocessors
 from trilith.kernels._runtime.language import tl, triton  # noqa: F401 (the interpreter wants tl)
+from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 
 _WARP = 32
 _FEW_ELEMENTS = 1024  # rows shorter than this share a program
@@ -30,7 +31,7 @@ def row_tile(n: int, *, per_thread: int, max_warps: int) -> RowTile:
     16-byte loads of two-byte elements need 8 elements of a row in each thread, that is block_n >=
     256 * num_warps: `per_thread` of 8 and more allows them. Short rows share a program.
     """
-    block_n = triton.next_power_of_2(n)
+    block_n = next_power_of_2(n)
     block_m = max(1, _FEW_ELEMENTS // block_n)
     num_warps = min(max(block_m * block_n // (_WARP * per_thread), 1), max_warps)
     return RowTile(block_m, block_n, num_warps)
@@ -43,7 +44,7 @@ def persistent_programs(m: int, tile: RowTile, device: torch.device, splits: int
     1024, 1 at 8192, of `row_tile(n, per_thread=16, max_warps=16)`.
     """
     resident = max(1, _PERSISTENT_WARPS // tile.num_warps) * multiprocessors(device)
-    return min(triton.cdiv(m, tile.block_m), triton.cdiv(resident, splits))
+    return min(cdiv(m, tile.block_m), cdiv(resident, splits))
 
 
 class Rows(NamedTuple):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 from trilith.kernels.attention.decode_reference import host_lengths
 from trilith.plugins.mutation import MutatingOp
 
@@ -85,10 +86,10 @@ def _append(
 ) -> None:
     (B, Hkv, T, D), (N, L, _, DV) = k.shape, v_cache.shape
     elements = Hkv * max(D, DV)
-    block = min(_MOST_ELEMENTS, triton.next_power_of_2(elements))
+    block = min(_MOST_ELEMENTS, next_power_of_2(elements))
     launch(
         cache_append_kernel,
-        (B * T, triton.cdiv(elements, block)),
+        (B * T, cdiv(elements, block)),
         *(k, v, k_cache, v_cache, lengths.contiguous()),
         *(None if counts is None else counts.contiguous(), table),
         *(k.stride(), v.stride(), k_cache.stride(), v_cache.stride()),

@@ -26,8 +26,9 @@ from trilith.kernels._runtime.checks import (
     require_shape,
 )
 from trilith.kernels._runtime.device import architecture, multiprocessors
-from trilith.kernels._runtime.language import triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.plan import planned
+from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 from trilith.kernels.attention import sharding
 from trilith.kernels.attention.decode_kernel import attention_decode_kernel
 from trilith.kernels.attention.decode_reference import (
@@ -50,7 +51,7 @@ _STEPS_PER_SPLIT, _MOST_SPLITS = 2, 128
 
 
 def _tiles(q: Tensor, block_d: int, block_dv: int, rows: int) -> dict[str, int]:
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64)
+    block_m = min(max(16, next_power_of_2(rows)), 64)
     if INTERPRETING and q.device.type == "cpu":
         block_n, warps, stages = 16, 4, 1
     else:
@@ -64,8 +65,8 @@ def _tiles(q: Tensor, block_d: int, block_dv: int, rows: int) -> dict[str, int]:
 
 def _splits(device: torch.device, programs: int, capacity: int, block_n: int) -> int:
     """How many programs share a sequence's keys: of shapes and device alone, never of lengths."""
-    wanted = triton.cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device), programs)
-    return max(1, min(wanted, triton.cdiv(capacity, _STEPS_PER_SPLIT * block_n), _MOST_SPLITS))
+    wanted = cdiv(_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device), programs)
+    return max(1, min(wanted, cdiv(capacity, _STEPS_PER_SPLIT * block_n), _MOST_SPLITS))
 
 
 def _decode_out(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -73,6 +74,7 @@ def _decode_out(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tenso
     return q.new_empty((*shape, v.shape[3])), q.new_empty(shape, dtype=torch.float32)
 
 
+@planned
 def _decode_fwd(
     q: Tensor,
     k: Tensor,
@@ -91,7 +93,7 @@ def _decode_fwd(
     block_d, block_dv = _padded(D), _padded(DV)
     blocks = {"BLOCK_D": block_d, "BLOCK_DV": block_dv}
     tiles = _tiles(q, block_d, block_dv, H // Hkv * T)
-    programs = B * Hkv * triton.cdiv(H // Hkv * T, tiles["BLOCK_M"])
+    programs = B * Hkv * cdiv(H // Hkv * T, tiles["BLOCK_M"])
     splits = _splits(q.device, programs, capacity, tiles["BLOCK_N"])
     out, lse = _decode_out(q, k, v)
     parts, lses = out, lse
@@ -118,7 +120,7 @@ def _decode_fwd(
 
 
 def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, next_power_of_2(dim))
 
 
 def _cost(

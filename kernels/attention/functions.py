@@ -348,7 +348,10 @@ def _batch_shape(
             return None
     try:
         leads = [t.shape[:-trailing] for t in (query, key, value)]
-        batch = (*torch.broadcast_shapes(*leads), *query.shape[-trailing:-2])
+        lead = leads[0]
+        if not lead == leads[1] == leads[2]:
+            lead = torch.broadcast_shapes(*leads)  # which takes longer than all else here
+        batch = (*lead, *query.shape[-trailing:-2])
         if mask is not None:
             full = (*batch, query.shape[-2], key.shape[-2])
             if mask.ndim < 2 or torch.broadcast_shapes(mask.shape, full) != full:
@@ -359,6 +362,8 @@ def _batch_shape(
 
 
 def _as_4d(tensor: Tensor, batch: tuple[int, ...]) -> Tensor:
+    if len(batch) == 2 and tensor.shape[:-2] == batch:
+        return tensor
     tensor = tensor.expand(*batch, *tensor.shape[-2:])
     if len(batch) <= 2:
         return tensor[(None,) * (2 - len(batch))]

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trilith.kernels._runtime.language import triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.plan import planned
+from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 from trilith.kernels.attention.backward import attention_bwd_dkdv_kernel, attention_delta_kernel
 from trilith.kernels.attention.backward_bias import attention_bwd_dbias_kernel, sequence_sum_kernel
 from trilith.kernels.attention.backward_queries import attention_bwd_dq_kernel
@@ -30,6 +31,7 @@ def attention_out(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, lse2
 
 
+@planned
 def attention_fwd(
     q: Tensor,
     k: Tensor,
@@ -54,6 +56,7 @@ def attention_fwd(
     return out, lse, lse2
 
 
+@planned
 def attention_bwd(
     ctx: BackwardContext, dout: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
@@ -157,7 +160,7 @@ class AttentionCall:
         return (0, *tensor.stride()[1:]) if self.packed else tensor.stride()
 
     def _tiles(self, rows: int, block: int) -> int:
-        return rows // block + self.B + 1 if self.packed else triton.cdiv(rows, block)
+        return rows // block + self.B + 1 if self.packed else cdiv(rows, block)
 
     def _like(self, tensor: Tensor) -> Tensor:
         """A gradient of q, k or v; that of packed ones lies as (rows, H, D)."""
@@ -185,7 +188,7 @@ class AttentionCall:
     def options(self, kernel: str) -> dict[str, Any]:
         """The constexprs and launch options of fwd, dkdv, dq or dbias."""
         D, DV = self.sizes[4:]
-        block_d, block_dv = (max(16, triton.next_power_of_2(n)) for n in (D, DV))
+        block_d, block_dv = (max(16, next_power_of_2(n)) for n in (D, DV))
         tiles = tiles_for(kernel, self.q, self._precision, max(block_d, block_dv), self._is_plain)
         special: dict[str, Any] = {}
         if kernel != "dbias":
@@ -197,7 +200,7 @@ class AttentionCall:
             if kernel != "fwd":
                 special["DSCORE_MOD"] = self._score_mod.derivative
         block_d, block_dv = (min(n, tiles.chunk) for n in (block_d, block_dv))
-        chunks = (triton.cdiv(D, block_d), triton.cdiv(DV, block_dv))
+        chunks = (cdiv(D, block_d), cdiv(DV, block_dv))
         if max(chunks) > 1:
             special["CHUNKS"] = chunks
         return {
@@ -221,12 +224,12 @@ class AttentionCall:
     ) -> Upstream:
         if dout is None:
             dout = out.new_zeros(()).expand(out.shape)
-        block_dv = max(16, triton.next_power_of_2(out.shape[3]))
+        block_dv = max(16, next_power_of_2(out.shape[3]))
         block_m = max(16, 2048 // block_dv)
         delta = out.new_empty(out.shape[:3], dtype=torch.float32)
         launch(
             attention_delta_kernel,
-            (self.BH * triton.cdiv(self.T, block_m),),
+            (self.BH * cdiv(self.T, block_m),),
             *(out, dout, dlse, delta, out.stride(), dout.stride()),
             (0, 0, 0) if dlse is None else dlse.stride(),
             *(self.sizes[0], self.T, self.sizes[5]),
@@ -296,9 +299,7 @@ class AttentionCall:
         short = [i for i in (2, 3) if bias.shape[i] != shape[i]]
         dbias = bias.new_empty(shape, dtype=torch.float32 if short else bias.dtype)
         options = self.options("dbias")
-        tiles = triton.cdiv(shape[2], options["BLOCK_M"]) * triton.cdiv(
-            shape[3], options["BLOCK_N"]
-        )
+        tiles = cdiv(shape[2], options["BLOCK_M"]) * cdiv(shape[3], options["BLOCK_N"])
         launch(
             attention_bwd_dbias_kernel,
             (bias_b * bias_h * tiles,),

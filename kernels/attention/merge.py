@@ -22,8 +22,10 @@ from torch import Tensor
 from trilith.kernels._runtime.checks import require, require_floating, require_same_device
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.rows import as_rows, row_offsets, row_tile
 from trilith.kernels._runtime.sharding import Strategy, split
+from trilith.kernels._runtime.sizes import cdiv
 from trilith.kernels.attention.tiles import LN2, LOG2E
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
@@ -135,7 +137,7 @@ def merge_partials(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor | None) 
     M = out.numel() // outs.shape[-1]
     launch(
         attention_merge_kernel,
-        (triton.cdiv(M, block_m),),
+        (cdiv(M, block_m),),
         *(*rows.tensors, lses, out, lse, *rows.strides, rows.inner),
         *(M, outs.shape[0], outs.shape[-1]),
         **options,
@@ -152,12 +154,14 @@ def _merge_out(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:], dtype=torch.float32)
 
 
+@planned
 def _merge_fwd(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = _merge_out(outs, lses)
     merge_partials(outs, lses.contiguous(), out, lse)
     return out, lse
 
 
+@planned
 def _merge_bwd(ctx: BackwardContext, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
     outs, lses = ctx.inputs
     douts, dlses = outs.new_empty(outs.shape), lses.new_empty(lses.shape)
@@ -166,7 +170,7 @@ def _merge_bwd(ctx: BackwardContext, dout: Tensor, dlse: Tensor) -> tuple[Tensor
     M = dout.numel() // outs.shape[-1]
     launch(
         attention_merge_bwd_kernel,
-        (triton.cdiv(M, block_m),),
+        (cdiv(M, block_m),),
         *(*rows.tensors, lses.contiguous(), *upstream.tensors, dlse.contiguous(), douts, dlses),
         *(*rows.strides, rows.inner, *upstream.strides, upstream.inner),
         *(M, outs.shape[0], outs.shape[-1]),

@@ -24,6 +24,7 @@ from trilith.kernels._runtime.checks import (
     require_same_device,
     require_shape,
 )
+from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.random import draw_seed, reference_keep_mask
 from trilith.kernels.attention import sharding
 from trilith.kernels.attention.config import LARGEST_HEAD_DIM
@@ -55,6 +56,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Ten
     return _out(q, v)
 
 
+@planned
 def _varlen_fwd(
     q: Tensor,
     k: Tensor,
@@ -97,6 +99,7 @@ def _call(
     return AttentionCall(q, k, v, bias, None, slopes, seed, *rest, packed=starts)
 
 
+@planned
 def _varlen_bwd(
     ctx: BackwardContext, dout: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
