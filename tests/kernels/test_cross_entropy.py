@@ -68,7 +68,7 @@ def check(x, target, weight=None, dloss=None, *, loss_scale=None, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_loss_and_gradient_match_float64(dtype, m, n, name, poison):
     x, target = logits_and_labels(m, n, dtype)
-    target[::3] = -100 if m > 1 else target[0]
+    target[::3] = -100 if m > 1 else target[0].item()
     options = dict(OPTIONS[name])
     weight = torch.rand(n, device=DEVICE) + 0.5 if options.pop("weight", False) else None
     check(x, target, weight, torch.randn(m, device=DEVICE), **options)
