@@ -10,6 +10,8 @@ Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 201
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,14 @@ def logits_tile(x: Tensor, widest: int) -> RowTile:
         columns = min(next_power_of_2(x.shape[1]), _STRIDED_TILE[1])
         return RowTile(_STRIDED_TILE[0], columns, _STRIDED_WARPS)
     return row_tile(min(x.shape[1], widest), per_thread=8, max_warps=8)
+
+
+def launch_options(tile: RowTile, softcap: float | None) -> dict[str, Any]:
+    """What every kernel over tiles of logits is launched with."""
+    options = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "num_warps": tile.num_warps}
+    # A capped logit is a product, t * cap. Fused into one subtraction from it, it is not rounded,
+    # and into another it is: the largest logit would lie 1e-7 of itself from itself.
+    return options if softcap is None else options | {"enable_fp_fusion": False}
 
 
 def widened_logits(x: Tensor, softcap: float | None) -> Tensor:

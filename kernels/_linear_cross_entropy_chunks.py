@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from trilith.kernels._cross_entropy_kernels import (
     cross_entropy_fwd_kernel,
     cross_entropy_in_place_kernel,
+    launch_options,
     scale_kernel,
 )
 from trilith.kernels._runtime.launch import launch
@@ -148,12 +149,7 @@ def _rows_by_kernel(
     strides = (target.stride(0), weight_stride)
     steps = logits.stride()
     tail = (*strides, *logits.shape, ignore_index, label_smoothing, z_loss, softcap)
-    settings = {
-        "SMOOTH": smooth,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "num_warps": tile.num_warps,
-    }
+    settings = {"SMOOTH": smooth, **launch_options(tile, softcap)}
     grid = (cdiv(logits.shape[0], tile.block_m),)
     inputs = (logits, target, weight, weight_sum)
     if wants_gradient:

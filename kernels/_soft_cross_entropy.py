@@ -32,6 +32,7 @@ from trilith.kernels._cross_entropy_kernels import (
     class_strides,
     class_weights,
     expm1,
+    launch_options,
     log1p,
     logits_tile,
     widened_logits,
@@ -250,15 +251,15 @@ def _launch_arguments(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
-) -> tuple[RowTile, tuple[Any, ...], dict[str, int]]:
+) -> tuple[RowTile, tuple[Any, ...], dict[str, Any]]:
     """What both kernels take: the tile, the arguments from inner on, options."""
     inner = x.shape[2] if x.dim() == 3 else 1
     weight_stride = None if weight is None else weight.stride(0)
     strides = (class_strides(x), class_strides(target), weight_stride)
     tile = logits_tile(x, _WIDEST_BLOCK)
-    options = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "num_warps": tile.num_warps}
     sizes = (x.shape[0] * inner, x.shape[1])
-    return tile, (inner, *strides, *sizes, label_smoothing, z_loss, softcap), options
+    tail = (inner, *strides, *sizes, label_smoothing, z_loss, softcap)
+    return tile, tail, launch_options(tile, softcap)
 
 
 def soft_cross_entropy_rows(

@@ -28,6 +28,7 @@ from trilith.kernels._cross_entropy_kernels import (
     class_strides,
     cross_entropy_bwd_kernel,
     cross_entropy_fwd_kernel,
+    launch_options,
     logits_tile,
     widened_logits,
 )
@@ -126,12 +127,7 @@ def _launch_arguments(
     scalars = (ignore_index, label_smoothing, z_loss, softcap)
     widest = _WIDEST_BLOCK if softcap is None else _WIDEST_CAPPED_BLOCK
     tile = logits_tile(x, widest)
-    options = {
-        "SMOOTH": smooth,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "num_warps": tile.num_warps,
-    }
+    options = {"SMOOTH": smooth, **launch_options(tile, softcap)}
     return weight_sum, tile, (inner, *strides, target.numel(), x.shape[1], *scalars), options
 
 

@@ -22,6 +22,8 @@ def autograd_function(op: Op) -> type[torch.autograd.Function]:
     n_parameters = len(parameters)
     constants = tuple(i for i in range(n_parameters) if i not in parameters.tensors)
     unsaved = tuple(i for i in parameters.tensors if i not in saved)
+    pooled = (None, *constants, *saved)
+    places = tuple(pooled.index(i) if i in pooled else 0 for i in range(n_parameters))
     chosen = spec.save_outputs.values() if isinstance(spec.save_outputs, Mapping) else ()
     stands_for = tuple((parameters.positions[name], k) for k, name in enumerate(chosen))
     saved_outputs = parameters.saved_outputs
@@ -51,11 +53,10 @@ def autograd_function(op: Op) -> type[torch.autograd.Function]:
         def backward(ctx: Any, *grads: Any) -> Any:
             needs = ctx.needs_input_grad[1:]
             kept = ctx.saved_tensors
-            inputs: list[Any] = [None] * n_parameters
-            for i, value in zip(saved, kept, strict=False):
-                inputs[i] = value
-            for i, value in zip(constants, ctx.constants, strict=True):
-                inputs[i] = value
+            # Read by index, not written: to torch 2.11, compiling for dynamic shapes, an int from
+            # outside is symbolic, and it cannot trace a list that is written to at one.
+            pool = (None, *ctx.constants, *kept)
+            inputs = [pool[place] for place in places]
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 for i, (shape, dtype, device) in ctx.unsaved:
                     inputs[i] = torch.zeros(shape, dtype=dtype, device=device)

@@ -92,7 +92,7 @@ def test_compiles_whole_with_running_statistics():
 
 def test_errors_are_torchs():
     x, weight, bias = draw((3, 4))
-    running = (torch.zeros(4), torch.ones(4))
+    running = (torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE))
     for function in (batch_norm, F.batch_norm):
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             function(x[:1], *running, training=True)

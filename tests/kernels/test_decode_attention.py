@@ -9,6 +9,7 @@ from tests.support.devices import DEVICE, DTYPES, dtype_name
 from trilith.kernels import attention, decode_attention
 from trilith.kernels._runtime.launch import observers
 from trilith.kernels.attention.decode import DECODE_ATTENTION as OP
+from trilith.plugins.conformance.compare import assert_same
 
 LENGTHS = (0, 1, 2, 15, 16, 17, 40, 77, 95, 96)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -150,7 +151,8 @@ def test_pages_equal_rows(T, dtype, poison):
     *pools, table = paged(k, v, lengths)
     rows = decode_attention(q, k, v, lengths, return_lse=True)
     pages = decode_attention(q, *pools, lengths, block_table=table, return_lse=True)
-    assert all(torch.equal(a, b) for a, b in zip(rows, pages, strict=True))
+    for a, b in zip(pages, rows, strict=True):
+        assert_same("of pages", a, b)
     check(q, *pools, lengths, table, left=21)
 
 
@@ -206,7 +208,7 @@ def test_strided_arguments():
     spread = {n: torch.stack([t, t], -1)[..., 0] for n, t in table.items()}
     lengths = torch.stack([lengths, lengths], 1).long()[:, 0]
     assert not lengths.is_contiguous()
-    assert torch.equal(decode_attention(*moved, lengths, **spread), expected)
+    assert_same("moved", decode_attention(*moved, lengths, **spread), expected)
 
 
 def test_a_gradient_is_refused_with_advice():

@@ -9,6 +9,7 @@ from trilith.kernels import layer_norm_linear, rms_norm_linear
 from trilith.kernels._runtime.launch import observers
 
 N, EPS = 40, 1e-5
+WIDE = 1000  # mean errors of 40 elements differ by a tenth from draw to draw
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 centred = pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])
 
@@ -59,8 +60,8 @@ def results(function, given, upstream):
 @pytest.mark.parametrize("pair", [False, True], ids=["one", "pair"])
 @pytest.mark.parametrize("p", [None, 0.0, 0.25], ids=["alone", "added", "dropped"])
 def test_as_near_to_float64_as_eager(centred, pair, p, dtype, poison):
-    given = tensors(centred, pair, p is not None, dtype)
-    factor = factor_of((3, 5, N), p or 0.0)
+    given = tensors(centred, pair, p is not None, dtype, WIDE)
+    factor = factor_of((3, 5, WIDE), p or 0.0)
     upstream = [randn(*o.shape, dtype=dtype) for o in plain(given, factor)]
     torch.manual_seed(7)
     actual = results(lambda t: fused(t, p or 0.0), given, upstream)

@@ -18,6 +18,8 @@ def test_sums_columns_and_rounds_once(p, n, dtype, poison):
 
 def test_a_pair_is_two_sums(poison):
     partials = torch.randn(2, 70, 300, device=DEVICE)
-    first, second = column_sum_pair(partials, torch.float32, torch.bfloat16)
-    assert torch.equal(first, column_sum(partials[0], torch.float32))
-    assert torch.equal(second, column_sum(partials[1], torch.bfloat16))
+    dtypes = torch.float32, torch.bfloat16
+    sums = column_sum_pair(partials, *dtypes)
+    for total, terms, dtype in zip(sums, partials, dtypes, strict=True):
+        assert total.dtype == dtype
+        assert_one_rounding(total, terms.double().sum(0), scale=terms.abs().max().item(), terms=70)

@@ -91,7 +91,10 @@ def test_logits_far_from_zero_and_nearly_constant(dtype, n):
 @pytest.mark.parametrize("lead", [1.0, 12.0, 30.0, 1e4])
 @pytest.mark.parametrize("missing", [0.0, 1e-6, 0.3])
 def test_sure_rows_keep_their_digits(missing, lead, place):
-    """The granted error is that of the terms, which have one sign, never of the numbers near 1."""
+    """The granted error is that of the terms, which have one sign, never of the numbers near 1.
+
+    A term's is also that of exp: a GPU rounds x * log2(e), so exp(x) is off by |x| * 2**-24 of it.
+    """
     x = torch.zeros(2, 2050, device=DEVICE)
     x[0, place], x[1, place] = lead, lead - 5e3
     x[1] += torch.linspace(-1, 0, 2050, device=DEVICE)
@@ -106,7 +109,7 @@ def test_sure_rows_keep_their_digits(missing, lead, place):
     others = torch.exp(-below).scatter(1, peak, 0.0)
     log_sum = torch.log1p(others.sum(1, keepdim=True))
     expected = q.sum(1) * log_sum[:, 0] + (q * below).sum(1)
-    assert_one_rounding(loss.detach(), expected, scale=expected)
+    assert_one_rounding(loss.detach(), expected, scale=expected * (1 + min(lead, 100) / 16))
     p = torch.exp(-below - log_sum)
     over = p * q.sum(1, keepdim=True)
     over.scatter_(1, peak, p.gather(1, peak) * q.scatter(1, peak, 0.0).sum(1, keepdim=True))

@@ -13,6 +13,7 @@ from tests.support.devices import DEVICE, dtype_name
 from trilith.kernels._runtime.launch import observers
 from trilith.kernels.attention import attention, varlen_attention
 from trilith.kernels.attention.varlen import VARLEN_ATTENTION as OP
+from trilith.plugins.conformance.compare import assert_same
 
 QUERIES, KEYS = (5, 0, 34, 1, 3), (17, 4, 33, 1, 0)
 
@@ -145,15 +146,15 @@ def sequences(lengths=(QUERIES, KEYS)):
 
 
 @pytest.mark.parametrize("causal", [False, "top_left", "bottom_right"])
-def test_each_sequence_gives_the_bits_it_gives_alone(causal):
+def test_each_sequence_gives_what_it_gives_alone(causal):
     q, k, v = packed()
     cu_q, cu_k = (starts(n, torch.int64) for n in (QUERIES, KEYS))
     out, lse = varlen_attention(q, k, v, cu_q, cu_k, causal=causal, return_lse=True)
     for rows, cols in sequences():
         alone = [t[s].transpose(0, 1)[None] for t, s in ((q, rows), (k, cols), (v, cols))]
         own, own_lse = attention(*alone, causal=causal, return_lse=True)
-        assert torch.equal(out[rows].transpose(0, 1), own[0])
-        assert torch.equal(lse[:, rows], own_lse[0])
+        assert_same("out", out[rows].transpose(0, 1), own[0])
+        assert_same("lse", lse[:, rows], own_lse[0])
 
 
 def test_neighbours_are_neither_read_nor_written():
@@ -192,7 +193,7 @@ def test_features_need_not_lie_together():
     wide = [torch.stack([t, t], -1)[..., 0] for t in (q, k, v)]
     cu = starts(QUERIES), starts(KEYS)
     for views in (spread, wide):
-        assert torch.equal(varlen_attention(*views, *cu), varlen_attention(q, k, v, *cu))
+        assert_same("views", varlen_attention(*views, *cu), varlen_attention(q, k, v, *cu))
 
 
 def test_the_grid_has_a_tile_more_for_each_sequence():
