@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trilith.kernels._runtime.functors import ACTIVATIONS
+from trilith.kernels._runtime.functors import ACTIVATIONS, exp
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.rows import RowTile, row_offsets, row_tile
 from trilith.kernels._runtime.sizes import next_power_of_2
@@ -29,12 +29,12 @@ def class_strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(2) if x.dim() == 3 else 0, x.stride(1)
 
 
-def logits_tile(x: Tensor, widest: int) -> RowTile:
+def logits_tile(x: Tensor, widest: int, per_thread: int = 8) -> RowTile:
     """The tile for rows of logits (N, C), at most `widest` classes, or for those of (N, C, D)."""
     if x.dim() == 3 and x.shape[2] > 1:  # neighbours in memory are neighbouring rows
         columns = min(next_power_of_2(x.shape[1]), _STRIDED_TILE[1])
         return RowTile(_STRIDED_TILE[0], columns, _STRIDED_WARPS)
-    return row_tile(min(x.shape[1], widest), per_thread=8, max_warps=8)
+    return row_tile(min(x.shape[1], widest), per_thread=per_thread, max_warps=8)
 
 
 def launch_options(tile: RowTile, softcap: float | None) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def expm1(x):
     """exp(x) - 1 for x <= 0, to full relative precision near 0."""
     series = 1.0 + x * (1 / 6) * (1.0 + x * (1 / 7))
     series = 1.0 + x * (1 / 3) * (1.0 + x * (1 / 4) * (1.0 + x * (1 / 5) * series))
-    return tl.where(x > -0.35, x * (1.0 + x * 0.5 * series), tl.exp(x) - 1.0)
+    return tl.where(x > -0.35, x * (1.0 + x * 0.5 * series), exp(x) - 1.0)
 
 
 @triton.jit
@@ -123,18 +123,21 @@ def row_statistics(
         cols = start + tl.arange(0, BLOCK_N)
         mask = live[:, None] & (cols < N)[None, :]
         offsets = (cols.to(tl.int64) * x_step)[None, :]
-        y = capped(tl.load(x_rows[:, None] + offsets, mask=mask, other=0.0), softcap)
+        y = tl.load(x_rows[:, None] + offsets, mask=mask, other=float("-inf"))
+        y = capped(y, softcap)
+        if softcap is not None:
+            y = tl.where(mask, y, float("-inf"))
         if SMOOTH:
             weight = class_weights(weight_ptr, weight_stride, cols, cols < N)[None, :]
             above += tl.sum(tl.where(mask, weight * (y - origin[:, None]), 0.0), axis=1)
-        other = tl.where(mask & (cols[None, :] != label[:, None]), y, float("-inf"))
+        other = tl.where(cols[None, :] == label[:, None], float("-inf"), y)
         new_top = tl.maximum(top, tl.max(other, axis=1))
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        lane_sum = lane_sum * tl.exp(top - safe_top)[:, None] + tl.exp(other - safe_top[:, None])
+        lane_sum = lane_sum * exp(top - safe_top)[:, None] + exp(other - safe_top[:, None])
         top = new_top
     peak = tl.maximum(top, chosen)
-    others = tl.sum(lane_sum, axis=1) * tl.exp(top - peak)
-    log_sum = tl.log(others + tl.exp(chosen - peak))
+    others = tl.sum(lane_sum, axis=1) * exp(top - peak)
+    log_sum = tl.log(others + exp(chosen - peak))
     log_sum = tl.where(chosen == peak, log1p(others), log_sum)
     log_sum += peak - peak  # NaN if a logit is +inf, or all are -inf
     return chosen, peak, log_sum, origin, above
@@ -172,7 +175,7 @@ def logit_gradients(
         weight_sum = N * 1.0 if weight_sum_ptr is None else tl.load(weight_sum_ptr)
         spread += share * weight_sum
         weight *= 1.0 - tl.cast(label_smoothing, tl.float32)
-    p = tl.exp(capped(x, softcap) - peak[:, None] - log_sum[:, None])
+    p = exp(capped(x, softcap) - peak[:, None] - log_sum[:, None])
     missing = weight * expm1(chosen - peak - log_sum)
     dx = p * (weight + spread)[:, None]
     is_label = cols[None, :] == label[:, None]

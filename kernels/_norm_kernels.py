@@ -377,7 +377,7 @@ def norm_forward(
         sizes = (n, rows.inner, eps, *dropout)
         launch(_norm_fwd_looped_kernel, (m,), *tensors, *strides, *sizes, **options)
         return
-    tile = row_tile(max(n, _QUAD if p else 1), per_thread=16, max_warps=16)
+    tile = row_tile(max(n, _QUAD if p else 1), per_thread=16 if p else 32, max_warps=16)
     launch(
         _norm_fwd_kernel,
         (cdiv(m, tile.block_m),),

@@ -37,6 +37,7 @@ from trilith.kernels._cross_entropy_kernels import (
     logits_tile,
     widened_logits,
 )
+from trilith.kernels._runtime.functors import exp
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.plan import planned
@@ -113,14 +114,14 @@ def soft_cross_entropy_fwd_kernel(
         new_base = tl.where(new_top == float("-inf"), 0.0, new_top)
         rise = tl.where(top == float("-inf"), 0.0, new_base - base)
         rises = new_top != top
-        fall = tl.exp(top - new_base)
+        fall = exp(top - new_base)
         left_exp = (left_exp + tl.where(rises, tied, 0.0)) * fall
         left_share += tl.where(rises, top_share, 0.0)
         left_below += left_share * rise
         at_top = y == new_top[:, None]
         tied = tl.where(rises, 0.0, tied) + tl.sum(tl.where(at_top, 1.0, 0.0), axis=1)
         top_share = tl.where(rises, 0.0, top_share) + tl.sum(tl.where(at_top, q, 0.0), axis=1)
-        e = tl.where(at_top, 0.0, tl.exp(y - new_base[:, None]))
+        e = tl.where(at_top, 0.0, exp(y - new_base[:, None]))
         exp_lanes = exp_lanes * fall[:, None] + e
         below_lanes += share_lanes * rise[:, None]
         below_lanes += tl.where(mask, q * (new_base[:, None] - y), 0.0)
@@ -187,7 +188,7 @@ def soft_cross_entropy_bwd_kernel(
     if dx_ptr is not None:
         z = tl.cast(z_loss, tl.float32)
         spread = tl.where(z == 0.0, 0.0, 2.0 * z * (peak + log_sum))
-        p = tl.exp(-below - log_sum[:, None])
+        p = exp(-below - log_sum[:, None])
         sure = (below == 0.0) & (log_sum < _SURE)[:, None]
         missing = q * expm1(-log_sum)[:, None]
         plain = p * (total + spread)[:, None] - q
@@ -256,7 +257,7 @@ def _launch_arguments(
     inner = x.shape[2] if x.dim() == 3 else 1
     weight_stride = None if weight is None else weight.stride(0)
     strides = (class_strides(x), class_strides(target), weight_stride)
-    tile = logits_tile(x, _WIDEST_BLOCK)
+    tile = logits_tile(x, _WIDEST_BLOCK, per_thread=16)
     sizes = (x.shape[0] * inner, x.shape[1])
     tail = (inner, *strides, *sizes, label_smoothing, z_loss, softcap)
     return tile, tail, launch_options(tile, softcap)

@@ -25,7 +25,7 @@ from torch.nn._reduction import legacy_get_string
 from trilith.kernels._cross_entropy_kernels import log1p
 from trilith.kernels._runtime.checks import require, require_floating, require_same_device
 from trilith.kernels._runtime.elementwise import NUM_WARPS, Plane, as_plane, offsets, tile_rows
-from trilith.kernels._runtime.functors import ACTIVATIONS
+from trilith.kernels._runtime.functors import ACTIVATIONS, exp
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.plan import planned
@@ -43,7 +43,7 @@ _sigmoid = ACTIVATIONS["sigmoid"].f
 
 @triton.jit
 def _bce(x, t, q):
-    tail = log1p(tl.exp(-tl.abs(x)))
+    tail = log1p(exp(-tl.abs(x)))
     loss = t * q * (tl.maximum(-x, 0.0) + tail) + (1.0 - t) * (tl.maximum(x, 0.0) + tail)
     return tl.where(x == float("-inf"), float("nan"), loss)  # as in torch
 
@@ -51,7 +51,7 @@ def _bce(x, t, q):
 @triton.jit
 def _bce_grads(x, t, q):
     dx = (1.0 - t) * _sigmoid(x) - t * q * _sigmoid(-x)
-    tail = log1p(tl.exp(-tl.abs(x)))
+    tail = log1p(exp(-tl.abs(x)))
     dt = q * tl.maximum(-x, 0.0) - tl.maximum(x, 0.0) + (q - 1.0) * tail
     return dx, dt
 

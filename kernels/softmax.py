@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trilith.kernels._runtime.checks import require_floating
+from trilith.kernels._runtime.functors import exp
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.plan import planned
@@ -62,7 +63,7 @@ def _softmax_fwd_kernel(
         mask = inside & (lanes < N)
         x = tl.load(x_rows + lanes * x_strides[2], mask=mask, other=float("-inf")).to(tl.float32)
         peak = tl.max(x, axis=1)
-        e = tl.where(mask, tl.exp(x - peak[:, None]), 0.0)
+        e = tl.where(mask, exp(x - peak[:, None]), 0.0)
         total = tl.sum(e, axis=1)
         y = e / total[:, None]
         if LOG:
@@ -78,7 +79,7 @@ def _softmax_fwd_kernel(
             x = x.to(tl.float32)
             top = tl.maximum(peak, tl.max(x, axis=1))
             safe = tl.where(top == float("-inf"), 0.0, top)
-            sums = sums * tl.exp(peak - safe)[:, None] + tl.exp(x - safe[:, None])
+            sums = sums * exp(peak - safe)[:, None] + exp(x - safe[:, None])
             peak = top
         total = tl.sum(sums, axis=1)
         for start in range(0, N, BLOCK_N):
@@ -86,7 +87,7 @@ def _softmax_fwd_kernel(
             mask = inside & (cols < N)
             x = tl.load(x_rows + cols * x_strides[2], mask=mask, other=0.0).to(tl.float32)
             y = x - peak[:, None]
-            y = y - tl.log(total)[:, None] if LOG else tl.exp(y) / total[:, None]
+            y = y - tl.log(total)[:, None] if LOG else exp(y) / total[:, None]
             tl.store(y_rows + cols * y_strides[2], y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(peak_ptr + rows, peak, mask=rows < M)
     tl.store(total_ptr + rows, total, mask=rows < M)
@@ -97,7 +98,7 @@ def _load_tile(dy_rows, x_rows, cols, dy_strides, x_strides, peak, total, mask):
     """dy and softmax(x) in fp32."""
     dy = tl.load(dy_rows + cols * dy_strides[2], mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_rows + cols * x_strides[2], mask=mask, other=float("-inf")).to(tl.float32)
-    p = tl.exp(x - peak[:, None]) / total[:, None]
+    p = exp(x - peak[:, None]) / total[:, None]
     return dy, tl.where(mask, p, 0.0)
 
 

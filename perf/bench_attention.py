@@ -12,7 +12,9 @@ GPU = [
     attention(4, 16, 4096, 128),
     attention(1, 16, 16384, 128),
     attention(4, 16, 4096, 128, causal=False),
+    attention(4, 32, 4096, 64),
     attention(16, 12, 1024, 64),
+    attention(4, 8, 4096, 256),
 ]
 CPU = [attention(2, 4, 128, 64), attention(2, 4, 128, 64, causal=False)]
 

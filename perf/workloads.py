@@ -301,6 +301,13 @@ def attention(b: int, h: int, t: int, d: int, causal: bool = True) -> Workload:
 
         return function
 
+    def flex() -> Function:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        mask = create_block_mask(_sees_no_later_key, None, None, t, t) if causal else None
+        compiled = torch.compile(flex_attention, dynamic=False)
+        return lambda q, k, v: compiled(q, k, v, block_mask=mask)
+
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
@@ -313,11 +320,16 @@ def attention(b: int, h: int, t: int, d: int, causal: bool = True) -> Workload:
         peers={
             "sdpa-flash": lambda: _with_backend("FLASH_ATTENTION", sdpa),
             "sdpa-cudnn": lambda: _with_backend("CUDNN_ATTENTION", sdpa),
+            "flex": flex,
             "flash-attn": flash,
         },
         part=lambda x: x[:1, :1],
         compiled=False,
     )
+
+
+def _sees_no_later_key(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
 
 
 def varlen_attention(lengths: tuple[int, ...], h: int, d: int) -> Workload:

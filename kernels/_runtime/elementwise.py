@@ -21,6 +21,7 @@ from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 NUM_WARPS = 4
 _FLAT_COLUMNS, _COLUMNS, _SUMMED_COLUMNS, _STRIDED_COLUMNS = 2048, 512, 128, 32
 _PROGRAMS_PER_MULTIPROCESSOR = 6
+_SUMMING_PROGRAMS_PER_MULTIPROCESSOR = 16
 
 
 class Plane(NamedTuple):
@@ -54,7 +55,7 @@ class Plane(NamedTuple):
 
     def row_programs(self, tile: dict[str, int]) -> int:
         """How many programs share a column block, so that all of them run at a time."""
-        slots = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(self.tensors[0].device)
+        slots = _SUMMING_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(self.tensors[0].device)
         most = max(1, slots // cdiv(self.n, tile["BLOCK_N"]))
         return min(cdiv(self.m, tile["BLOCK_M"]), most)
 

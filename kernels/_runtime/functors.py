@@ -8,6 +8,8 @@ an infinite g times a zero slope stays 0 there. Infinities and NaN come out wher
 Numerics: act' of a sigmoid-like function is s * (1 - s). Near saturation 1 - s loses every digit,
 so s(z) and s(-z) are computed side by side from exp(-|z|), which neither overflows nor cancels.
 tanh is a polynomial below 0.55 and (1 - e) / (1 + e), e = exp(-2 |z|), above: within 4 roundings.
+The normal distribution's tail is exp(-z^2 / 2) times a polynomial of 1 / (1 + 0.28 |z|): half of
+erf's instructions, no cancellation for negative z, and the density needs no exponential of its own.
 """
 
 from __future__ import annotations
@@ -24,9 +26,15 @@ from trilith.kernels._runtime.language import tl, triton
 
 
 @triton.jit
+def exp(x):
+    """e^x, and 0 below 2^-126: `tl.exp` spends three instructions more on what lies there."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def _sigmoid_pair(z):
     """sigmoid(z) and sigmoid(-z)."""
-    e = tl.exp(-tl.abs(z))
+    e = exp(-tl.abs(z))
     large = 1.0 / (1.0 + e)
     small = e * large
     return tl.where(z >= 0, large, small), tl.where(z >= 0, small, large)
@@ -81,7 +89,7 @@ def _elu(z):
 
 @triton.jit
 def _elu_grad(z, g):
-    return tl.where(z > 0, g, g * tl.exp(z))
+    return tl.where(z > 0, g, g * exp(z))
 
 
 @triton.jit
@@ -98,7 +106,7 @@ def _sigmoid_grad(z, g):
 
 @triton.jit
 def _tanh(z):
-    e = tl.exp(-2.0 * tl.abs(z))
+    e = exp(-2.0 * tl.abs(z))
     large = (1.0 - e) / (1.0 + e)
     square = z * z
     series = -6.274653598666191e-3  # least squares in Chebyshev nodes on [0, 0.55], error 3e-9
@@ -116,15 +124,31 @@ def _tanh_grad(z, g):
 
 
 @triton.jit
+def _normal(z):
+    """The normal distribution's cumulated probability, and exp(-z^2 / 2)."""
+    bell = tl.exp2(z * z * -0.7213475204444817)
+    root = tl.rsqrt(1.0 + 0.28284271247461906 * tl.abs(z))
+    t = root * root  # three instructions less than a quotient
+    series = -0.10021911707187823  # least worst error of erfc in [0, 6]: 3e-8
+    series = series * t + 0.35495484703861226
+    series = series * t - 0.18610027436273786
+    series = series * t + 0.23468222798695307
+    series = series * t + 0.08068308070224748
+    series = series * t + 0.11599921574974116
+    tail = bell * (series * t)
+    return tl.where(z >= 0, 1.0 - tail, tail), bell
+
+
+@triton.jit
 def _gelu(z):
-    return z * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476))
+    below, _ = _normal(z)
+    return z * below
 
 
 @triton.jit
 def _gelu_grad(z, g):
-    cdf = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
-    pdf = 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    return g * (cdf + z * pdf)
+    below, bell = _normal(z)
+    return g * (below + z * (0.3989422804014327 * bell))
 
 
 @triton.jit
