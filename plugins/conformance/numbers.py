@@ -125,13 +125,15 @@ def _against_reference(op: Op, args: Sequence[Any], what: str, *, gradients: boo
     nudged = oracle(compute, _nudged(op, args), _nudged(op, upstream))
     eager = compute(args, upstream)
     actual = both(op, args, upstream)
-    for i, results in enumerate(zip(actual[0], expected[0], eager[0], nudged[0], strict=True)):
-        assert_near(f"{what}output {i}", *results)
+    outputs = zip(actual[0], expected[0], eager[0], nudged[0], strict=True)
+    for i, (a, e, p, n) in enumerate(outputs):
+        assert_near(f"{what}output {i}", a, e, p, n)
     if not gradients:
         return
-    names = [f"{what}gradient of {name_of(op, i)}" for i in floating(args)]
-    for name, *results in zip(names, actual[1], expected[1], eager[1], nudged[1], strict=True):
-        assert_near(name, *results)
+    for i, a, e, p, n in zip(
+        floating(args), actual[1], expected[1], eager[1], nudged[1], strict=True
+    ):
+        assert_near(f"{what}gradient of {name_of(op, i)}", a, e, p, n)
 
 
 def _rounds_inside(op: Op) -> bool:

@@ -160,8 +160,8 @@ def _compiled_equals_eager(op: Op, sample: Sample, **options: Any) -> None:
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert_same(f"compiled output {i} without gradients", a, e)
     if has_gradient(op, args):
-        pairs = [gradients_of(f, args, upstream) for f in (compiled, eager)]
-        assert_all_same("compiled", op, inputs, *pairs, upstream)
+        found, wanted = (gradients_of(f, args, upstream) for f in (compiled, eager))
+        assert_all_same("compiled", op, inputs, found, wanted, upstream)
     torch._dynamo.reset()
 
 
