@@ -150,7 +150,7 @@ class OpSpec:
         backward: `(ctx: BackwardContext, *grad_outputs) -> gradients`, one per parameter of forward
             in order, None where there is none; trailing Nones may be left out.
         reference: the meaning in plain differentiable PyTorch; same parameters, returns the outputs
-            only. Computes in float64 when given float64.
+            only. Computes in float64 when given float64, and on a CPU too.
         samples: `(device, dtype) -> Iterable[Sample]`, some of them odd.
     Optional
         outputs: how many of forward's results are outputs; the rest is aux.

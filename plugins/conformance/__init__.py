@@ -2,8 +2,8 @@
 
 Each check is a function of (op, sample, device, dtype) that raises AssertionError with the op, the
 sample and what was wrong; `CHECKS` holds all of them. A check that does not apply to a sample
-returns. The reference in float64 is the measure; the same reference in the sample's dtypes is the
-yardstick for how much rounding is fair.
+returns. The reference in float64 on a CPU is the measure; yardsticks for how much rounding is fair
+are the same reference in the sample's dtypes, and in float64 for inputs half a step away.
 
 Example:
     for sample in samples_of(op, device, dtype):

@@ -86,8 +86,11 @@ def _at(flat: int, tensor: Tensor) -> str:
     return f"element {[int(i) for i in index]} of {list(tensor.shape)}"
 
 
-def assert_same(what: str, actual: Tensor, expected: Tensor) -> None:
-    """Equal up to the order of fp32 sums and one rounding."""
+def assert_same(what: str, actual: Tensor, expected: Tensor, scale: float = 0.0) -> None:
+    """Equal up to the order of fp32 sums, of terms up to `scale` that may cancel, and one rounding.
+
+    Terms are taken to be no smaller than the largest expected value.
+    """
     assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, not {expected.dtype}"
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
     if not actual.is_floating_point():
@@ -99,7 +102,7 @@ def assert_same(what: str, actual: Tensor, expected: Tensor) -> None:
         return
     size = torch.where(finite, expected.double().abs(), 0)
     error = torch.where(finite, (actual.double() - expected.double()).abs(), 0)
-    bound = 2 * torch.finfo(actual.dtype).eps * size + 256 * 2.0**-24 * size.max()
+    bound = 2 * torch.finfo(actual.dtype).eps * size + 256 * 2.0**-24 * size.max().clamp(min=scale)
     _observe(error, bound)
     worst = int((error - bound).argmax())
     assert (error <= bound).all(), (

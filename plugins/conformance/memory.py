@@ -40,7 +40,7 @@ def input_layouts(op: Op, sample: Sample, device: torch.device, dtype: torch.dty
     for what, moved, plain in _arrangements(args, tensors_of(args), names):
         if plain is not None:
             expected = both(op, plain, upstream)
-        assert_all_same(what, op, inputs, both(op, moved, upstream), expected)
+        assert_all_same(what, op, inputs, both(op, moved, upstream), expected, upstream)
 
 
 def _arrangements(
@@ -74,7 +74,7 @@ def upstream_layouts(op: Op, sample: Sample, device: torch.device, dtype: torch.
     for what, moved, plain in _arrangements(upstream, chosen, names):
         if plain is not None:
             expected = gradients_of(op, args, plain)
-        assert_all_same(what, op, inputs, gradients_of(op, args, moved), expected)
+        assert_all_same(what, op, inputs, gradients_of(op, args, moved), expected, moved)
 
 
 @named_check
@@ -96,12 +96,12 @@ def _check_far_apart(op: Op, args: list[Any]) -> None:
     expected = both(op, dense, upstream)
     for i, dim, moved in _far_apart(dense):
         what = f"dimension {dim} of {name_of(op, i)} over 2**31 elements"
-        assert_all_same(what, op, inputs, both(op, moved, upstream), expected)
+        assert_all_same(what, op, inputs, both(op, moved, upstream), expected, upstream)
     if not has_gradient(op, args):
         return
     for i, dim, moved in _far_apart(upstream):
         what = f"dimension {dim} of the gradient of output {i} over 2**31 elements"
-        assert_all_same(what, op, inputs, gradients_of(op, dense, moved), expected)
+        assert_all_same(what, op, inputs, gradients_of(op, dense, moved), expected, upstream)
 
 
 def _far_apart(tensors: Sequence[Any]) -> Iterator[tuple[int, int, list[Any]]]:

@@ -124,6 +124,27 @@ def in_float64(args: Sequence[Any]) -> list[Any]:
     return [a.detach().double() if i in chosen else a for i, a in enumerate(args)]
 
 
+def oracle(compute: Callable[..., Any], *given: Sequence[Any]) -> list[Any]:
+    """What `compute` makes of lists of arguments in float64 on a CPU, brought back to their device.
+
+    There torch's functions are their formulas: its rms_norm on a GPU gives NaN for a whole row with
+    an inf.
+    """
+    device = next(a.device for a in given[0] if isinstance(a, Tensor))
+    moved = ([a.cpu() if isinstance(a, Tensor) else a for a in in_float64(args)] for args in given)
+    return _moved(compute(*moved), device)
+
+
+def _moved(found: Sequence[Any], device: torch.device) -> list[Any]:
+    return [t.to(device) if isinstance(t, Tensor) else _moved(t, device) for t in found]
+
+
+def largest(tensors: Sequence[Any]) -> float:
+    """The largest finite magnitude in the floating-point tensors."""
+    sizes = (tensors[i].detach().abs() for i in floating(tensors) if tensors[i].numel())
+    return max((torch.where(s.isfinite(), s, 0).max().item() for s in sizes), default=0.0)
+
+
 def fixed_upstream(op: Op, args: Sequence[Any]) -> list[Tensor]:
     """Gradients of the outputs: the same for the op and its reference."""
     with torch.no_grad():
@@ -151,12 +172,20 @@ def replaced(args: Sequence[Any], positions: Sequence[int], values: Sequence[Any
     return merged
 
 
-def assert_all_same(what: str, op: Op, wanted: Sequence[int], actual: Any, expected: Any) -> None:
-    """Compares (outputs, gradients) with (outputs, gradients)."""
+def assert_all_same(
+    what: str,
+    op: Op,
+    wanted: Sequence[int],
+    actual: Any,
+    expected: Any,
+    upstream: Sequence[Any],
+) -> None:
+    """Compares (outputs, gradients) with (outputs, gradients), sums of terms of upstream's size."""
     for i, (a, e) in enumerate(zip(actual[0], expected[0], strict=True)):
         assert_same(f"{what}: output {i}", a, e)
+    scale = largest(upstream)
     for i, a, e in zip(wanted, actual[1], expected[1], strict=True):
-        assert_same(f"{what}: gradient of {name_of(op, i)}", a, e)
+        assert_same(f"{what}: gradient of {name_of(op, i)}", a, e, scale)
 
 
 def name_of(op: Op, position: int) -> str:

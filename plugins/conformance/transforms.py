@@ -24,6 +24,7 @@ from trilith.plugins.conformance.support import (
     floating,
     gradients_of,
     has_gradient,
+    largest,
     name_of,
     named_check,
     provider_of,
@@ -65,7 +66,8 @@ def functorch_transforms(op: Op, sample: Sample, device: torch.device, dtype: to
 
     found = torch.func.grad(scalar, argnums=tuple(range(len(own))))(*own)
     for i, f, p in zip(inputs, found, plain, strict=True):
-        assert_same(f"gradient of {name_of(op, i)} under torch.func.grad", f, p)
+        what = f"gradient of {name_of(op, i)} under torch.func.grad"
+        assert_same(what, f, p, largest(upstream))
 
 
 @named_check
@@ -158,8 +160,8 @@ def _compiled_equals_eager(op: Op, sample: Sample, **options: Any) -> None:
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert_same(f"compiled output {i} without gradients", a, e)
     if has_gradient(op, args):
-        pairs = [gradients_of(f, args, upstream) for f in (compiled, eager)]
-        assert_all_same("compiled", op, inputs, *pairs)
+        found, wanted = (gradients_of(f, args, upstream) for f in (compiled, eager))
+        assert_all_same("compiled", op, inputs, found, wanted, upstream)
     torch._dynamo.reset()
 
 
@@ -215,7 +217,7 @@ def autocast(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -
     actual = both_of(cast, op, args, upstream)
     outputs, gradients = both(op, lowered, upstream)
     gradients = [g.to(args[i].dtype) for i, g in zip(inputs, gradients, strict=True)]
-    assert_all_same("under autocast", op, inputs, actual, (outputs, gradients))
+    assert_all_same("under autocast", op, inputs, actual, (outputs, gradients), upstream)
 
 
 @named_check

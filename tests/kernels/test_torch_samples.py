@@ -39,7 +39,7 @@ def floating(arguments):
 
 
 def loss_in_float64(op, sample):
-    """The loss of a sample, and that of its terms' magnitudes, of which rounding takes its share."""
+    """The loss of a sample, and that of its terms' magnitudes: rounding errs in these."""
 
     def wide(value):
         return value.detach().cpu().double() if isinstance(value, torch.Tensor) else value

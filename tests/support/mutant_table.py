@@ -625,8 +625,8 @@ MUTANTS = (
     Mutant(
         "saved_tensors_in_another_order",
         _AUTOGRAD,
-        "for i, value in zip(saved, kept, strict=False):",
-        "for i, value in zip(saved[::-1], kept, strict=False):",
+        "pooled = (None, *constants, *saved)",
+        "pooled = (None, *constants, *saved[::-1])",
         _CONFORMANCE + " -k gated_act-fp32-gradients",
     ),
     Mutant(
