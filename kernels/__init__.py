@@ -7,6 +7,7 @@ if __name__ == "kernels":
     raise ImportError("import trilith.kernels, not kernels: the folder is mapped by the package")
 
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.plan import planned
 from trilith.kernels._soft_cross_entropy import SOFT_CROSS_ENTROPY
 from trilith.kernels.act_linear import (
     BIAS_ACT_LINEAR,
@@ -96,6 +97,7 @@ __all__ = [
     "log_softmax",
     "merge_attention",
     "mse_loss",
+    "planned",
     "rms_norm",
     "rms_norm_linear",
     "rotary",

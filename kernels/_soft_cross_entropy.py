@@ -46,6 +46,7 @@ from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.kernels._runtime.sizes import cdiv
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
+_FEW_CLASSES = 1024
 _WIDEST_BLOCK = 2048  # three sums a lane live beside the two tiles
 _SURE = tl.constexpr(0.69)  # below log 2: one class is at the peak, likelier than all the others
 
@@ -257,7 +258,8 @@ def _launch_arguments(
     inner = x.shape[2] if x.dim() == 3 else 1
     weight_stride = None if weight is None else weight.stride(0)
     strides = (class_strides(x), class_strides(target), weight_stride)
-    tile = logits_tile(x, _WIDEST_BLOCK, per_thread=16)
+    per_thread = 16 if x.shape[1] > _FEW_CLASSES else 8  # of several rows 16 would spill
+    tile = logits_tile(x, _WIDEST_BLOCK, per_thread)
     sizes = (x.shape[0] * inner, x.shape[1])
     tail = (inner, *strides, *sizes, label_smoothing, z_loss, softcap)
     return tile, tail, launch_options(tile, softcap)

@@ -86,6 +86,7 @@ PUBLIC = {
         "log_softmax",
         "merge_attention",
         "mse_loss",
+        "planned",
         "rms_norm",
         "rms_norm_linear",
         "rotary",

@@ -9,7 +9,7 @@ Numerics: act' of a sigmoid-like function is s * (1 - s). Near saturation 1 - s 
 so s(z) and s(-z) are computed side by side from exp(-|z|), which neither overflows nor cancels.
 tanh is a polynomial below 0.55 and (1 - e) / (1 + e), e = exp(-2 |z|), above: within 4 roundings.
 The normal distribution's tail is exp(-z^2 / 2) times a polynomial of u / (1 + u), u = 0.28 |z|:
-half of erf's instructions, no cancellation for negative z, and the density has the same exponential.
+half of erf's instructions, no cancellation for negative z, and the density's exponential besides.
 """
 
 from __future__ import annotations

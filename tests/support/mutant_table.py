@@ -794,8 +794,8 @@ MUTANTS = (
     Mutant(
         "softmax_running_sum_not_rescaled",
         "trilith.kernels.softmax",
-        "sums = sums * tl.exp(peak - safe)[:, None] + tl.exp(x - safe[:, None])",
-        "sums = sums + tl.exp(x - safe[:, None])",
+        "sums = sums * exp(peak - safe)[:, None] + exp(x - safe[:, None])",
+        "sums = sums + exp(x - safe[:, None])",
         "tests/kernels/test_softmax.py -k float64",
     ),
     Mutant(
@@ -818,6 +818,27 @@ MUTANTS = (
         "var.detach() * (count / max(1, count - 1))",
         "var.detach() * 1.0",
         "tests/kernels/test_batch_norm.py -k running",
+    ),
+    Mutant(
+        "plan_followed_for_other_strides",
+        "trilith.kernels._runtime.plan",
+        "kind += (arg.shape, arg.stride(), arg.dtype, address % _ALIGNED == 0)",
+        "kind += (arg.shape, arg.dtype, address % _ALIGNED == 0)",
+        "tests/kernels/test_plan.py -k another_kind",
+    ),
+    Mutant(
+        "plan_frees_what_it_returns",
+        "trilith.kernels._runtime.plan",
+        "read = returned | set(range(self._given))",
+        "read = set(range(self._given))",
+        "tests/kernels/test_plan.py",
+    ),
+    Mutant(
+        "last_tile_left_out",
+        "trilith.kernels._runtime.sizes",
+        "return -(-a // b)",
+        "return max(1, a // b)",
+        "tests/kernels/test_activations.py -k adds_the_bias",
     ),
     Mutant(
         "ranks_read_all_key_heads_where_there_are_several",
