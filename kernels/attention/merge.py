@@ -20,43 +20,47 @@ import torch
 from torch import Tensor
 
 from trilith.kernels._runtime.checks import require, require_floating, require_same_device
+from trilith.kernels._runtime.functors import exp
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.rows import as_rows, row_offsets, row_tile
 from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.kernels._runtime.sizes import cdiv
-from trilith.kernels.attention.tiles import LN2, LOG2E
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 _NAME = "merge_attention"
 
 
 @triton.jit
-def _merged_lse2(lses_ptr, rows, M, P, mask):
-    """(lse in base 2, -inf where no part saw a key; the same with 0 there) of the given rows."""
+def _merged_lse(lses_ptr, rows, M, P, mask):
+    """(lse, -inf where no part saw a key; the largest of the parts' lses; 1 / the weights' sum)."""
     top = tl.full(rows.shape, -float("inf"), tl.float32)
     for part in range(P):
         lse = tl.load(lses_ptr + part * M + rows, mask=mask, other=-float("inf"))
-        top = tl.maximum(top, lse.to(tl.float32) * LOG2E, propagate_nan=tl.PropagateNan.ALL)
-    safe = tl.where(top == -float("inf"), 0.0, top)
+        top = tl.maximum(top, lse.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
+    top = tl.where(top == -float("inf"), 0.0, top)
     total = tl.zeros(rows.shape, tl.float32)
     for part in range(P):
         lse = tl.load(lses_ptr + part * M + rows, mask=mask, other=-float("inf"))
-        total += tl.exp2(lse.to(tl.float32) * LOG2E - safe)
-    seen = safe + tl.log2(tl.where(total == 0.0, 1.0, total))
-    return tl.where(total == 0.0, -float("inf"), seen), seen
+        total += exp(lse.to(tl.float32) - top)
+    some = tl.where(total == 0.0, 1.0, total)
+    return tl.where(total == 0.0, -float("inf"), top + tl.log(some)), top, 1.0 / some
 
 
 @triton.jit
-def _part(outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, safe):
-    """(out_i, w_i) of one part: [BLOCK_M, BLOCK_D] and [BLOCK_M]."""
+def _part(outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, top, share):
+    """(out_i, w_i) of one part: [BLOCK_M, BLOCK_D] and [BLOCK_M].
+
+    The difference comes before any product: of lse * log2(e) - top * log2(e) a GPU makes a fused
+    multiply-add, and rounds the two products apart.
+    """
     lse = tl.load(lses_ptr + part * M + rows, mask=mask, other=-float("inf")).to(tl.float32)
     seen = mask & (lse != -float("inf"))
     start = row_offsets(part * M + rows, inner, strides)
     ptrs = outs_ptr + start[:, None] + cols.to(tl.int64)[None, :] * strides[2]
     out = tl.load(ptrs, mask=seen[:, None] & (cols < DV)[None, :], other=0.0)
-    return out.to(tl.float32), tl.exp2(lse * LOG2E - safe)
+    return out.to(tl.float32), exp(lse - top) * share
 
 
 @triton.jit
@@ -77,16 +81,18 @@ def attention_merge_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
     mask = rows < M
-    lse2, safe = _merged_lse2(lses_ptr, rows, M, P, mask)
+    lse, top, share = _merged_lse(lses_ptr, rows, M, P, mask)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for part in range(P):
-        out, weight = _part(outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, safe)
+        out, weight = _part(
+            outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, top, share
+        )
         acc += weight[:, None] * out
     ptrs = out_ptr + rows[:, None] * DV + cols[None, :]
     both = mask[:, None] & (cols < DV)[None, :]
     tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=both)
     if lse_ptr is not None:
-        tl.store(lse_ptr + rows, lse2 * LN2, mask=mask)
+        tl.store(lse_ptr + rows, lse, mask=mask)
 
 
 @triton.jit
@@ -116,13 +122,17 @@ def attention_merge_bwd_kernel(
     ptrs = dout_ptr + start[:, None] + cols.to(tl.int64)[None, :] * dout_strides[2]
     dout = tl.load(ptrs, mask=both, other=0.0).to(tl.float32)
     dlse = tl.load(dlse_ptr + rows, mask=mask, other=0.0).to(tl.float32)
-    _, safe = _merged_lse2(lses_ptr, rows, M, P, mask)
+    _, top, share = _merged_lse(lses_ptr, rows, M, P, mask)
     delta = tl.zeros([BLOCK_M], tl.float32)
     for part in range(P):
-        out, weight = _part(outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, safe)
+        out, weight = _part(
+            outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, top, share
+        )
         delta += weight * tl.sum(dout * out, 1)
     for part in range(P):
-        out, weight = _part(outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, safe)
+        out, weight = _part(
+            outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, top, share
+        )
         dots = tl.sum(dout * out, 1) - delta + dlse
         dlses = tl.where(weight == 0.0, 0.0, weight * dots)
         douts = tl.where(weight[:, None] == 0.0, 0.0, weight[:, None] * dout)
