@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
+import torch._functorch.config
 
 from perf.workloads import Function, Workload
 
@@ -23,6 +24,10 @@ def providers_of(workload: Workload) -> list[str]:
     """Who may compute it: its own, PyTorch's, and those that the workload knows by name."""
     own = ["trilith", "eager"] + (["compile"] if workload.compiled else [])
     return own + list(workload.peers)
+
+
+# A backward that is timed runs again and again on what one forward saved.
+torch._functorch.config.donated_buffer = False
 
 
 def function_of(

@@ -177,5 +177,8 @@ def test_a_paged_cache_is_refused():
 
 
 def test_importing_trilith_imports_no_transformers():
-    code = "import sys, trilith.blocks.drop_in; sys.exit('transformers' in sys.modules)"
+    code = (
+        "import sys, torch, pluggy; before = 'transformers' in sys.modules; "
+        "import trilith.blocks.drop_in; sys.exit('transformers' in sys.modules and not before)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
