@@ -59,7 +59,7 @@ def plain(model):
 def assert_same(found, expected):
     """To the bit where one thread multiplies matrices.
 
-    On an H200 the gradients of gpt, checkpointed, were not the same bits; what differs is not known.
+    On an H200 gpt's gradients were not the same bits once checkpointed; what differs is not known.
     """
     exact = {"rtol": 0, "atol": 0} if DEVICE == "cpu" else {}
     torch.testing.assert_close(found, expected, **exact)
