@@ -55,7 +55,7 @@ def call(op: Op, args: tuple[Any, ...]) -> Any:
     strategies = _strategies(op, args, tensors)
     chosen = [_choose(op, strategies, tensors, dim) for dim in range(mesh.ndim)]
     local = [
-        a if t is None else t.to_local(grad_placements=_gradient_placements(chosen, i))
+        a if t is None else _local(t, _gradient_placements(chosen, i))
         for i, (a, t) in enumerate(zip(args, tensors, strict=True))
     ]
     results = op(*local)
@@ -66,6 +66,33 @@ def call(op: Op, args: tuple[Any, ...]) -> Any:
         stride = _dense_strides(shape, like=result)
         outputs.append(DTensor.from_local(result, mesh, placements, shape=shape, stride=stride))
     return outputs[0] if op.spec.outputs == 1 else tuple(outputs)
+
+
+def _local(tensor: DTensor, grad_placements: list[Placement]) -> Tensor:
+    if torch.compiler.is_compiling():
+        return tensor.to_local(grad_placements=grad_placements)
+    return cast(Tensor, _Local.apply(tensor, grad_placements))
+
+
+class _Local(torch.autograd.Function):
+    """`DTensor.to_local`; torch 2.11's has a backward that cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DTensor, grad_placements: list[Placement]) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.mesh, ctx.shape, ctx.placements = tensor.device_mesh, tensor.shape, grad_placements
+        local = tensor.to_local()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        from torch.distributed.tensor import DTensor
+
+        if grad is None:
+            return None, None
+        stride = _dense_strides(ctx.shape, like=grad)
+        given = (grad, ctx.mesh, ctx.placements)
+        return DTensor.from_local(*given, shape=ctx.shape, stride=stride), None
 
 
 def _require_one_mesh(op: Op, args: Sequence[Any]) -> None:

@@ -90,7 +90,7 @@ def pipeline_stage(
 
     Returns:
         A PipelineStage whose `submod` is a module with the model's names for its parts, and with
-        `loss`, the schedule's loss_fn.
+        `loss`, the schedule's loss_fn. Torch 2.11's stages take contiguous tokens alone.
 
     Raises:
         ValueError: the head is tied, or index or count is out of range.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,31 +22,43 @@ ROOT = Path(__file__).parents[2]
 RUNS = {"kernels": ((2,), "1"), "reference": ((2, 2), "0")}
 
 
-@pytest.fixture(scope="module", params=RUNS)
-def ranks(request, tmp_path_factory):
-    """What every rank says of every call, and the mesh's number of dimensions."""
-    sizes, interpreted = RUNS[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.plugins.sharded_calls", *map(str, sizes), str(folder)],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": interpreted, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert run.returncode == 0, run.stderr
-    world = torch.Size(sizes).numel()
-    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
-    return found, len(sizes)
+CASES = [
+    pytest.param(run, call, marks=pytest.mark.xdist_group(f"sharding {run}"))
+    for run, (sizes, _) in RUNS.items()
+    for call in CALLS | BY_DIMENSIONS[len(sizes)]
+]
 
 
-@pytest.mark.parametrize("call", [*CALLS, *BY_DIMENSIONS[1], *BY_DIMENSIONS[2]])
-def test_every_rank_agrees_with_one_process(ranks, call):
-    found, dimensions = ranks
-    if call not in CALLS | BY_DIMENSIONS[dimensions]:
-        pytest.skip(f"not for a mesh of {dimensions} dimensions")
-    wrong = [f"rank {rank}: {said[call]}" for rank, said in enumerate(found) if said[call]]
+@pytest.fixture(scope="module")
+def said(request):
+    """A function that gives what every rank says of the calls whose tests are chosen."""
+    items = [item for item in request.session.items if item.path == request.path]
+    chosen = [item.callspec.params for item in items if hasattr(item, "callspec")]
+
+    @functools.cache
+    def said(run):
+        sizes, interpreted = RUNS[run]
+        calls = [params["call"] for params in chosen if params["run"] == run]
+        with tempfile.TemporaryDirectory() as folder:
+            options = [*map(str, sizes), folder, *calls]
+            process = subprocess.run(
+                [sys.executable, "-m", "tests.plugins.sharded_calls", *options],
+                cwd=ROOT,
+                env=os.environ | {"TRITON_INTERPRET": interpreted, "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                timeout=500,
+            )
+            assert process.returncode == 0, process.stderr
+            ranks = range(torch.Size(sizes).numel())
+            return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in ranks]
+
+    return said
+
+
+@pytest.mark.parametrize(("run", "call"), CASES)
+def test_every_rank_agrees_with_one_process(said, run, call):
+    wrong = [f"rank {rank}: {found[call]}" for rank, found in enumerate(said(run)) if found[call]]
     assert not wrong, "\n".join(wrong)
 
 

@@ -36,7 +36,7 @@ _OP = "trilith.plugins.op"
 _AUTOGRAD = "trilith.plugins.autograd"
 _OP_TESTS = "tests/plugins/test_op.py"
 _CONFORMANCE = "tests/plugins/test_conformance.py"
-_SHARDING_TESTS = "tests/plugins/test_sharding.py -k reference"
+_SHARDING_TESTS = "tests/plugins/test_sharding.py"
 
 MUTANTS = (
     Mutant(
@@ -65,14 +65,14 @@ MUTANTS = (
         "trilith.plugins.sharding",
         "own = Partial()",
         "own = Replicate()",
-        _SHARDING_TESTS,
+        _SHARDING_TESTS + " -k 'reference and norms'",
     ),
     Mutant(
         "whole_bias_on_split_columns",
         "trilith.kernels._runtime.sharding",
         "0 if dim == last else None",
         "None",
-        _SHARDING_TESTS,
+        _SHARDING_TESTS + " -k 'reference and activations'",
     ),
     Mutant(
         "mean_of_g_left_out",
@@ -487,7 +487,7 @@ MUTANTS = (
         _ATTENTION_TILES,
         "tl.abs(rows + diagonal - cols)",
         "tl.abs(rows - cols)",
-        _PAIRS + " -k 'of_heads or of_batch'",
+        _PAIRS + " -k 'bottom_right and (of_heads or of_batch)'",
     ),
     Mutant(
         "merged_lse_left_out_of_the_gradient",
@@ -845,7 +845,7 @@ MUTANTS = (
         "trilith.kernels.attention.sharding",
         "if heads == 1:",
         "if heads >= 1:",
-        "tests/plugins/test_sharding.py -k attentions",
+        _SHARDING_TESTS + " -k kernels-attentions",
     ),
     Mutant(
         "lse_of_torch_read_as_base_2",
@@ -859,6 +859,6 @@ MUTANTS = (
         "trilith.kernels.attention.decode_reference",
         "(distance > left)",
         "(distance >= left)",
-        _DECODE_TESTS,
+        _DECODE_TESTS + " -k pairs",
     ),
 )

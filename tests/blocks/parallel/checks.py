@@ -96,7 +96,7 @@ def model_of(style, **changes):
 def batch(n=4, length=8):
     generator = torch.Generator().manual_seed(2)
     data = torch.randint(0, SIZES["vocab_size"], (n, length + 1), generator=generator)
-    return data[:, :-1], data[:, 1:].clone()
+    return data[:, :-1].contiguous(), data[:, 1:].contiguous()
 
 
 def whole(tensor):
