@@ -1,4 +1,4 @@
-"""What plans save the host, without a GPU: the command runs, and a plan is quicker than its launcher."""
+"""What plans save the host, without a GPU: a plan is quicker than its launcher."""
 
 import os
 import subprocess
