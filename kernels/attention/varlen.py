@@ -271,12 +271,14 @@ def varlen_attention(
             from 0 to the total, or less: rows past the last sequence have output 0, lse -inf and
             gradients 0. The values are not checked, for that would wait for the device.
         cu_seqlens_k: the same of the keys.
-        max_seqlen_q, max_seqlen_k: accepted for those who have them at hand; nothing needs them.
+        max_seqlen_q, max_seqlen_k: for those who have them at hand. A bias with R or C of 1 is
+            spread over as many, or over all queries or keys, of which its gradient is a sum.
         causal: False, "top_left" or "bottom_right", of each sequence. True where queries and keys
             have one and the same `cu_seqlens`.
         window: (left, right), how many keys before and after the diagonal's are seen.
         bias: (B or 1, H or 1, R, C), added to score [i, j] of a sequence, or boolean; R and C at
-            least the longest sequence's queries and keys. Beyond them it reads as 0, or False.
+            least the longest sequence's queries and keys, or 1 for all of them. Beyond R and C it
+            reads as 0, or False.
         alibi_slopes: (H,) or (B, H).
         softcap: positive; scores become softcap * tanh(score / softcap).
         sinks: (H,), one more score per head, without a value.
@@ -316,6 +318,11 @@ def varlen_attention(
     if softcap is not None:
         require(softcap > 0, _NAME, "softcap", "be positive", softcap)
     slopes = _check_terms(q, cu_seqlens_q.shape[0] - 1, bias, alibi_slopes, sinks)
+    if bias is not None:
+        rows, cols = bias.shape[2:]
+        rows = (max_seqlen_q or q.shape[0]) if rows == 1 else rows
+        cols = (max_seqlen_k or k.shape[0]) if cols == 1 else cols
+        bias = bias.expand(-1, -1, rows, cols)
     scale = 1 / math.sqrt(max(1, q.shape[2])) if scale is None else scale
     modifier, products = known_score_mod(_NAME, score_mod), known_precision(_NAME, precision)
     rest = (scale, softcap or 0.0, dropout_p, alignment, left, right, modifier, products)

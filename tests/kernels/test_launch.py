@@ -93,7 +93,8 @@ def test_attentions_tiles_fit_each_other(arch, dtypes):
     entries = TABLES[arch][dtypes]
     assert {d for _, d in entries} == {64, 128, 256, 512} and len(entries) == 16
     for (kernel, _), pair in entries.items():
-        for tiles in (config.Tiles(*numbers) for numbers in pair):
+        assert (pair[0] is None) == (kernel == "dbias")
+        for tiles in (config.Tiles(*numbers) for numbers in pair if numbers):
             loop = tiles.block_m if kernel == "dkdv" else tiles.block_n
             assert loop % tiles.block_masked == 0 or kernel == "dbias"
             assert powers_of_two((*tiles[:4], tiles.chunk)) and 1 <= tiles.num_stages <= 4

@@ -211,6 +211,22 @@ def test_the_grid_has_a_tile_more_for_each_sequence():
     assert grid == (2 * (sum(QUERIES) // options["BLOCK_M"] + len(QUERIES) + 1), 1)
 
 
+@pytest.mark.parametrize("longest", [{}, {"max_seqlen_q": 11, "max_seqlen_k": 9}], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 9), (3, 2, 11, 1), (1, 2, 1, 1)])
+def test_a_bias_of_one_row_or_column_is_that_of_all(shape, longest):
+    cu_q = torch.tensor([0, 11, 12, 20], dtype=torch.int32, device=DEVICE)
+    cu_k = torch.tensor([0, 5, 14, 14], dtype=torch.int32, device=DEVICE)
+    q, k, v = randn(20, 2, 16), randn(14, 2, 16), randn(14, 2, 16)
+    short = randn(*shape).requires_grad_()
+    whole = short.expand(-1, -1, 11, 9)
+    weight = randn(20, 2, 16)
+    results = []
+    for bias, given in ((short, longest), (whole, {})):
+        out = varlen_attention(q, k, v, cu_q, cu_k, bias=bias, **given)
+        results.append((out, *torch.autograd.grad((out * weight).sum(), short)))
+    torch.testing.assert_close(*results)
+
+
 def test_a_bias_that_is_too_short_reads_as_zero():
     lengths = ((20, 3), (20, 3))
     q, k, v = packed(lengths=lengths)
