@@ -31,6 +31,12 @@ SPILLS_ALLOWED["attention_bwd_dq_kernel", "gfx942"] = (
     "one register of IEEE products of 512 head dims moves to an accumulator register, no memory; "
     "chunks of 32 do the same, and 8 warps spill 430 to 720 bytes",
 )
+SPILLS_ALLOWED["attention_bwd_dkdv_kernel", "sm_90"] = (
+    r".* BLOCK_M=64 BLOCK_N=128 BLOCK_D=128 .*(PAD_D=True|FLAGS=\(.*, True\))",
+    24,
+    "of padded head dims and of packed sequences, none otherwise; on an H200 these tiles take 1.25 "
+    "ms where those that never spill take 1.36 to 1.68, and 64,128,16,8,3 takes 1.18 but spills 80",
+)
 # (kernel, architecture) -> why no tensor-core instruction is there.
 NO_MMA_ALLOWED: dict[tuple[str, str], str] = {}
 
