@@ -19,7 +19,7 @@ train: env
 
 # ARGS chooses tests; without it the mutants follow: faults on purpose that the tests must notice.
 test: env
-	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 	$(if $(strip $(ARGS)),,$(RUN) -m tests.support.mutants)
 
 lint: env
@@ -45,7 +45,7 @@ gpu: env
 	mkdir -p $(OUT)
 	failed=; \
 	if [ -z "$(FAMILY)" ]; then \
-	    $(RUN) -m pytest -n $(WORKERS) -q --junitxml=$(OUT)/tests.xml || failed="$$failed tests"; \
+	    $(RUN) -m pytest -n $(WORKERS) --dist loadgroup -q --junitxml=$(OUT)/tests.xml || failed="$$failed tests"; \
 	fi; \
 	for family in $(or $(FAMILY),$(FAMILIES)); do \
 	    $(RUN) -m pytest perf/bench_$$family.py -q -rs $(TABLES) \

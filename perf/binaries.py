@@ -34,7 +34,7 @@ def survey() -> list[dict[str, Any]]:
             path = Path(folder) / "reports.json"
             command = [sys.executable, "-m", "tests.support.aot", "--arch", arch]
             answer = subprocess.run(
-                [*command, "--most", str(most), "--json", str(path)],
+                [*command, "--most", *map(str, most), "--json", str(path)],
                 env=environ,
                 capture_output=True,
                 text=True,

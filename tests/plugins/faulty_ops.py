@@ -233,6 +233,10 @@ def reference_that_branches(x, weight):
     return reference(x, weight) if x.sum() < 1e30 else (x, weight)
 
 
+# Torch 2.11's opcheck does not compare the strides of fakes.
+OPCHECK_OF_STRIDES = [] if torch.__version__.startswith("2.11.") else ["opcheck"]
+
+
 def fake_transposed(x, weight):
     return x.new_empty(x.shape[::-1]).mT, x.new_empty(x.shape[-1:])
 
@@ -288,7 +292,7 @@ FAULTS = {
         ("reference", reference_detached, ["gradients_match_reference"]),
         ("reference", reference_that_branches, ["functorch_transforms"]),
         ("cost", cost_in_elements, ["cost_is_sound"]),
-        ("fake", fake_transposed, ["fakes_are_exact", "opcheck"]),
+        ("fake", fake_transposed, ["fakes_are_exact", *OPCHECK_OF_STRIDES]),
         ("fake", fake_of_another_shape, ["fakes_are_exact", "opcheck"]),
         ("fake", fake_with_sizes_fixed, ["compiles_dynamic"]),
         ("fake", fake_that_reads, ["compiles", "compiles_with_inductor"]),

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,8 +46,9 @@ SHARED_LIMIT = {
 }
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 MMA = {"sm_80": r"HMMA", "sm_90": r"HGMMA", "sm_100": r"UTC\w*MMA", "gfx942": r"v_mfma\w*"}
-# Launches of each kernel that CI compiles, and the baseline has; the command above compiles all.
-SAMPLED = {"sm_80": 6, "sm_90": 12, "sm_100": 6, "gfx942": 6}
+# Launches that CI compiles, and the baseline has, of each kernel with dots and of each without: the
+# latter's code hardly depends on the architecture. The command above compiles all.
+SAMPLED = {"sm_80": (6, 2), "sm_90": (12, 6), "sm_100": (6, 2), "gfx942": (6, 2)}
 KERNEL_TESTS = Path(__file__).parents[1] / "kernels"
 
 
@@ -350,17 +351,26 @@ def _examine_at(index: int) -> Report:
     return examine(_launches[index])
 
 
-def thinned(launches: list[Launch], most: int) -> list[Launch]:
-    """At most so many launches of each kernel: the largest tile per warp, then evenly smaller."""
+def thinned(launches: list[Launch], most: Sequence[int]) -> list[Launch]:
+    """At most so many launches of each kernel: the largest tile per warp, then evenly smaller.
+
+    A second number is for kernels without dots.
+    """
     by_kernel: dict[str, list[Launch]] = collections.defaultdict(list)
     for launch in launches:
         by_kernel[launch.kernel.__name__].append(launch)
     kept = []
     for own in by_kernel.values():
         own.sort(key=_elements_per_warp, reverse=True)
-        count = min(most, len(own))
+        count = min(most[0] if _has_dots(own[0].kernel) else most[-1], len(own))
         kept.extend(own[i * len(own) // count] for i in range(count))
     return kept
+
+
+def _has_dots(kernel: Any) -> bool:
+    """Whether it or a function that it calls by name has one."""
+    called = (kernel.fn.__globals__.get(name) for name in kernel.fn.__code__.co_names)
+    return "tl.dot" in kernel.src or any(_has_dots(f) for f in called if hasattr(f, "src"))
 
 
 def _elements_per_warp(launch: Launch) -> float:
@@ -369,7 +379,7 @@ def _elements_per_warp(launch: Launch) -> float:
 
 
 def survey(
-    archs: list[str], name: str = "", jobs: int = 2, source: str = "", most: int = 0
+    archs: list[str], name: str = "", jobs: int = 2, source: str = "", most: Sequence[int] = ()
 ) -> list[Report]:
     """Reports of the distinct launches on the given architectures, compiled in `jobs` processes."""
     import_kernels()
@@ -418,7 +428,13 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--json", metavar="FILE", help="write the reports there")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--most", type=int, default=0, help="launches per kernel and architecture")
+    parser.add_argument(
+        "--most",
+        nargs="+",
+        type=int,
+        default=(),
+        help="launches per kernel and architecture; a second number is for kernels without dots",
+    )
     parser.add_argument("--cases", default="", help="a module with cases(), instead of the shapes")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
