@@ -37,6 +37,7 @@ from trilith.kernels._runtime.checks import (
 from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.kernels.cross_entropy import (
     counted_rows,
+    cross_entropy,
     cross_entropy_rows,
     require_constant_weight,
     require_label_dtype,
@@ -206,7 +207,7 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -214,31 +215,39 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`cross_entropy(F.linear(input, linear_weight, linear_bias), target)` without the logits.
 
+    As `torch.nn.functional.linear_cross_entropy`, but: there is no `options`, the size of chunks is
+    chosen here; input may have more leading dimensions; whether target holds probabilities is told
+    by its dtype and not by its shape; shapes that don't fit are a ValueError, not a RuntimeError;
+    with probabilities an ignore_index that is negative is not an error.
+
     Args:
         input: hidden states (..., K), floating-point.
-        linear_weight: (V, K), the head's weight, in input's dtype; under autocast in any.
-        target: class indices (...,), int64 or uint8.
-        linear_bias: (V,), the head's bias.
+        linear_weight: (V, K), the head's weight, in input's dtype; under autocast in any. Or
+            (V, d1, ..., K) for input (N, K): logits (N, V, d1, ...), which are not fused.
+        target: class indices (...,) or (N, d1, ...), int64 or uint8; or class probabilities,
+            floating-point and shaped as the logits, which are not fused: the logits are as large.
+        linear_bias: (V,) or (V, d1, ...), the head's bias.
         weight: (V,) weight of each class; it cannot require a gradient.
-        reduction, ignore_index, label_smoothing, z_loss, softcap: as in `cross_entropy`.
+        reduction, label_smoothing, z_loss, softcap: as in `cross_entropy`.
+        ignore_index: as in `cross_entropy`; None is -100.
         num_items: what the mean divides by, instead of what is counted in this call: with gradient
             accumulation the number of tokens of the whole batch, so that the micro-batches'
             losses and gradients add up to the batch's.
 
     Returns:
-        A scalar, or for "none" a tensor shaped as target; in the input's dtype, but float32
-        (float64 for float64) under autocast.
+        A scalar, or for "none" a tensor shaped as the class indices; in the input's dtype, but
+        float32 (float64 for float64) under autocast.
 
     Raises:
         IndexError: a label is out of range, on CPU. On a GPU that row's loss is NaN, and so are
             the gradients that it enters.
-        RuntimeError: target is of another integer dtype, weight requires a gradient, or
-            label_smoothing is out of its range; as torch.
+        RuntimeError: target is of another integer dtype, weight requires a gradient,
+            label_smoothing is out of its range, or ignore_index is not negative with class
+            probabilities; as torch.
         ValueError: shapes don't fit, or another option is out of its range.
         TypeError: a tensor is not floating-point, or their dtypes differ without autocast.
-        NotImplementedError: target holds class probabilities.
 
-    Memory: beside its arguments, with b bytes an element of input, w of linear_weight:
+    Memory: beside its arguments, with b bytes an element of input, w of linear_weight, if fused:
         forward   C V b + 4 M K + 4 V K       C tokens a chunk: at most 4096, and 1 GiB of logits
         backward  (4 + b) M K + (4 + w) V K   of which 4 M K + 4 V K are kept since forward
     without the terms in M K where input is frozen, or in V K where the head is. The chunk is 64 MiB
@@ -254,13 +263,22 @@ def linear_cross_entropy(
     Example:
         >>> loss = linear_cross_entropy(hidden, head.weight, labels, num_items=labels_in_batch)
     """
-    _check(input, linear_weight, target, linear_bias, weight, reduction, num_items)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    _check(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, num_items)
     require_options(_OP, reduction, label_smoothing, softcap)
     device = input.device.type
     autocast = torch.is_autocast_enabled(device)
     x = input.reshape(-1, input.shape[-1])
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
+    if target.is_floating_point() or linear_weight.dim() > 2:
+        scalars = (ignore_index, label_smoothing, z_loss, softcap)
+        loss = _of_all_logits(
+            x, linear_weight, target, linear_bias, weight, reduction, *scalars, num_items
+        )
+        if reduction == "none":
+            loss = loss.reshape(input.shape[:-1] + linear_weight.shape[1:-1])
+        return loss if autocast else loss.to(input.dtype)
     labels = target.reshape(-1).to(torch.int64)
     loss = LINEAR_CROSS_ENTROPY(
         x,
@@ -282,6 +300,40 @@ def linear_cross_entropy(
     return loss if autocast else loss.to(input.dtype)
 
 
+def _of_all_logits(
+    x: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    num_items: int | Tensor | None,
+) -> Tensor:
+    """The unfused loss, for targets as large as the logits and for heads (V, d1, ..., K)."""
+    classes, *positions = linear_weight.shape[:-1]
+    bias = None if linear_bias is None else linear_bias.flatten().to(x.dtype)
+    logits = F.linear(x, linear_weight.flatten(0, -2).to(x.dtype), bias)
+    logits = logits.reshape(x.shape[0], classes, *positions)
+    soft = target.is_floating_point()
+    if num_items is not None:
+        logits = logits.to(wide(x.dtype))  # a sum may exceed what float16 holds
+    loss = cross_entropy(
+        logits,
+        target.reshape(logits.shape if soft else (x.shape[0], *positions)),
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction if num_items is None else "sum",
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+    )
+    return loss if num_items is None else loss / num_items
+
+
 def _check(
     input: Tensor,
     linear_weight: Tensor,
@@ -289,19 +341,17 @@ def _check(
     linear_bias: Tensor | None,
     weight: Tensor | None,
     reduction: str,
+    ignore_index: int,
     num_items: int | Tensor | None,
 ) -> None:
-    if target.is_floating_point():
-        raise NotImplementedError(
-            f"{_OP}: target must be class indices, got probabilities as large as the logits; "
-            "use cross_entropy(F.linear(input, linear_weight), target)"
-        )
     require_floating(
         _OP, input=input, linear_weight=linear_weight, linear_bias=linear_bias, weight=weight
     )
     require(input.dim() > 0, _OP, "input", "have at least one dimension", "a scalar")
-    require(linear_weight.dim() == 2, _OP, "linear_weight", "be (V, K)", tuple(linear_weight.shape))
-    classes, width = linear_weight.shape
+    rule = "be (V, K), or (V, d1, ..., K) with an input (N, K)"
+    fits = linear_weight.dim() == 2 or (linear_weight.dim() > 2 and input.dim() == 2)
+    require(fits, _OP, "linear_weight", rule, tuple(linear_weight.shape))
+    classes, *positions, width = linear_weight.shape
     require(input.shape[-1] == width, _OP, "input", f"end in {width}", tuple(input.shape))
     if not torch.is_autocast_enabled(input.device.type):
         for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
@@ -309,10 +359,18 @@ def _check(
                 raise TypeError(
                     f"{_OP}: {name} must have the input's dtype {input.dtype}, got {tensor.dtype}"
                 )
-    require_label_dtype(_OP, target)
+    soft = target.is_floating_point()
+    if not soft:
+        require_label_dtype(_OP, target)
+    elif ignore_index >= 0:
+        raise RuntimeError(
+            f"{_OP}: ignore_index must be negative with class probabilities, got {ignore_index}; "
+            "zero the rows' probabilities"
+        )
     require_constant_weight(_OP, weight)
-    require_shape(_OP, "target", target, input.shape[:-1])
-    require_shape(_OP, "linear_bias", linear_bias, (classes,))
+    per_row = (classes, *positions) if soft else positions
+    require_shape(_OP, "target", target, (*input.shape[:-1], *per_row))
+    require_shape(_OP, "linear_bias", linear_bias, (classes, *positions))
     require_shape(_OP, "weight", weight, (classes,))
     tensors = {"linear_weight": linear_weight, "linear_bias": linear_bias}
     require_same_device(_OP, input, target=target, weight=weight, **tensors)

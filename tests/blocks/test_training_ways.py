@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -194,3 +195,47 @@ def test_a_scaler_trains_as_float32_does_and_skips_overflow():
         curves.append(torch.tensor(losses))
     assert curves[0][-1] < curves[0][0] - 0.1
     assert (curves[0] - curves[1]).abs().max() < 0.05
+
+
+class LanguageModule(nn.Module):
+    """What Lightning asks of a module, around a model of ours."""
+
+    def __init__(self, style, lr):
+        super().__init__()
+        self.model, self.lr = model_of(style, dropout=0.1), lr
+
+    def training_step(self, batch, batch_idx):
+        tokens, targets = batch
+        return self.model(tokens, targets)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
+        return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, 3)]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_module_around_a_model_trains_under_a_trainers_loop_and_is_saved(style, tmp_path):
+    """A trainer's loop in bfloat16, then safetensors of the wrapper's state into a new wrapper."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    module = LanguageModule(style, lr=2e-2)
+    (optimizer,), (schedule,) = module.configure_optimizers()
+    losses = []
+    for step in range(3):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = module.training_step(batch(), step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in module.parameters())
+    safetensors.save_file(module.state_dict(), tmp_path / "wrapper.safetensors")
+
+    again = LanguageModule(style, lr=2e-2)
+    before = again.eval().training_step(batch(), 0)
+    again.load_state_dict(safetensors.load_file(tmp_path / "wrapper.safetensors"))
+    found, expected = (m.eval().training_step(batch(), 0) for m in (again, module))
+    assert_same(found, expected)
+    assert not torch.equal(found, before)

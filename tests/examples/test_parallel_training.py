@@ -68,6 +68,14 @@ def test_a_group_of_one_trains_like_no_group(mode, single):
     torch.testing.assert_close(single[mode], single["none"], rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "tp"])
+def test_two_processes_train_like_one(mode, single, text, tmp_path):  # noqa: F811
+    code, _, err = finish(torchrun(2, mode, *RUN, "--text", text, "--out", tmp_path))
+    assert code == 0, err
+    found = losses_in(tmp_path / "checkpoint.safetensors")
+    torch.testing.assert_close(found, single["none"], rtol=1e-4, atol=0)
+
+
 def test_a_killed_rank_loses_nothing(single, text, tmp_path):  # noqa: F811
     options = [*RUN, "--text", text, "--out", tmp_path, "--save-every", 3]
     checkpoint = tmp_path / "checkpoint.safetensors"

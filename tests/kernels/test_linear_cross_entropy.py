@@ -259,6 +259,63 @@ def test_leading_shapes_and_byte_labels():
     torch.testing.assert_close(one, expected[0])
 
 
+def test_an_ignore_index_of_none_is_torchs_default():
+    x, head, target, _ = drawn(6, 16, 9, bias=False)
+    target[2] = -100
+    expected = linear_cross_entropy(x, head, target)
+    assert torch.equal(linear_cross_entropy(x, head, target, ignore_index=None), expected)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("positions", [(), (2, 3)], ids=["probabilities", "positions"])
+def test_unfused_are_probabilities_and_heads_of_more_dimensions(positions, dtype, reduction):
+    """The same as the two calls; with probabilities any leading shape, flattened."""
+    x = torch.randn(8, 16, device=DEVICE, dtype=dtype, requires_grad=True)
+    head = torch.randn(7, *positions, 16, device=DEVICE, dtype=dtype, requires_grad=True)
+    bias = torch.randn(7, *positions, device=DEVICE, dtype=dtype, requires_grad=True)
+    if positions:
+        given, target = x, torch.randint(7, (8, *positions), device=DEVICE)
+    else:
+        given, target = x.view(2, 4, 16), torch.rand(2, 4, 7, device=DEVICE)
+    options = {"z_loss": 1e-2, "softcap": 5.0, "weight": torch.rand(7, device=DEVICE)}
+    found = linear_cross_entropy(
+        given, head, target, linear_bias=bias, reduction=reduction, **options
+    )
+    logits = F.linear(x, head.flatten(0, -2), bias.flatten()).view(8, 7, *positions)
+    flat = target if positions else target.view(8, 7)
+    expected = cross_entropy(logits, flat, reduction=reduction, **options)
+    if reduction == "none":
+        expected = expected.view(given.shape[:-1] + positions)
+    assert_same("loss", found, expected)
+    leaves = (x, head, bias)
+    theirs = torch.autograd.grad(expected.sum(), leaves)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), leaves), theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("positions", [(), (2,)], ids=["probabilities", "positions"])
+def test_the_unfused_mean_is_divided_by_num_items_without_overflow(positions):
+    x = torch.ones(900, 4, device=DEVICE, dtype=torch.float16)
+    head = torch.zeros(7, *positions, 4, device=DEVICE, dtype=torch.float16)
+    head[1] = 25
+    target = torch.zeros(900, *positions, device=DEVICE, dtype=torch.int64)
+    target = target if positions else F.one_hot(target, 7).half()
+    found = linear_cross_entropy(x, head, target, num_items=2**20)
+    rows = linear_cross_entropy(x, head, target, reduction="none")
+    assert found.dtype == torch.float16 and rows.double().sum() > 65504
+    torch.testing.assert_close(found.double(), rows.double().sum() / 2**20, rtol=2e-3, atol=0)
+
+
+def test_unfused_under_autocast_is_float32():
+    x, head, _, bias = drawn(6, 16, 9)
+    target = torch.rand(6, 9, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss = linear_cross_entropy(x, head, target, linear_bias=bias)
+        expected = cross_entropy(F.linear(x, head, bias), target)
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(loss, (x, head, target)))
+
+
 def test_no_tokens_at_all():
     x, head, target, _ = drawn(0, 16, 9, bias=False)
     loss = linear_cross_entropy(x, head, target)
@@ -400,7 +457,9 @@ ERRORS = {
     "grad": (RuntimeError, "detach", (X, W, T), {"weight": torch.ones(5, requires_grad=True)}),
     "dtypes": (TypeError, "float64", (X, W.double(), T), {}),
     "integers": (TypeError, "floating-point", (X, W.int(), T), {}),
-    "probabilities": (NotImplementedError, "as large as", (X, W, torch.rand(3, 5)), {}),
+    "probabilities": (ValueError, r"\(3, 5\), got \(3, 4\)", (X, W, torch.rand(3, 4)), {}),
+    "ignored": (RuntimeError, "zero the rows", (X, W, torch.rand(3, 5)), {"ignore_index": 0}),
+    "positions": (ValueError, r"input \(N, K\)", (X[None], W[:, None], T[None, :, None]), {}),
     "reduction": (ValueError, "batchmean", (X, W, T), {"reduction": "batchmean"}),
     "smoothing": (RuntimeError, "label_smoothing", (X, W, T), {"label_smoothing": 1.5}),
     "softcap": (ValueError, "softcap", (X, W, T), {"softcap": 0.0}),

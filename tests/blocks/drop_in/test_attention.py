@@ -253,6 +253,27 @@ def test_decoder_layer(given, launches):
     assert len(set(launches)) > 3
 
 
+@pytest.mark.parametrize("given", LAYERS[:2], ids=str)
+def test_within_torchs_decoder(given, launches):
+    """Its copies of our layer, a norm of ours at the end, in training and in eval."""
+    ours, theirs = (
+        nn.TransformerDecoder(layer, 2, norm.to(DEVICE))
+        for layer, norm in zip(
+            layer_pair("TransformerDecoderLayer", **given),
+            (drop_in.LayerNorm(E), nn.LayerNorm(E)),
+            strict=True,
+        )
+    )
+    theirs.load_state_dict(ours.state_dict())
+    assert all(type(layer) is drop_in.TransformerDecoderLayer for layer in ours.layers)
+    causal = nn.Transformer.generate_square_subsequent_mask(T, device=DEVICE)
+    padding = torch.arange(S, device=DEVICE) >= torch.tensor([[S], [3]], device=DEVICE)
+    masks = {"tgt_mask": causal, "memory_key_padding_mask": padding}
+    check_layers(ours, theirs, *sources(given), **masks)
+    check_layers(ours, theirs, *sources(given), **masks, tgt_is_causal=True)
+    assert len(set(launches)) > 3
+
+
 def padded_batch():
     padding = torch.arange(T, device=DEVICE) >= torch.tensor([[T], [4]], device=DEVICE)
     return randn(B, T, E), padding

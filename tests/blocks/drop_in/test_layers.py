@@ -136,20 +136,48 @@ ELSEWHERE = CASES | {
 }
 
 
+ARGUMENTS = {
+    "CrossEntropyLoss": 2,
+    "BCEWithLogitsLoss": 2,
+    "MSELoss": 2,
+    "MultiheadAttention": 3,
+    "TransformerDecoderLayer": 2,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in CASES])
+def test_default_dtype_of_the_others(name):
+    torch.set_default_dtype(torch.float64)
+    try:
+        for options in ELSEWHERE[name]:
+            options = options | ({"dropout": 0.0} if name.startswith("Transformer") else {})
+            results = []
+            args = [torch.rand(5, 3, 12, device=DEVICE) for _ in range(ARGUMENTS.get(name, 1))]
+            for module in pair(name, options):
+                x = args[0].clone().requires_grad_()
+                y = module(x, *args[1:])
+                y = y[0] if isinstance(y, tuple) else y
+                results.append([y, *torch.autograd.grad(y.sum(), [x, *module.parameters()])])
+                state = module.state_dict().values()
+                floating = [t for t in (*results[-1], *state) if t.is_floating_point()]
+                assert {t.dtype for t in floating} == {torch.float64}
+            torch.testing.assert_close(*results)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="torch's functions take their place on CPUs alone")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_drop_in_is_torchs_own_where_ops_are_their_reference(name, launches, monkeypatch):
     for op in kernels.OPS:
         monkeypatch.setattr(op, "is_reference_on_cpu", True)
-    arguments = {"CrossEntropyLoss": 2, "BCEWithLogitsLoss": 2, "MSELoss": 2}
-    arguments |= {"MultiheadAttention": 3, "TransformerDecoderLayer": 2}
     for options in ELSEWHERE[name]:
         ours, theirs = pair(name, options)
         for training in (True, False):
             results = []
             for module in (ours.train(training), theirs.train(training)):
                 torch.manual_seed(3)
-                args = [torch.rand(5, 3, 12) for _ in range(arguments.get(name, 1))]
+                args = [torch.rand(5, 3, 12) for _ in range(ARGUMENTS.get(name, 1))]
                 with torch.set_grad_enabled(training):
                     results.append((module(*args), module.state_dict()))
             torch.testing.assert_close(*results, rtol=0, atol=0)
