@@ -103,6 +103,27 @@ def test_an_activation_that_nobody_has_is_refused_with_both_lists(own_registry):
         build_lm(config)
 
 
+@pytest.mark.parametrize("acts_on", ["tokens", "heads"])
+def test_a_position_of_someone_else_is_called_with_what_it_acts_on(
+    acts_on, own_registry
+):
+    given = []
+
+    class Somewhere(nn.Module):
+        def forward(self, *tensors):
+            given.extend(tuple(t.shape) for t in tensors)
+            return tensors if len(tensors) > 1 else tensors[0]
+
+    Somewhere.acts_on = acts_on
+    own_registry.add_module(
+        ModuleSpec(slot="position", name="acme.somewhere", build=lambda c: Somewhere())
+    )
+    model = build_lm(LMConfig(**SIZES, position="acme.somewhere", n_kv_heads=1)).to(DEVICE)
+    model(torch.zeros(3, 5, dtype=torch.long, device=DEVICE))
+    shapes = {"tokens": [(3, 5, 16)], "heads": [(3, 2, 5, 8), (3, 1, 5, 8)]}
+    assert given == shapes[acts_on]
+
+
 @pytest.mark.parametrize(
     ("acts_on", "error", "message"),
     [
