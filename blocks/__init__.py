@@ -3,6 +3,7 @@
 if __name__ == "blocks":
     raise ImportError("import trilith.blocks, not blocks: the folder is mapped by the package")
 
+from trilith.blocks.activations import GLU, GatedActivation, GeGLU, ReGLU, ReLU2, SwiGLU
 from trilith.blocks.alibi import Alibi
 from trilith.blocks.attention import SelfAttention
 from trilith.blocks.cache import KVCache, PagedKVCache
@@ -19,18 +20,24 @@ __all__ = [
     "Alibi",
     "CrossAttention",
     "MLP",
+    "GLU",
+    "GatedActivation",
     "GatedMLP",
+    "GeGLU",
     "KVCache",
     "LMConfig",
     "LayerNorm",
     "LearnedPosition",
     "PagedKVCache",
     "RMSNorm",
+    "ReGLU",
+    "ReLU2",
     "Residual",
     "Rotary",
     "SelfAttention",
     "SinusoidalPosition",
     "StochasticDepth",
+    "SwiGLU",
     "TransformerBlock",
     "TransformerLM",
     "build_lm",

@@ -6,7 +6,7 @@ from torch import nn
 
 from trilith.blocks.alibi import Alibi
 from trilith.blocks.attention import SelfAttention
-from trilith.blocks.config import LMConfig, build_position
+from trilith.blocks.config import LMConfig, build_activation, build_position
 from trilith.blocks.mlp import MLP, GatedMLP
 from trilith.blocks.norms import LayerNorm, RMSNorm
 from trilith.blocks.positions import LearnedPosition, Rotary, SinusoidalPosition
@@ -29,7 +29,7 @@ def _mlp(config: LMConfig) -> MLP:
     return MLP(
         up=nn.Linear(config.dim, hidden, bias=config.bias),
         down=nn.Linear(hidden, config.dim, bias=config.bias),
-        activation=config.activation,
+        activation=build_activation(config),
         gain=config.residual_gain,
     )
 
@@ -40,7 +40,7 @@ def _gated_mlp(config: LMConfig) -> GatedMLP:
         gate=nn.Linear(config.dim, hidden, bias=config.bias),
         up=nn.Linear(config.dim, hidden, bias=config.bias),
         down=nn.Linear(hidden, config.dim, bias=config.bias),
-        activation=config.activation,
+        activation=build_activation(config),
         gain=config.residual_gain,
     )
 

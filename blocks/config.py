@@ -11,8 +11,10 @@ from torch import nn
 from trilith.blocks.residual import Residual
 from trilith.blocks.stochastic_depth import StochasticDepth
 from trilith.blocks.transformer import TransformerBlock, TransformerLM, embedding_deviation
+from trilith.kernels._runtime.functors import ACTIVATIONS
 from trilith.plugins import registry
 
+ACTS_ON = ("tokens", "heads", "scores")
 RESIDUALS = ("pre", "post", "sandwich")
 
 
@@ -28,7 +30,8 @@ class LMConfig:
     Names, looked up in the registry, so that a plugin's are used by naming them
         norm, mlp, attention, position ("rotary", "learned", "sinusoidal", "alibi").
     Choices
-        activation: a name that the MLP's kernel knows.
+        activation: a name that the MLP's kernel knows, or of the registry's slot "activation": such
+            a module is called, unfused.
         residual: "pre", "post" or "sandwich".
         rotary_base: of the position "rotary".
         bias: whether linear layers and LayerNorm have one.
@@ -103,8 +106,9 @@ def build_lm(config: LMConfig) -> TransformerLM:
     """The model that a configuration describes, freshly initialised.
 
     Raises:
-        KeyError: a norm, mlp, attention or position of that name is not registered; the message
-            lists those that are.
+        KeyError: a norm, mlp, attention, position or activation of that name is not registered; the
+            message lists those that are.
+        TypeError, ValueError: a position module does not say what it acts on.
     """
     model = TransformerLM(
         embedding=nn.Embedding(config.vocab_size, config.dim),
@@ -135,9 +139,29 @@ def build_position(config: LMConfig, *acts_on: str) -> nn.Module | None:
     """
     with torch.device("meta"):
         probe = registry.build_module("position", config.position, config)
+    known = ", ".join(map(repr, ACTS_ON))
+    module = f"position {config.position!r}: {type(probe).__name__}.acts_on"
+    if not hasattr(probe, "acts_on"):
+        raise TypeError(f"{module} is missing; it must say what it takes, one of {known}")
+    if probe.acts_on not in ACTS_ON:
+        raise ValueError(f"{module} must be one of {known}, got {probe.acts_on!r}")
     if probe.acts_on not in acts_on:
         return None
     return registry.build_module("position", config.position, config)
+
+
+def build_activation(config: LMConfig) -> str | nn.Module:
+    """The kernels' name of the activation; the module registered by it where they have none."""
+    name = config.activation
+    if name in ACTIVATIONS:
+        return name
+    modules = registry.module_names("activation")
+    if name not in modules:
+        raise KeyError(
+            f"no activation {name!r}; kernels have: {', '.join(ACTIVATIONS)}; "
+            f"registered modules are: {', '.join(modules) or 'none'}"
+        )
+    return registry.build_module("activation", name, config)
 
 
 def _residual(config: LMConfig, branch: nn.Module, number: int) -> Residual:

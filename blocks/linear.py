@@ -8,6 +8,7 @@ from typing import TypeGuard
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as _torch
 
 from trilith.kernels import (
     BIAS_ACT,
@@ -29,6 +30,7 @@ def plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
     Only for one of the kinds itself, with no hook and no forward of its own: a subclass, a
     parametrization, a LoRA or quantized wrapper and a sharding hook do something when called.
+    Nor while torch has hooks for all modules.
     """
     return (
         type(module) in kinds
@@ -37,6 +39,17 @@ def plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
         and not module._backward_pre_hooks
         and not module._backward_hooks
         and "forward" not in vars(module)
+        and not hooks_of_all_modules()
+    )
+
+
+def hooks_of_all_modules() -> bool:
+    """Whether a hook was registered for every module, as profilers and debuggers do."""
+    return bool(
+        _torch._global_forward_hooks
+        or _torch._global_forward_pre_hooks
+        or _torch._global_backward_hooks
+        or _torch._global_backward_pre_hooks
     )
 
 

@@ -12,6 +12,7 @@ from trilith.blocks.linear import (
     gate_linear,
     kernels_run,
     plain_linear,
+    reset,
     reset_linear,
 )
 from trilith.kernels import dropout, gated_act
@@ -22,7 +23,8 @@ class MLP(nn.Module):
 
     Args:
         up, down: linear layers dim -> hidden and hidden -> dim, or anything called like them.
-        activation: a name that `trilith.kernels.bias_act` knows.
+        activation: a name that `trilith.kernels.bias_act` knows; or an elementwise module, which is
+            called, and fused with nothing.
         dropout: probability, applied to the activated hidden layer.
         gain: scales `down`'s initial weights; 1 / sqrt(2 * layers) where it ends in a residual.
     """
@@ -32,7 +34,7 @@ class MLP(nn.Module):
         *,
         up: nn.Module,
         down: nn.Module,
-        activation: str = "gelu",
+        activation: str | nn.Module = "gelu",
         dropout: float = 0.0,
         gain: float = 1.0,
     ) -> None:
@@ -45,27 +47,34 @@ class MLP(nn.Module):
 
     def reset_parameters(self) -> None:
         reset_linear(self.up)
+        _reset_activation(self.activation)
         reset_linear(self.down, self.gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernels_run(x) and plain_linear(self.up):  # the activation's pass adds the bias
+        by_kernel = isinstance(self.activation, str) and kernels_run(x)
+        if by_kernel and plain_linear(self.up):  # the activation's pass adds the bias
             return self.finish(F.linear(x, self.up.weight))
         return self._act_down(self.up(x), None)
 
-    def first_layers(self) -> tuple[tuple[Tensor, None], ...]:
+    def first_layers(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
         """What `finish` takes the product with; none where `up` must be called."""
-        return ((self.up.weight, None),) if plain_linear(self.up) else ()
+        if not plain_linear(self.up):
+            return ()
+        return ((self.up.weight, None if isinstance(self.activation, str) else self.up.bias),)
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """The rest of forward, from x @ up.weight.T."""
-        return self._act_down(hidden, cast("Tensor | None", self.up.bias))
+        """The rest of forward, from the product with `first_layers`."""
+        named = isinstance(self.activation, str)
+        return self._act_down(hidden, cast("Tensor | None", self.up.bias) if named else None)
 
     def _act_down(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
         p, training = self.dropout, self.training
-        return act_linear(hidden, bias, self.activation, self.down, p=p, training=training)
+        if isinstance(self.activation, str):
+            return act_linear(hidden, bias, self.activation, self.down, p=p, training=training)
+        return self.down(dropout(self.activation(hidden), p, training))
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, dropout={self.dropout}"
+        return _repr(self.activation, self.dropout)
 
 
 class GatedMLP(nn.Module):
@@ -77,7 +86,8 @@ class GatedMLP(nn.Module):
         gate, up, down: linear layers dim -> hidden twice and hidden -> dim, or anything called
             like them. `gate` and `up` are apart because a packed pair would have to be split, and
             the gradient of a split is a copy larger than the sum that it saves.
-        activation: a name that `trilith.kernels.gated_act` knows.
+        activation: a name that `trilith.kernels.gated_act` knows; or an elementwise module, which
+            is called, and fused with nothing.
         dropout: probability, applied to the gated hidden layer.
         gain: scales `down`'s initial weights; 1 / sqrt(2 * layers) where it ends in a residual.
     """
@@ -88,7 +98,7 @@ class GatedMLP(nn.Module):
         gate: nn.Module,
         up: nn.Module,
         down: nn.Module,
-        activation: str = "silu",
+        activation: str | nn.Module = "silu",
         dropout: float = 0.0,
         gain: float = 1.0,
     ) -> None:
@@ -103,6 +113,7 @@ class GatedMLP(nn.Module):
     def reset_parameters(self) -> None:
         reset_linear(self.gate)
         reset_linear(self.up)
+        _reset_activation(self.activation)
         reset_linear(self.down, self.gain)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,9 +126,21 @@ class GatedMLP(nn.Module):
 
     def finish(self, gate: Tensor, up: Tensor) -> Tensor:
         """The rest of forward, from gate(x) and up(x)."""
-        if not (self.training and self.dropout):
-            return gate_linear(gate, up, self.activation, self.down)
-        return self.down(dropout(gated_act(gate, up, self.activation), self.dropout))
+        act = self.activation
+        if isinstance(act, str) and not (self.training and self.dropout):
+            return gate_linear(gate, up, act, self.down)
+        hidden = gated_act(gate, up, act) if isinstance(act, str) else act(gate) * up
+        return self.down(dropout(hidden, self.dropout, self.training))
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, dropout={self.dropout}"
+        return _repr(self.activation, self.dropout)
+
+
+def _reset_activation(activation: str | nn.Module) -> None:
+    if isinstance(activation, nn.Module):
+        reset(activation)
+
+
+def _repr(activation: str | nn.Module, dropout: float) -> str:
+    named = f"activation={activation!r}, " if isinstance(activation, str) else ""
+    return f"{named}dropout={dropout}"

@@ -1,8 +1,10 @@
 """What choosing an implementation costs a call, beside calling its launcher directly.
 
-The registry's part of a call is the selection (which provider runs these arguments) and the look-up
-of the provider's launcher in the op's body. The rest of a call is torch: its dispatcher, between
-the two, and autograd. Only the registry's part is held to a limit.
+The registry's part of a call is the choice of who runs these arguments and the look-up of that
+provider's launcher: about 0.9 us, held to 1. The whole op costs about 3 us more than its launcher,
+in Python: that part, and the looks at arguments, autocast, gradients and torch's modes. A plain
+call goes from there to the launcher; one that a mode, a profiler or a tensor subclass has to see
+goes through torch's dispatcher, which is measured beside it. Autograd's part is `bench_dispatch`'s.
 """
 
 import time

@@ -33,9 +33,9 @@ def config(kind: str, dim: int, n_heads: int, max_len: int, **sizes: Any) -> LMC
     return LMConfig(dim=dim, n_heads=n_heads, max_len=max_len, **(defaults | KINDS[kind] | sizes))
 
 
-def block(kind: str, dim: int, n_heads: int, max_len: int) -> TransformerBlock:
+def block(kind: str, dim: int, n_heads: int, max_len: int, **others: Any) -> TransformerBlock:
     """The block that `build_lm` makes for this kind of model."""
-    made = build_lm(config(kind, dim, n_heads, max_len)).blocks[0]
+    made = build_lm(config(kind, dim, n_heads, max_len, **others)).blocks[0]
     assert isinstance(made, TransformerBlock)
     return made
 

@@ -38,11 +38,15 @@ HINTS = {
     "forward_matches_reference": "compute in float32 and round once, at the store",
     "gradients_match_reference": "one gradient per parameter of forward, in its dtype, times grad",
     "every_element_is_written": "mask loads and stores alike; zero what no program owns",
+    "mixed_dtypes": "load each tensor in its own dtype, or raise TypeError for what is not taken",
+    "regimes": "compute in float32; subtract the maximum or mean first; let NaN and inf through",
     "gradient_subsets": "ask ctx.needs_input_grad; each gradient must stand alone",
     "unused_outputs": "a gradient may be zeros, or None where materialize_grads=False",
     "input_layouts": "pass strides to the kernel, or call .contiguous() in the launcher",
     "upstream_layouts": "grad may be stride-0 (sum().backward()): use its strides",
     "offsets_beyond_32_bits": "cast program ids and indices to tl.int64 before times a stride",
+    "guard_bands": "mask every load and store to the tensor's own elements; no fixed multiples",
+    "writes_are_disjoint": "give each element one program; sum by partials and a second kernel",
     "nothing_is_written_to": "never write to inputs, gradients or ctx.outputs; allocate",
     "backward_twice": "backward must be linear in grad, and keep no state",
     "runs_are_bit_equal": "no atomics; reduce in a fixed order",
@@ -187,6 +191,11 @@ def check_score_mod(
             yield replace(row, op=mod.name)
 
 
+def percent(share: float) -> str:
+    """A share as a table shows it; what is far beyond needs no digits, and NaN is beyond."""
+    return f"{share:.0%}" if share <= 9.99 else ">999%"
+
+
 def _row(op: Op, provider: str, check: Check, device: torch.device, **given: Any) -> Row:
     count, reason, begun = 0, "", time.perf_counter()
     shares: list[float] = []
@@ -199,6 +208,6 @@ def _row(op: Op, provider: str, check: Check, device: torch.device, **given: Any
     finally:
         compare.observers.remove(shares.append)
     seconds = time.perf_counter() - begun
-    figure = f"{max(shares):.0%} of bound" if shares else f"{count} samples"
+    figure = f"{percent(max(shares))} of bound" if shares else f"{count} samples"
     figure = f"{figure}, {seconds:.1f} s"
     return Row(op.spec.name, provider, check.__name__, figure, reason)

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from trilith.blocks.linear import hooks_of_all_modules
+
 _length = dict.__len__  # super().__len__() takes three times as long
 
 
@@ -76,4 +78,5 @@ def unhooked(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in vars(module)
+        or hooks_of_all_modules()
     )

@@ -52,6 +52,98 @@ def test_a_module_registered_by_someone_else_is_used_by_its_name(own_registry):
     assert model.blocks[0].mlp.branch.weight.grad is not None
 
 
+class Swish(nn.Module):
+    """x sigmoid(slope x), with a slope that is learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.empty(()))
+
+    def reset_parameters(self):
+        nn.init.constant_(self.slope, 1.5)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.slope * x)
+
+
+@pytest.mark.parametrize("mlp", ["mlp", "gated_mlp"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_activation_registered_by_someone_else_is_called(mlp, bias, own_registry):
+    own_registry.add_module(
+        ModuleSpec(slot="activation", name="acme.swish", build=lambda c: Swish())
+    )
+    model = build_lm(LMConfig(**SIZES, mlp=mlp, bias=bias, activation="acme.swish")).to(DEVICE)
+    block = model.blocks[0].mlp
+    act, branch = block.branch.activation, block.branch
+    assert isinstance(act, Swish)
+    assert act.slope.item() == 1.5
+    for layer in (branch.up, branch.down):
+        if bias:
+            nn.init.normal_(layer.bias)
+    x = torch.randn(2, 3, 16, device=DEVICE)
+    h = block.pre(x)
+    hidden = act(branch.gate(h)) * branch.up(h) if mlp == "gated_mlp" else act(branch.up(h))
+    expected = x + branch.down(hidden)
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+
+    tokens = torch.arange(8, device=DEVICE).view(1, 8)
+    model(tokens, targets=tokens).backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not missing
+    assert act.slope.grad.abs() > 0
+
+
+def test_an_activation_that_nobody_has_is_refused_with_both_lists(own_registry):
+    config = LMConfig(**SIZES, activation="acme.swish")
+    kernels = "kernels have: identity, relu, relu2, .*, silu; registered modules are"
+    with pytest.raises(KeyError, match=f"no activation 'acme.swish'; {kernels}: none"):
+        build_lm(config)
+    own_registry.add_module(ModuleSpec(slot="activation", name="acme.mish", build=nn.Mish))
+    with pytest.raises(KeyError, match=f"{kernels}: acme.mish"):
+        build_lm(config)
+
+
+@pytest.mark.parametrize("acts_on", ["tokens", "heads"])
+def test_a_position_of_someone_else_is_called_with_what_it_acts_on(
+    acts_on, own_registry
+):
+    given = []
+
+    class Somewhere(nn.Module):
+        def forward(self, *tensors):
+            given.extend(tuple(t.shape) for t in tensors)
+            return tensors if len(tensors) > 1 else tensors[0]
+
+    Somewhere.acts_on = acts_on
+    own_registry.add_module(
+        ModuleSpec(slot="position", name="acme.somewhere", build=lambda c: Somewhere())
+    )
+    model = build_lm(LMConfig(**SIZES, position="acme.somewhere", n_kv_heads=1)).to(DEVICE)
+    model(torch.zeros(3, 5, dtype=torch.long, device=DEVICE))
+    shapes = {"tokens": [(3, 5, 16)], "heads": [(3, 2, 5, 8), (3, 1, 5, 8)]}
+    assert given == shapes[acts_on]
+
+
+@pytest.mark.parametrize(
+    ("acts_on", "error", "message"),
+    [
+        (None, TypeError, "acts_on is missing; it must say what it takes, one of 'tokens',"),
+        ("rows", ValueError, "acts_on must be one of 'tokens', 'heads', 'scores', got 'rows'"),
+    ],
+)
+def test_a_position_says_what_it_acts_on(acts_on, error, message, own_registry):
+    class Somewhere(nn.Identity):
+        pass
+
+    if acts_on:
+        Somewhere.acts_on = acts_on
+    own_registry.add_module(
+        ModuleSpec(slot="position", name="acme.somewhere", build=lambda c: Somewhere())
+    )
+    with pytest.raises(error, match=f"position 'acme.somewhere': Somewhere.{message}"):
+        build_lm(LMConfig(**SIZES, position="acme.somewhere"))
+
+
 @pytest.mark.parametrize(
     ("slot", "names"),
     [

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from tests.blocks.twin import TwinLM
 from tests.support.devices import DEVICE
-from trilith.blocks import MLP, GatedMLP, linear
+from trilith.blocks import MLP, GatedMLP, LMConfig, build_lm, linear
+from trilith.blocks.drop_in.swap import unhooked
 from trilith.blocks.linear import plain_linear, reset_linear
 
 
@@ -62,6 +64,17 @@ NOT_PLAIN = {
 }
 
 
+KINDS = {
+    "gpt": {"norm": "layer_norm", "mlp": "mlp", "activation": "gelu", "position": "learned"},
+    "gated": {},
+}
+
+
+def config_of(kind: str) -> LMConfig:
+    sizes = {"vocab_size": 16, "dim": 16, "n_layers": 2, "n_heads": 2, "max_len": 8}
+    return LMConfig(**sizes, **KINDS[kind], mlp_hidden=24, bias=kind == "gpt")
+
+
 def test_linear_itself_is_plain():
     assert plain_linear(nn.Linear(3, 3))
     assert plain_linear(nn.Linear(3, 3, bias=False))
@@ -70,6 +83,40 @@ def test_linear_itself_is_plain():
 @pytest.mark.parametrize("kind", NOT_PLAIN)
 def test_whatever_does_more_when_called_is_not_plain(kind):
     assert not plain_linear(NOT_PLAIN[kind]())
+
+
+GLOBAL_HOOKS = (
+    "register_module_forward_pre_hook",
+    "register_module_forward_hook",
+    "register_module_full_backward_pre_hook",
+    "register_module_full_backward_hook",
+)
+
+
+@pytest.mark.parametrize("register", GLOBAL_HOOKS)
+def test_nothing_is_plain_while_all_modules_have_a_hook(register):
+    layer = nn.Linear(3, 3)
+    handle = getattr(nn.modules.module, register)(lambda *args: None)
+    try:
+        assert not plain_linear(layer)
+        assert not unhooked(layer)
+    finally:
+        handle.remove()
+    assert plain_linear(layer)
+    assert unhooked(layer)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "gated"])
+def test_a_hook_of_all_modules_sees_every_linear_layer(kind):
+    model = build_lm(config_of(kind)).to(DEVICE)
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    try:
+        model(torch.zeros(1, 4, dtype=torch.long, device=DEVICE))
+    finally:
+        hook.remove()
+    linears = [m for m in model.blocks.modules() if type(m) is nn.Linear]
+    assert all(any(m is s for s in seen) for m in linears)
 
 
 def make_mlp(gated: bool, wrap) -> nn.Module:
@@ -95,6 +142,41 @@ def test_adapter_takes_part_and_gets_gradients(gated):
         assert adapter.a.weight.grad.abs().sum() > 0, name
         assert adapter.b.weight.grad.abs().sum() > 0, name
         assert adapter.base.weight.grad is None
+
+
+def with_adapters(model: nn.Module) -> nn.Module:
+    """Every linear layer of the blocks wrapped, as PEFT does it, and all else frozen."""
+    model.requires_grad_(False)
+    for parent in list(model.blocks.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, Lora(child))
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_whole_blocks_get_the_gradients_of_plain_torch(kind):
+    """Attention's too; the judge is the same model in torch.nn, in float64."""
+    ours = with_adapters(build_lm(config_of(kind)))
+    theirs = with_adapters(TwinLM(config_of(kind))).double()
+    theirs.load_state_dict(ours.state_dict())
+    tokens = torch.randint(16, (2, 8))
+    loss = ours.to(DEVICE)(tokens.to(DEVICE), targets=tokens.roll(-1, 1).to(DEVICE))
+    expected = theirs(tokens, tokens.roll(-1, 1))
+    loss.backward()
+    expected.backward()
+
+    torch.testing.assert_close(loss.cpu(), expected.float(), rtol=1e-5, atol=1e-6)
+    wanted = dict(theirs.named_parameters())
+    trained = {n: p.grad.cpu() for n, p in ours.named_parameters() if p.requires_grad}
+    layers = 2 * (4 if kind == "gpt" else 5)
+    assert len(trained) == 2 * layers
+    for name, grad in trained.items():
+        assert grad.abs().sum() > 0, name
+        scale = wanted[name].grad.abs().max().item()
+        torch.testing.assert_close(
+            grad, wanted[name].grad.float(), rtol=1e-4, atol=1e-5 * scale, msg=name
+        )
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["mlp", "gated_mlp"])

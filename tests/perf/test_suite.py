@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from perf.models import block_workload, train_step
-from perf.oracle import Wrong, check
+from perf.oracle import Wrong, check, seeded_arguments
 from perf.providers import Unavailable, function_of, providers_of
 from perf.suite import launched
 from perf.timing import VirtualClock, prepare
 from perf.workloads import attention, bias_act, cross_entropy, dropout, layer_norm, rotary
+from tests.plugins.negative import SOUND, Bringing
 from tests.support.devices import INTERPRETING
+from trilith.plugins import Cost, Manager, Registry
 
 CPU = torch.device("cpu")
 NORM = layer_norm(8, 64)
@@ -114,3 +116,48 @@ def test_a_region_is_warmed_up_and_sampled():
     assert prepared.sample() > 0
     assert len(calls) == warm + 1 > 1
     assert 10 <= prepared.rounds <= 100
+
+
+@pytest.fixture
+def brought(monkeypatch):
+    """`bench_plugins` over a registry with one op of a plugin, and what its launchers ran."""
+    from perf import bench_plugins
+
+    own = Manager(Registry())
+    own.load([])
+    ran = []
+
+    def forward(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ran.append("forward")
+        return SOUND.forward(x, weight)
+
+    spec = dataclasses.replace(
+        SOUND, name="negative::benchmarked", forward=forward, cost=lambda x, weight: Cost(8, 16)
+    )
+    assert own.add("acme-layers:benchmarked", lambda: Bringing(spec))
+    monkeypatch.setattr(bench_plugins, "registry", own.registry)
+    yield bench_plugins, ran
+    for op in own.registry.ops():
+        op.destroy()
+
+
+def test_a_plugins_op_is_a_workload_by_being_registered(brought):
+    bench_plugins, ran = brought
+    (workload,) = bench_plugins.workloads()
+    assert workload.name == "negative::benchmarked by negative"
+    assert workload.cost(None, None) == Cost(8, 16)
+    checked(workload.eager, workload)
+    assert not ran
+    checked(workload.trilith, workload)
+    assert ran
+    args = seeded_arguments(workload, CPU, torch.float32)
+    sizes = [s.args[0].numel() for s in SOUND.samples(CPU, torch.float32)]
+    assert args[0].numel() == max(sizes)
+    assert all(a.requires_grad for a in args)
+
+
+def test_a_plugins_wrong_op_is_not_timed(brought):
+    bench_plugins, _ = brought
+    (workload,) = bench_plugins.workloads()
+    with pytest.raises(Wrong, match="output is off"):
+        checked(lambda *args: workload.trilith(*args) * 1.01, workload)

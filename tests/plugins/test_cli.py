@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from tests.plugins.negative import OPS, PLUGINS, SOUND, Bringing
-from trilith.plugins import Manager, PluginWarning, Registry
+from trilith.plugins import Manager, PluginWarning, Registry, report
 from trilith.plugins import __main__ as command_line
 from trilith.plugins.__main__ import listing, main
+from trilith.plugins.conformance import CHECKS
 
 
 @pytest.fixture
@@ -92,6 +94,19 @@ def test_check_fails_with_the_check_its_hint_and_what_was_wrong(capsys, bring):
     assert "FAILED" in lines[at]
     assert "one gradient per parameter" in lines[at]
     assert "gradient of x: element" in lines[at + 1]
+
+
+def test_every_check_has_a_hint_and_no_other():
+    assert set(report.HINTS) == {check.__name__ for check in CHECKS}
+    assert all(report.HINTS.values())
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [(0.0, "0%"), (0.25, "25%"), (9.99, "999%"), (11825.77, ">999%"), (math.nan, ">999%")],
+)
+def test_figures_far_beyond_a_bound_are_capped(share, shown):
+    assert report.percent(share) == shown
 
 
 def test_check_takes_the_name_of_a_distribution(capsys, bring):
