@@ -150,7 +150,7 @@ class _Recorder:
         self.calls: list[_Call] = []
         self.dead: dict[nn.Module, float] = {}
         mlps = [m for m in model.modules() if isinstance(m, (MLP, GatedMLP))]
-        # an MLP's activation is no module of its own: what `down` reads tells
+        # an activation that an MLP has by name is no module: what `down` reads tells
         self.readers = {mlp.down for mlp in mlps if mlp.activation in _RELUS}
         self.named = {
             module: name

@@ -130,7 +130,7 @@ def _new(given: argparse.Namespace) -> int:
 
     folder = write(given.name, given.into)
     print(f"wrote {folder}")
-    print(f"  cd {folder} && pip install --no-build-isolation -e . && python -m pytest")
+    print(f"  cd {folder} && pip install --no-build-isolation pytest -e . && python -m pytest")
     return 0
 
 

@@ -104,9 +104,7 @@ def test_an_activation_that_nobody_has_is_refused_with_both_lists(own_registry):
 
 
 @pytest.mark.parametrize("acts_on", ["tokens", "heads"])
-def test_a_position_of_someone_else_is_called_with_what_it_acts_on(
-    acts_on, own_registry
-):
+def test_a_position_of_someone_else_is_called_with_what_it_acts_on(acts_on, own_registry):
     given = []
 
     class Somewhere(nn.Module):
