@@ -49,8 +49,8 @@ def _merged_lse(lses_ptr, rows, M, P, mask):
 
 
 @triton.jit
-def _part(outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, top, share):
-    """(out_i, w_i) of one part: [BLOCK_M, BLOCK_D] and [BLOCK_M].
+def _part(outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, top):
+    """(out_i, w_i times the weights' sum) of one part: [BLOCK_M, BLOCK_D] and [BLOCK_M].
 
     The difference comes before any product: of lse * log2(e) - top * log2(e) a GPU makes a fused
     multiply-add, and rounds the two products apart.
@@ -60,7 +60,7 @@ def _part(outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, top
     start = row_offsets(part * M + rows, inner, strides)
     ptrs = outs_ptr + start[:, None] + cols.to(tl.int64)[None, :] * strides[2]
     out = tl.load(ptrs, mask=seen[:, None] & (cols < DV)[None, :], other=0.0)
-    return out.to(tl.float32), exp(lse - top) * share
+    return out.to(tl.float32), exp(lse - top)
 
 
 @triton.jit
@@ -84,10 +84,9 @@ def attention_merge_kernel(
     lse, top, share = _merged_lse(lses_ptr, rows, M, P, mask)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for part in range(P):
-        out, weight = _part(
-            outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, top, share
-        )
+        out, weight = _part(outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, top)
         acc += weight[:, None] * out
+    acc *= share[:, None]
     ptrs = out_ptr + rows[:, None] * DV + cols[None, :]
     both = mask[:, None] & (cols < DV)[None, :]
     tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=both)
@@ -125,14 +124,11 @@ def attention_merge_bwd_kernel(
     _, top, share = _merged_lse(lses_ptr, rows, M, P, mask)
     delta = tl.zeros([BLOCK_M], tl.float32)
     for part in range(P):
-        out, weight = _part(
-            outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, top, share
-        )
-        delta += weight * tl.sum(dout * out, 1)
+        out, weight = _part(outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, top)
+        delta += weight * share * tl.sum(dout * out, 1)
     for part in range(P):
-        out, weight = _part(
-            outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, top, share
-        )
+        out, weight = _part(outs_ptr, lses_ptr, strides, inner, part, rows, cols, M, DV, mask, top)
+        weight *= share
         dots = tl.sum(dout * out, 1) - delta + dlse
         dlses = tl.where(weight == 0.0, 0.0, weight * dots)
         douts = tl.where(weight[:, None] == 0.0, 0.0, weight[:, None] * dout)
