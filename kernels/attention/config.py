@@ -36,7 +36,7 @@ def tiles_for(kernel: str, q: Tensor, precision: str, head_dim: int, is_plain: b
     """The tiles of `kernel` (fwd, dkdv, dq, dbias) for q's device and dtype.
 
     `head_dim` is the wider of both, a power of two. With tf32 a row takes the bytes, and the matrix
-    instructions, of a 16-bit row twice as long.
+    instructions, of a 16-bit row twice as long, more registers: never tiles for plain scores.
     """
     if INTERPRETING and q.device.type == "cpu":
         return _INTERPRETED
@@ -47,7 +47,8 @@ def tiles_for(kernel: str, q: Tensor, precision: str, head_dim: int, is_plain: b
         head_dim = min(2 * head_dim, LARGEST_HEAD_DIM)
     table = TABLES[architecture(q.device)]["single" if is_single else "half"]
     plain, laden = table[kernel, head_dim]
-    tiles = Tiles(*(plain if is_plain and plain is not None else laden))
+    takes_plain = is_plain and not is_tf32 and plain is not None
+    tiles = Tiles(*(plain if takes_plain else laden))
     return tiles._replace(chunk=tiles.chunk // 2) if is_tf32 else tiles
 
 

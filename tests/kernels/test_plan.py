@@ -172,8 +172,8 @@ def test_an_error_leaves_nothing_behind():
 
 def test_memory_is_free_after_its_last_use():
     def body(x):
-        for _ in range(6):
-            x = scale(x, 2.0)
+        for _ in range(20):
+            x = scale(x, 1.5)
         return (x,)
 
     launcher = planned(body)
@@ -182,9 +182,9 @@ def test_memory_is_free_after_its_last_use():
         x = torch.randn(1000, device=DEVICE)
         with live_bytes() as live:
             (y,) = launcher(x)
-        torch.testing.assert_close(y, 64 * x)
+        torch.testing.assert_close(y, 1.5**20 * x)
         peaks.append(live.peak)
-    assert peaks[-1] <= peaks[0]
+    assert peaks[-1] <= peaks[0] + 2 * x.nbytes  # of 20, whatever else still refers to one
 
 
 def test_many_kinds_do_not_pile_up(monkeypatch):
