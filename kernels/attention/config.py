@@ -47,8 +47,8 @@ def tiles_for(kernel: str, q: Tensor, precision: str, head_dim: int, is_plain: b
         head_dim = min(2 * head_dim, LARGEST_HEAD_DIM)
     table = TABLES[architecture(q.device)]["single" if is_single else "half"]
     plain, laden = table[kernel, head_dim]
-    takes_plain = is_plain and not is_tf32 and plain is not None
-    tiles = Tiles(*(plain if takes_plain else laden))
+    is_plain &= not is_tf32
+    tiles = Tiles(*(plain if is_plain and plain is not None else laden))
     return tiles._replace(chunk=tiles.chunk // 2) if is_tf32 else tiles
 
 
