@@ -14,7 +14,8 @@ from trilith.blocks import drop_in
 from trilith.plugins import TRITON_DEVICES
 
 LEAST = 0.97  # of torch's speed
-_PAIRS, _ATTEMPTS = 15, 4
+_SECONDS, _LEAST_SECONDS = 1.5, 5e-4  # of all pairs, and of one side of a pair
+_FEWEST_PAIRS, _MOST_PAIRS = 15, 201
 ROWS, DIM, HEADS = 2048, 512, 8
 CPU = torch.device("cpu")
 
@@ -53,11 +54,8 @@ def inputs(name: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (x, torch.randint(DIM, (ROWS,))) if name == "CrossEntropyLoss" else (x,)
 
 
-def region(source: Any, name: str, dtype: torch.dtype, training: bool) -> Callable[[], None]:
-    torch.manual_seed(0)
-    module = getattr(source, name)(*CASES[name]).to(dtype).train(training)
-    args = inputs(name, dtype)
-    options = {"need_weights": False} if name == "MultiheadAttention" else {}
+def region(module: nn.Module, args: tuple[Tensor, ...], training: bool) -> Callable[[], None]:
+    options = {"need_weights": False} if isinstance(module, nn.MultiheadAttention) else {}
 
     def run() -> None:
         out = module(*args, **options)
@@ -81,10 +79,11 @@ def seconds(run: Callable[[], None], calls: int) -> float:
 
 def speed(ours: Callable[[], None], theirs: Callable[[], None]) -> float:
     """Torch's time over ours: the median of pairs, first the one and then the other."""
-    once = min(seconds(theirs, 1) for _ in range(5))
-    calls = max(1, round(2e-3 / once))
+    once = min(seconds(run, 1) for run in (ours, theirs, ours, theirs))
+    calls = max(1, round(_LEAST_SECONDS / once))
+    pairs = min(max(round(_SECONDS / (2 * calls * once)), _FEWEST_PAIRS), _MOST_PAIRS)
     ratios = []
-    for i in range(_PAIRS):
+    for i in range(pairs):
         pair = [(ours, 0), (theirs, 1)] if i % 2 else [(theirs, 1), (ours, 0)]
         took = {which: seconds(run, calls) for run, which in pair}
         ratios.append(took[1] / took[0])
@@ -98,11 +97,19 @@ def speed(ours: Callable[[], None], theirs: Callable[[], None]) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_drop_in(benchmark: Any, name: str, dtype: torch.dtype, mode: str) -> None:
     benchmark.group = f"drop_in {mode}"
-    ours, theirs = (region(source, name, dtype, mode == "train") for source in (drop_in, nn))
+    args = inputs(name, dtype)
+    ours, theirs = (
+        region(
+            getattr(source, name)(*CASES[name]).to(dtype).train(mode == "train"),
+            args,
+            mode == "train",
+        )
+        for source in (drop_in, nn)
+    )
     seconds(ours, 3), seconds(theirs, 3)
-    ratios = [speed(ours, theirs)]
-    while max(ratios) < LEAST and len(ratios) < _ATTEMPTS:
-        ratios.append(speed(ours, theirs))
+    measured = speed(ours, theirs)
+    if measured < LEAST:  # what looks slower is measured again before it fails
+        measured = speed(ours, theirs)
     benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
     benchmark.extra_info.update(
         workload=f"drop_in.{name}",
@@ -110,6 +117,6 @@ def test_drop_in(benchmark: Any, name: str, dtype: torch.dtype, mode: str) -> No
         direction=mode,
         dtype=str(dtype).removeprefix("torch."),
         environment=environment(CPU),
-        speed_against_torch=max(ratios),
+        speed_against_torch=measured,
     )
-    assert max(ratios) >= LEAST, f"{name}: {ratios} of torch's speed"
+    assert measured >= LEAST, f"{name}: {measured:.3f} of torch's speed"
