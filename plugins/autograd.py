@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trilith.plugins.library import are_plain, is_watched
+from trilith.plugins.library import are_plain, as_tuple, is_watched
 
 if TYPE_CHECKING:
     from trilith.plugins.op import Op
@@ -30,60 +30,56 @@ def autograd_function(op: Op) -> type[torch.autograd.Function]:
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, provider: str, *args: Any) -> Any:
-            wanted = (ctx.needs_input_grad[1:],) if asks_needs else ()
-            watched = is_watched()
-            ctx.is_plain = not watched and torch_ops.is_plain(args)
-            start = torch_ops.run_forward if ctx.is_plain else torch_ops.forward
-            results = start(*args, provider, *wanted)
-            outputs = results[:n_outputs]
-            kept = [*(results[i] for i in saved_outputs), *results[n_outputs:]]
-            ctx.save_for_backward(*[args[i] for i in saved], *kept)
-            ctx.constants = [args[i] for i in constants]
-            ctx.unsaved = [(i, _meta(args[i])) for i in unsaved if args[i] is not None]
-            ctx.provider = provider
+        def forward(ctx: Any, provider: str, is_ordinary: bool, *args: Any) -> Any:
+            wanted = (ctx.needs_input_grad[2:],) if asks_needs else ()
+            if is_ordinary:
+                results = as_tuple(torch_ops.start(provider, args, *wanted))
+            else:
+                results = tuple(torch_ops.forward(*args, provider, *wanted))
+            kept = [results[i] for i in saved_outputs] if saved_outputs else ()
+            ctx.save_for_backward(*[args[i] for i in saved], *kept, *results[n_outputs:])
+            facts = [(i, _meta(args[i])) for i in unsaved if args[i] is not None] if unsaved else ()
+            ctx.call = provider, is_ordinary, [args[i] for i in constants], facts
             if not spec.materialize_grads:
                 ctx.set_materialize_grads(False)
+            outputs = results[:n_outputs]
             integers = [o for o in outputs if not o.is_floating_point()]
             if integers:
                 ctx.mark_non_differentiable(*integers)
-            return outputs[0] if n_outputs == 1 else tuple(outputs)
+            return outputs[0] if n_outputs == 1 else outputs
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            needs = ctx.needs_input_grad[1:]
+            needs = ctx.needs_input_grad[2:]
             kept = ctx.saved_tensors
+            provider, is_ordinary, given, facts = ctx.call
             # Read by index, not written: to torch 2.11, compiling for dynamic shapes, an int from
             # outside is symbolic, and it cannot trace a list that is written to at one.
-            pool = (None, *ctx.constants, *kept)
+            pool = (None, *given, *kept)
             inputs = [pool[place] for place in places]
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                for i, (shape, dtype, device) in ctx.unsaved:
+                for i, (shape, dtype, device) in facts:
                     inputs[i] = torch.zeros(shape, dtype=dtype, device=device)
                     inputs[i].requires_grad_(needs[i])
                 for i, output in stands_for:
                     inputs[i] = kept[n_saved + output]
-                return (None, *reference_gradient(op, tuple(inputs), needs, grads))
+                return (None, None, *reference_gradient(op, tuple(inputs), needs, grads))
             if not spec.materialize_grads and all(g is None for g in grads):
-                return (None,) * (n_parameters + 1)
+                return (None,) * (n_parameters + 2)
             sources = {} if spec.shared_gradients is None else spec.shared_gradients(*inputs)
             asked = asked_of_backward(op, needs, sources) if sources else needs
-            results: Sequence[Any] = ()
+            gradients: Sequence[Tensor | None] = (None,) * n_parameters
             if any(asked):
-                plain = ctx.is_plain and are_plain(grads) and are_plain(kept) and not is_watched()
-                start = torch_ops.run_backward if plain else torch_ops.backward
-                results = start(*grads, *inputs, kept[n_saved:], ctx.provider, asked)
-                if len(results) == n_parameters:
-                    return (None, *results)
-            found = iter(results)
-            gradients = [next(found) if ask else None for ask in asked]
-            for name, source in sources.items():
-                i = parameters.positions[name]
-                if isinstance(source, int):
-                    gradients[i] = grads[source]
+                kept = kept[n_saved:]
+                if is_ordinary and are_plain(grads) and are_plain(kept) and not is_watched():
+                    context = torch_ops.context(inputs, kept, asked)
+                    gradients = torch_ops.start_backward(provider, grads, context)
                 else:
-                    gradients[i] = gradients[parameters.positions[source]]
-            return (None, *gradients)
+                    found = iter(torch_ops.backward(*grads, *inputs, kept, provider, asked))
+                    gradients = [next(found) if ask else None for ask in asked]
+            if sources:
+                gradients = shared(op, sources, gradients, grads)
+            return (None, None, *gradients)
 
     Function.__name__ = Function.__qualname__ = spec.name.replace("::", "_")
     return Function
@@ -101,6 +97,21 @@ def asked_of_backward(
             asked[positions[source]] |= needs[i]
         asked[i] = False
     return asked
+
+
+def shared(
+    op: Op,
+    sources: Mapping[str, int | str],
+    gradients: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients, where an input's is an output's gradient or another input's."""
+    positions = op.parameters.positions
+    filled = list(gradients)
+    for name, source in sources.items():
+        of = grads[source] if isinstance(source, int) else gradients[positions[source]]
+        filled[positions[name]] = of
+    return filled
 
 
 def reference_gradient(

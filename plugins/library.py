@@ -22,6 +22,12 @@ from trilith.plugins.spec import BackwardContext
 if TYPE_CHECKING:
     from trilith.plugins.op import Op
 
+# A name of this module is found faster than one of torch's, in what every call does.
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_modes = torch._C._len_torch_dispatch_stack
+_is_profiling = torch.autograd._profiler_enabled
+_tracing_state = torch._C._get_tracing_state
+
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _KEY = "CompositeExplicitAutograd"
 # The types that the dispatcher hands on unchanged.
@@ -70,6 +76,8 @@ class TorchOps:
         return found
 
     def _takes_as_they_are(self, types: tuple[type, ...]) -> bool:
+        if len(types) != self._arity:
+            return False
         for schema, given in zip(self._parameters.types, types, strict=True):
             if schema.startswith("Tensor"):
                 if given not in PLAIN:
@@ -81,75 +89,88 @@ class TorchOps:
                 return False
         return True
 
+    def start(self, provider: str, args: tuple[Any, ...], needs: tuple[bool, ...] = ()) -> Any:
+        """An implementation's forward: its outputs and aux tensors, a single one by itself.
+
+        `needs`: which gradients will be wanted, of every argument, none if it is empty.
+        """
+        if self._asks_needs:
+            args = (*args, needs or (False,) * self._arity)
+        return self._op.running[provider].forward(*args)
+
     def run_forward(self, *args: Any) -> list[Tensor]:
-        op = self._op
-        provider = args[self._arity]
-        if op.open_scopes and op.scope.get() != provider:
-            op.check_scope(args, provider)
-        own = self._with_needs(args) if self._asks_needs else args[: self._arity]
-        return as_list(op.running[provider].forward(*own))
+        own, provider = args[: self._arity], args[self._arity]
+        if self._op.open_scopes and self._op.scope.get() != provider:
+            self._op.check_scope(own, provider)
+        return list(as_tuple(self.start(provider, own, self._needs(args))))
 
     def _fake_forward(self, *args: Any) -> list[Tensor]:
-        own = self._with_needs(args) if self._asks_needs else args[: self._arity]
-        return as_list((self._spec.fake or self._spec.forward)(*own))
+        own = args[: self._arity]
+        if self._asks_needs:
+            own = (*own, self._needs(args) or (False,) * self._arity)
+        return list(as_tuple((self._spec.fake or self._spec.forward)(*own)))
 
-    def _with_needs(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """What an implementation's forward takes, if it asks which gradients will be wanted."""
-        needs = tuple(args[self._arity + 1]) if len(args) > self._arity + 1 else ()
-        return (*args[: self._arity], needs or (False,) * self._arity)
+    def _needs(self, args: Sequence[Any]) -> tuple[bool, ...]:
+        return tuple(args[-1]) if len(args) > self._arity + 1 else ()
+
+    def context(
+        self, inputs: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool]
+    ) -> BackwardContext:
+        split = len(self._parameters.saved_outputs)
+        return BackwardContext(tuple(inputs), kept[:split], kept[split:], tuple(needs))
+
+    def start_backward(
+        self, provider: str, grads: Sequence[Tensor | None], context: BackwardContext
+    ) -> list[Tensor | None]:
+        """An implementation's gradients, one for each parameter, None where it is not wanted."""
+        backward = self._op.running[provider].backward
+        assert backward is not None
+        found = self._wanted(as_tuple(backward(context, *grads)), grads, context)
+        if self._spec.fake_backward is None:
+            return [None if g is None else g.contiguous() for g in found]
+        return found
 
     def run_backward(self, *args: Any) -> list[Tensor]:
         grads, context = self._backward_arguments(args)
-        backward = self._op.running[args[-2]].backward
-        assert backward is not None
-        results = self._needed(as_list(backward(context, *grads)), grads, context)
-        if self._spec.fake_backward is None:
-            return [g.contiguous() for g in results]
-        return results
+        return [g for g in self.start_backward(args[-2], grads, context) if g is not None]
 
     def _fake_backward(self, *args: Any) -> list[Tensor]:
         grads, context = self._backward_arguments(args)
         given = self._spec.fake_backward
-        results = [] if given is None else as_list(given(context, *grads))
-        return self._needed(results, grads, context)
+        results = () if given is None else as_tuple(given(context, *grads))
+        return [g for g in self._wanted(results, grads, context) if g is not None]
 
     def _backward_arguments(self, args: Sequence[Any]) -> tuple[Sequence[Any], BackwardContext]:
-        n, split = self._spec.outputs, len(self._parameters.saved_outputs)
-        kept, needs = tuple(args[-3]), tuple(args[-1])
-        return args[:n], BackwardContext(tuple(args[n:-3]), kept[:split], kept[split:], needs)
+        n = self._spec.outputs
+        return args[:n], self.context(args[n:-3], tuple(args[-3]), args[-1])
 
-    def _needed(
+    def _wanted(
         self,
-        results: list[Tensor | None],
+        results: Sequence[Tensor | None],
         grads: Sequence[Tensor | None],
         context: BackwardContext,
-    ) -> list[Tensor]:
-        """The gradients that are wanted, in order; one that backward left out is zero."""
+    ) -> list[Tensor | None]:
+        """The gradients that are wanted, in their places; one that backward left out is zero."""
         if len(results) > self._arity:
             raise RuntimeError(
                 f"{self._spec.name}: backward must return at most {self._arity} "
                 f"gradients, one per parameter of forward, got {len(results)}"
             )
-        needed: list[Tensor] = []
+        found: list[Tensor | None] = []
         for i, need in enumerate(context.needs_input_grad):
-            if not need:
-                continue
-            grad = results[i] if i < len(results) else None
-            if grad is None:
+            grad = results[i] if need and i < len(results) else None
+            if need and grad is None:
                 like = context.inputs[i]
                 like = next(g for g in grads if g is not None) if like is None else like
                 grad = like.new_zeros(like.shape)
-            needed.append(grad)
-        return needed
+            found.append(grad)
+        return found
 
 
 def is_watched() -> bool:
     """Whether somebody must see which ops run: a mode, the profiler, a tracer."""
     return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch.autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
+        _is_dynamo_compiling() or _modes() or _is_profiling() or _tracing_state() is not None
     )
 
 
@@ -157,5 +178,5 @@ def are_plain(tensors: Sequence[Tensor | None]) -> bool:
     return all(map(PLAIN.__contains__, map(type, tensors)))
 
 
-def as_list(results: Any) -> list[Any]:
-    return [results] if isinstance(results, Tensor) else list(results)
+def as_tuple(results: Any) -> tuple[Any, ...]:
+    return (results,) if isinstance(results, Tensor) else tuple(results)

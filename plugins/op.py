@@ -19,13 +19,14 @@ from torch import Tensor
 
 from trilith.plugins import selection, sharding
 from trilith.plugins.autograd import autograd_function
-from trilith.plugins.library import TorchOps, is_watched
+from trilith.plugins.library import TorchOps, as_tuple, is_watched
 from trilith.plugins.parameters import Parameters
 from trilith.plugins.selection import Selection, SelectionKey, Vote
 from trilith.plugins.spec import Implementation, OpSpec
 
 # A name of this module is found faster than one of torch's, in what every call does.
 _transforms_are_active = torch._C._are_functorch_transforms_active
+_autocast_is_enabled = torch._C._is_any_autocast_enabled
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
@@ -80,13 +81,15 @@ class Op:
         return f"<op {self.spec.name}{self.signature}>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs and self._is_ordinary(args):
+            return self._run_ordinary(args)
         if kwargs or len(args) != self._arity:
             args = self.parameters.bind(args, kwargs)
         for i in self._tensors:
             if type(args[i]) not in sharding.PLAIN and sharding.is_dtensor(args[i]):
                 return sharding.call(self, args)
         lead = self.parameters.lead(args)
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(lead.device.type):
+        if _autocast_is_enabled() and torch.is_autocast_enabled(lead.device.type):
             return self._call_in_autocast(lead.device.type, args)
         return self._run(self.provider(lead, args), args)
 
@@ -101,29 +104,63 @@ class Op:
     def run(self, provider: str | None, *args: Any) -> Any:
         """A call by whom `choose` said, but for DTensors' shards and casts of autocast, which
         are other arguments than those that were asked about."""
+        if self._is_ordinary(args):
+            return self._run(provider, args)
         for i in self._tensors:
             if type(args[i]) not in sharding.PLAIN and sharding.is_dtensor(args[i]):
                 return sharding.call(self, args)
         device_type = self.parameters.lead(args).device.type
-        if not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type)):
+        if not (_autocast_is_enabled() and torch.is_autocast_enabled(device_type)):
             return self._run(provider, args)
         if self.spec.autocast == "low":
             return self._call_in_autocast(device_type, args)
         with torch.autocast(device_type, enabled=False):
             return self._run(provider, args)
 
+    def _is_ordinary(self, args: tuple[Any, ...]) -> bool:
+        """Whether no mode, transform, tracer, profiler or tensor subclass has a say in the call."""
+        if _is_dynamo_compiling() or _transforms_are_active() or _autocast_is_enabled():
+            return False
+        return not is_watched() and self.torch_ops.is_plain(args)
+
+    def _run_ordinary(self, args: tuple[Any, ...]) -> Any:
+        """What `__call__` comes to for such a call, in one look at each tensor."""
+        lead = None
+        wants_gradient = False
+        for i in self._tensors:
+            tensor = args[i]
+            if tensor is None:
+                continue
+            if tensor.numel() == 0:
+                return self._reference(*args)
+            if lead is None:
+                lead = tensor
+            if tensor.requires_grad:
+                wants_gradient = True
+        provider = self._chosen(self.parameters.lead(args) if lead is None else lead, args)
+        if provider is None:
+            return self._reference(*args)
+        if wants_gradient and torch.is_grad_enabled():
+            return self._function.apply(provider, True, *args)
+        return self._outputs(self.torch_ops.start(provider, args))
+
     def _run(self, provider: str | None, args: tuple[Any, ...]) -> Any:
         if provider is None:
-            if torch.compiler.is_dynamo_compiling():
+            if _is_dynamo_compiling():
                 return self.spec.reference(*args)  # no guard on what `wire` swaps
             return self._reference(*args)
+        is_ordinary = self._is_ordinary(args)
         if torch.is_grad_enabled() and self._wants_gradient(args):
-            return self._function.apply(provider, *args)
-        if is_watched() or not self.torch_ops.is_plain(args):
-            results = self.torch_ops.forward(*args, provider)
-        else:
-            results = self.torch_ops.run_forward(*args, provider)
-        return results[0] if self.spec.outputs == 1 else tuple(results[: self.spec.outputs])
+            return self._function.apply(provider, is_ordinary, *args)
+        if is_ordinary:
+            return self._outputs(self.torch_ops.start(provider, args))
+        return self._outputs(self.torch_ops.forward(*args, provider))
+
+    def _outputs(self, results: Any) -> Any:
+        """Of what forward returned, without the aux tensors."""
+        if self.spec.outputs == 1:
+            return as_tuple(results)[0]
+        return tuple(results[: self.spec.outputs])
 
     def __reduce__(self) -> tuple[Callable[[str], Op], tuple[str]]:
         """A copy, or a pickle read in another process, is the op of that name there."""
@@ -267,6 +304,9 @@ class Op:
                 return None
         if _is_dynamo_compiling():
             return _traced_provider(self.spec.name, lead.device, lead.dtype, self._guard)
+        return self._chosen(lead, args)
+
+    def _chosen(self, lead: Tensor, args: Sequence[Any]) -> str | None:
         found = self._selections.get((lead.device, lead.dtype, self.scope.get()))
         if found is None:
             found = self.selection(lead.device, lead.dtype)
