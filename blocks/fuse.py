@@ -7,7 +7,8 @@ place stay what they were, so state dicts, optimizers, sharing and wrappers don'
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -98,26 +99,29 @@ def fuse(model: nn.Module, *, fused_linear_cross_entropy: bool = True) -> FuseRe
     Example:
         >>> print(fuse(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))))
     """
-    entries = []
-    modules = list(model.named_modules())
-    for name, module in modules:
-        if _CLASSES in vars(module):
-            continue
-        was = type(module)
-        known = _inner(was)
-        target, why = _target(module, known)
-        if isinstance(target, FusedLossClass) and not fused_linear_cross_entropy:
-            target, why = None, "fused_linear_cross_entropy is off"
+    found = list(_found(model, fused_linear_cross_entropy))
+    for module, target, _ in found:
         if target is not None:
-            adopt(module, target if known is was else _rewrapped(was, target))
-            vars(module)[_CLASSES] = (was, type(module))
-        if target is not None or why:
-            became = None if target is None else _label(target)
-            entries.append(Entry(name, was.__name__, became, why))
-    for _, module in modules:
+            _swap(module, target)
+    for module in model.modules():
         if isinstance(module, drop_in.TransformerEncoderLayer):
             calls_its_own(module)
-    return FuseReport(entries)
+    return FuseReport([entry for _, _, entry in found])
+
+
+def preview(model: nn.Module) -> FuseReport:
+    """What `fuse` has swapped in `model`, what it would swap and what leave, and why.
+
+    Changes nothing.
+    """
+    done = []
+    for name, module in model.named_modules():
+        if _CLASSES in vars(module):
+            was, became = vars(module)[_CLASSES]
+            done.append(Entry(name, was.__name__, _label(became), "swapped by fuse"))
+    entries = [entry for _, _, entry in _found(model, True)]
+    would = [replace(e, why=f"would be swapped: {e.why}") if e.became else e for e in entries]
+    return FuseReport(done + would)
 
 
 def unfuse(model: nn.Module) -> FuseReport:
@@ -137,6 +141,30 @@ def unfuse(model: nn.Module) -> FuseReport:
         may_be_passed_over(module)
         entries.append(Entry(name, _label(became), was.__name__, "swapped by fuse"))
     return FuseReport(entries)
+
+
+def _found(
+    model: nn.Module, fused_linear_cross_entropy: bool
+) -> Iterator[tuple[nn.Module, type[nn.Module] | None, Entry]]:
+    """The modules that something can be said of, and the class that each is to be given."""
+    for name, module in model.named_modules():
+        if _CLASSES in vars(module):
+            continue
+        was = type(module)
+        target, why = _target(module, _inner(was))
+        if isinstance(target, FusedLossClass) and not fused_linear_cross_entropy:
+            target, why = None, "fused_linear_cross_entropy is off"
+        if target is not None or why:
+            became = None if target is None else _label(target)
+            yield module, target, Entry(name, was.__name__, became, why)
+
+
+def _swap(module: nn.Module, target: type[nn.Module]) -> None:
+    was = type(module)
+    if target is Activation:
+        vars(module)[Activation.ATTRIBUTE] = known_activation(module)
+    adopt(module, target if _inner(was) is was else _rewrapped(was, target))
+    vars(module)[_CLASSES] = (was, type(module))
 
 
 def _label(cls: type[nn.Module]) -> str:
@@ -190,10 +218,7 @@ def _lookalike(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
         return (GatedMLP, "act(gate) * up") if fits else (None, "not down(act(gate) * up)")
     if not (module._modules or module._parameters):
         name = known_activation(module)
-        if name is not None:
-            vars(module)[Activation.ATTRIBUTE] = name
-            return Activation, f"computes {name}"
-        return None, ""
+        return (Activation, f"computes {name}") if name else (None, "")
     if not module._modules and not isinstance(module, _CONTAINERS):
         return None, "no faster form of it here"
     return None, ""

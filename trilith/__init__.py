@@ -12,7 +12,7 @@ from trilith._version import __version__
 
 _FUNCTIONS = {
     "op": ("trilith.plugins.manager", "find_op"),
-    "explain": ("trilith.plugins.manager", "explain"),
+    "explain": ("trilith._explain", "explain"),
     "fuse": ("trilith.blocks.fuse", "fuse"),
     "register_flash_attention": (
         "trilith.kernels.attention.torch_flash",

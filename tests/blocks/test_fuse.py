@@ -367,3 +367,21 @@ def test_a_model_fused_on_meta_loads_what_a_plain_one_saved():
     trilith.fuse(empty)
     empty.to_empty(device=DEVICE).load_state_dict(model.state_dict())
     torch.testing.assert_close(empty(x), model(x), **CLOSE)
+
+
+def test_explain_says_what_fuse_would_do_and_did_and_changes_nothing():
+    model = Model()
+    classes = [type(m) for m in model.modules()]
+    state = [dict(vars(m)) for m in model.modules()]
+    before = trilith.explain(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert [dict(vars(m)) for m in model.modules()] == state
+    report = trilith.fuse(model)
+    after = trilith.explain(model)
+    for entry in report.swapped:
+        assert f"would be swapped: {entry.why}" in before
+    assert "swapped by fuse" in after and "would be" not in after
+    named = {line.split()[0] for line in after.splitlines() if "swapped by fuse" in line}
+    assert named == {entry.was for entry in report.swapped}
+    for entry in report.left:
+        assert entry.why in before and entry.why in after
