@@ -32,6 +32,7 @@ from trilith.plugins.conformance.numbers import (
     runs_are_bit_equal,
     unused_outputs,
 )
+from trilith.plugins.conformance.shards import shards_agree
 from trilith.plugins.conformance.support import Check, backward_arguments, floating, samples_of
 from trilith.plugins.conformance.transforms import (
     autocast,
@@ -76,6 +77,7 @@ CHECKS: tuple[Check, ...] = (
     inference_mode,
     opcheck,
     cost_is_sound,
+    shards_agree,
     compiles,
     compiles_dynamic,
     compiles_with_inductor,

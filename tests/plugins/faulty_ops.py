@@ -260,6 +260,19 @@ def cost_in_elements(x, weight):
     return Cost(x.numel() + weight.numel(), 2 * x.numel())
 
 
+def mean_as_a_sum(x, weight):
+    """Rows split: the mean of all of them is not the sum of the ranks' means."""
+    from torch.distributed.tensor import Partial, Shard
+
+    return [([Shard(0), Partial()], [Shard(0)])]
+
+
+def weight_whole_beside_split_columns(x, weight):
+    from torch.distributed.tensor import Shard
+
+    return [([Shard(1), Shard(0)], [Shard(1)])]
+
+
 # Faults by name: the spec with the fault, and the checks that must each catch it.
 FAULTS = {
     f.__name__: (replace(SOUND, **{part: f}), checks)
@@ -292,6 +305,8 @@ FAULTS = {
         ("reference", reference_detached, ["gradients_match_reference"]),
         ("reference", reference_that_branches, ["functorch_transforms"]),
         ("cost", cost_in_elements, ["cost_is_sound"]),
+        ("sharding", mean_as_a_sum, ["shards_agree"]),
+        ("sharding", weight_whole_beside_split_columns, ["shards_agree"]),
         ("fake", fake_transposed, ["fakes_are_exact", *OPCHECK_OF_STRIDES]),
         ("fake", fake_of_another_shape, ["fakes_are_exact", "opcheck"]),
         ("fake", fake_with_sizes_fixed, ["compiles_dynamic"]),

@@ -33,6 +33,7 @@ AT_MOST_INTERPRETED = {
     "checkpointing": 2,
     "inference_mode": 2,
     "cost_is_sound": 2,
+    "shards_agree": 2,
 }
 AT_MOST = {
     "opcheck": 1,
