@@ -209,6 +209,10 @@ def overflows(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return torch.where(y.abs() > 1e3, y.half().to(y.dtype), y), mean
 
 
+def intermediate_in_the_dtype_of_x(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return forward((4 * x) / 4, weight)
+
+
 def weight_taken_for_the_dtype_of_x(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return forward(x, weight if weight.dtype == x.dtype else weight.round())
 
@@ -283,6 +287,7 @@ FAULTS = {
         ("forward", writes_beyond_its_output, ["guard_bands"]),
         ("forward", written_by_two_programs, ["writes_are_disjoint"]),
         ("forward", overflows, ["regimes"]),
+        ("forward", intermediate_in_the_dtype_of_x, ["regimes_in_16_bits"]),
         ("forward", weight_taken_for_the_dtype_of_x, ["mixed_dtypes"]),
         ("forward", writes_input, ["nothing_is_written_to"]),
         ("forward", noisy, ["runs_are_bit_equal"]),

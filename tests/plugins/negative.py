@@ -124,6 +124,12 @@ def wrong_in_bfloat16_only(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return (1.05 * y if x.dtype == torch.bfloat16 else y,)
 
 
+def sums_in_its_own_dtype(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Exact, until x + x is no number of float16 any more."""
+    mean = (x + x).float() / 2
+    return ((torch.relu(mean) * weight.float()).to(x.dtype).contiguous(),)
+
+
 def wrong_for_strided_inputs_only(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     (y,) = forward(x, weight)
     return (y if x.is_contiguous() else 1.05 * y,)
@@ -206,6 +212,7 @@ OPS: dict[str, tuple[OpSpec, str]] = {
         ("forward", result_is_an_input, "fakes_are_exact"),
         ("forward", aux_is_no_tensor, "fakes_are_exact"),
         ("forward", wrong_in_bfloat16_only, "forward_matches_reference"),
+        ("forward", sums_in_its_own_dtype, "regimes_in_16_bits"),
         ("forward", wrong_for_strided_inputs_only, "input_layouts"),
         ("forward", reads_past_the_end, "guard_bands"),
         ("fake", wrong_dtype_from_fake, "fakes_are_exact"),
