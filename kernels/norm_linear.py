@@ -305,9 +305,11 @@ def _add_norm_linear_cost(x: Tensor, residual: Tensor, *rest: Any) -> Cost:
 
 
 def _norm_linear_sharding(x: Tensor, *rest: Any) -> list[Strategy]:
-    """Rows; or the linear layers' outputs, each rank a share of each weight's."""
-    second = rest[4] is not None  # where it is left out its output is empty, on every rank
+    """Rows; or the linear layers' outputs, as many of each: a rank has a share of each weight's."""
+    weight, second = rest[2], rest[4] is not None  # left out, its output is empty on every rank
     rows = [split([dim, dim if second else None], [dim]) for dim in range(x.ndim - 1)]
+    if second and rest[4].shape[0] != weight.shape[0]:
+        return rows
     last = x.ndim - 1
     outputs = split([last, last if second else None], [None, None, None, 0, 0, 0, 0])
     return [*rows, outputs]

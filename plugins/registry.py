@@ -124,7 +124,13 @@ class Registry:
         spec = self._modules.get((slot, name))
         if spec is None:
             raise KeyError(f"no {slot} {name!r}; there are: {', '.join(self.module_names(slot))}")
-        module = spec.build(config)
+        try:
+            module = spec.build(config)
+        except TypeError as error:
+            raise TypeError(
+                f"{slot} {name!r} of {self._owners[slot, name]}: build is given the whole "
+                f"{type(config).__name__}, and said: {error}"
+            ) from error
         if not isinstance(module, torch.nn.Module):
             raise TypeError(
                 f"{slot} {name!r} of {self._owners[slot, name]}: build must return an nn.Module, "

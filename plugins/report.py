@@ -15,6 +15,7 @@ from trilith.plugins.conformance import (
     NUMERIC_CHECKS,
     Check,
     compare,
+    dtypes_of_check,
     samples_of,
 )
 from trilith.plugins.manager import Manager
@@ -22,12 +23,14 @@ from trilith.plugins.op import Op
 from trilith.plugins.registry import Registry, registry
 from trilith.plugins.spec import Sample, ScoreMod
 
-# How many of an op's samples a check takes where an interpreter runs the kernels.
-_AT_MOST = {
+# How many of an op's samples a check takes: always, and where an interpreter runs the kernels.
+_AT_MOST = {"regimes_in_16_bits": 1}
+_AT_MOST_INTERPRETED = _AT_MOST | {
     "gradient_subsets": 2,
     "input_layouts": 2,
     "upstream_layouts": 2,
     "offsets_beyond_32_bits": 1,
+    "shards_agree": 2,
     "opcheck": 1,
     "compiles": 1,
     "compiles_dynamic": 1,
@@ -40,6 +43,7 @@ HINTS = {
     "every_element_is_written": "mask loads and stores alike; zero what no program owns",
     "mixed_dtypes": "load each tensor in its own dtype, or raise TypeError for what is not taken",
     "regimes": "compute in float32; subtract the maximum or mean first; let NaN and inf through",
+    "regimes_in_16_bits": "nothing between load and store in 16 bits: 2 * 4e4 is none of float16's",
     "gradient_subsets": "ask ctx.needs_input_grad; each gradient must stand alone",
     "unused_outputs": "a gradient may be zeros, or None where materialize_grads=False",
     "input_layouts": "pass strides to the kernel, or call .contiguous() in the launcher",
@@ -59,6 +63,7 @@ HINTS = {
     "inference_mode": "nothing in forward may need autograd",
     "opcheck": "schema, fake and strides must agree; inputs are not returned",
     "cost_is_sound": "count each input and output once, in bytes of its own dtype",
+    "shards_agree": "split what stands alone; what a rank has a summand of is Partial()",
     "compiles": "no data-dependent Python in forward's fake",
     "compiles_dynamic": "sizes may be symbols in the fake: no int(), no branching on sizes",
     "compiles_with_inductor": "fake strides must be those of the real outputs",
@@ -134,9 +139,8 @@ def providers_here(op: Op, device: torch.device) -> list[str]:
 
 
 def checks_for(op: Op, provider: str, check: Check) -> tuple[torch.dtype, ...]:
-    """The dtypes that one check is run in: numbers in all, the rest in one."""
-    dtypes = dtypes_of(op, provider)
-    return dtypes if check in NUMERIC_CHECKS else dtypes[:1]
+    """The dtypes that one check is run in."""
+    return dtypes_of_check(check, dtypes_of(op, provider))
 
 
 def run_check(
@@ -159,7 +163,8 @@ def run_check(
     fit = [
         s for s in samples if supports is None or supports(*op.parameters.bind(s.args, s.kwargs))
     ]
-    chosen = fit if device.type == "cuda" else fit[: _AT_MOST.get(check.__name__)]
+    limits = _AT_MOST if device.type == "cuda" else _AT_MOST_INTERPRETED
+    chosen = fit[: limits.get(check.__name__)]
     if not chosen:
         raise AssertionError(f"{op.spec.name}: {provider} supports none of the samples in {dtype}")
     if supports is not None and check.__name__.startswith("compiles"):

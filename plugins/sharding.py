@@ -36,7 +36,7 @@ def replicated(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh)  # type: ignore[attr-defined]
 
 
-class _Strategy(NamedTuple):
+class Strategy(NamedTuple):
     """Placements on one mesh dimension; of the inputs, None for what is no tensor."""
 
     outputs: list[Placement]
@@ -52,8 +52,8 @@ def call(op: Op, args: tuple[Any, ...]) -> Any:
         a if i in op.parameters.tensors else None for i, a in enumerate(args)
     ]
     mesh = next(t for t in tensors if t is not None).device_mesh
-    strategies = _strategies(op, args, tensors)
-    chosen = [_choose(op, strategies, tensors, dim) for dim in range(mesh.ndim)]
+    allowed = strategies(op, args, tensors)
+    chosen = [_choose(op, allowed, tensors, dim) for dim in range(mesh.ndim)]
     local = [
         a if t is None else _local(t, _gradient_placements(chosen, i))
         for i, (a, t) in enumerate(zip(args, tensors, strict=True))
@@ -112,12 +112,12 @@ def _require_one_mesh(op: Op, args: Sequence[Any]) -> None:
             )
 
 
-def _strategies(op: Op, args: Sequence[Any], tensors: Sequence[DTensor | None]) -> list[_Strategy]:
+def strategies(op: Op, args: Sequence[Any], tensors: Sequence[DTensor | None]) -> list[Strategy]:
     """What the op takes on a mesh dimension, all tensors replicated first."""
     from torch.distributed.tensor import Replicate
 
     found = [([Replicate()] * op.spec.outputs, []), *_rules(op, args)]
-    strategies = []
+    allowed = []
     for outputs, inputs in found:
         padded = [*inputs, *[None] * (len(tensors) - len(inputs))]
         placed = [
@@ -131,8 +131,8 @@ def _strategies(op: Op, args: Sequence[Any], tensors: Sequence[DTensor | None]) 
                 f"{op.spec.name}: sharding must split or sum each of {op.spec.outputs} outputs "
                 f"where it splits an input, got {list(outputs)} for {placed}"
             )
-        strategies.append(_Strategy(list(outputs), placed))
-    return strategies
+        allowed.append(Strategy(list(outputs), placed))
+    return allowed
 
 
 def _rules(op: Op, args: Sequence[Any]) -> list[Any]:
@@ -149,28 +149,28 @@ def _rules(op: Op, args: Sequence[Any]) -> list[Any]:
 
 
 def _choose(
-    op: Op, strategies: Sequence[_Strategy], tensors: Sequence[DTensor | None], dim: int
-) -> _Strategy:
+    op: Op, allowed: Sequence[Strategy], tensors: Sequence[DTensor | None], dim: int
+) -> Strategy:
     given = [None if t is None else t.placements[dim] for t in tensors]
-    for strategy in strategies:
+    for strategy in allowed:
         if strategy.inputs == given:
             return strategy
-    _refuse(op, strategies, tensors, dim, given)
+    _refuse(op, allowed, tensors, dim, given)
 
 
 def _refuse(
     op: Op,
-    strategies: Sequence[_Strategy],
+    allowed: Sequence[Strategy],
     tensors: Sequence[DTensor | None],
     dim: int,
     given: Sequence[Placement | None],
 ) -> NoReturn:
     names = op.parameters.names
     tensor_at = [i for i, t in enumerate(tensors) if t is not None]
-    nearest = max(strategies, key=lambda s: [s.inputs[i] == given[i] for i in tensor_at])
+    nearest = max(allowed, key=lambda s: [s.inputs[i] == given[i] for i in tensor_at])
     wrong = next(i for i in tensor_at if nearest.inputs[i] != given[i])
     accepted = dict.fromkeys(
-        "(" + ", ".join(str(s.inputs[i]) for i in tensor_at) + ")" for s in strategies
+        "(" + ", ".join(str(s.inputs[i]) for i in tensor_at) + ")" for s in allowed
     )
     mesh = tensors[wrong].device_mesh  # type: ignore[union-attr]
     label = f" ({mesh.mesh_dim_names[dim]})" if mesh.mesh_dim_names else ""
@@ -181,7 +181,7 @@ def _refuse(
     )
 
 
-def _gradient_placements(chosen: Sequence[_Strategy], i: int) -> list[Placement]:
+def _gradient_placements(chosen: Sequence[Strategy], i: int) -> list[Placement]:
     from torch.distributed.tensor import Partial, Replicate
 
     placements = []
@@ -200,7 +200,7 @@ def _global_shape(
     op: Op,
     result: Tensor,
     n: int,
-    chosen: Sequence[_Strategy],
+    chosen: Sequence[Strategy],
     tensors: Sequence[DTensor | None],
     local: Sequence[Any],
 ) -> torch.Size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -280,3 +281,17 @@ class ModuleSpec:
                 f"ModuleSpec {self.name!r}: slot must be one of {SLOTS}, got {self.slot!r}"
             )
         _require_functions(f"ModuleSpec {self.name!r}", build=self.build)
+        self._require_one_argument()
+
+    def _require_one_argument(self) -> None:
+        try:
+            signature = inspect.signature(self.build)
+        except (TypeError, ValueError):  # of a builtin
+            return
+        try:
+            signature.bind(None)
+        except TypeError:
+            raise TypeError(
+                f"{self.slot} {self.name!r}: build must take one argument, the LMConfig, "
+                f"got {signature}"
+            ) from None

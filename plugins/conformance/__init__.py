@@ -11,6 +11,12 @@ Example:
             check(op, sample, device, dtype)
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
 from trilith.plugins.conformance.declarations import cost_is_sound
 from trilith.plugins.conformance.launches import guard_bands, writes_are_disjoint
 from trilith.plugins.conformance.memory import (
@@ -29,9 +35,11 @@ from trilith.plugins.conformance.numbers import (
     gradients_match_reference,
     mixed_dtypes,
     regimes,
+    regimes_in_16_bits,
     runs_are_bit_equal,
     unused_outputs,
 )
+from trilith.plugins.conformance.shards import shards_agree
 from trilith.plugins.conformance.support import Check, backward_arguments, floating, samples_of
 from trilith.plugins.conformance.transforms import (
     autocast,
@@ -45,7 +53,15 @@ from trilith.plugins.conformance.transforms import (
     opcheck,
 )
 
-__all__ = ["CHECKS", "NUMERIC_CHECKS", "Check", "backward_arguments", "floating", "samples_of"]
+__all__ = [
+    "CHECKS",
+    "NUMERIC_CHECKS",
+    "Check",
+    "backward_arguments",
+    "dtypes_of_check",
+    "floating",
+    "samples_of",
+]
 
 NUMERIC_CHECKS: tuple[Check, ...] = (
     forward_matches_reference,
@@ -57,6 +73,7 @@ CHECKS: tuple[Check, ...] = (
     *NUMERIC_CHECKS,
     mixed_dtypes,
     regimes,
+    regimes_in_16_bits,
     gradient_subsets,
     unused_outputs,
     input_layouts,
@@ -76,7 +93,17 @@ CHECKS: tuple[Check, ...] = (
     inference_mode,
     opcheck,
     cost_is_sound,
+    shards_agree,
     compiles,
     compiles_dynamic,
     compiles_with_inductor,
 )
+
+
+def dtypes_of_check(check: Check, dtypes: Sequence[torch.dtype]) -> tuple[torch.dtype, ...]:
+    """In which of an op's dtypes a check is run: numbers in all, the rest in the first."""
+    if check in NUMERIC_CHECKS:
+        return tuple(dtypes)
+    if check is regimes_in_16_bits:
+        return tuple(dtype for dtype in dtypes if dtype.itemsize == 2)
+    return tuple(dtypes[:1])

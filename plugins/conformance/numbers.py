@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trilith.plugins.conformance.compare import assert_bits, assert_near, assert_same
+from trilith.plugins.conformance.compare import FEW, assert_bits, assert_near, assert_same
 from trilith.plugins.conformance.support import (
     as_tuple,
     assert_all_same,
@@ -34,6 +34,7 @@ from trilith.plugins.op import Op
 from trilith.plugins.spec import Sample
 
 _COMBINED_AT_MOST = 4
+_NUDGES_OF_FEW = 3  # what one does to a few elements may be little by chance
 
 
 @named_check
@@ -111,29 +112,60 @@ def regimes(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) ->
         ("with an inf", torch.where(one, torch.inf, lead)),
     ):
         moved = replaced(args, inputs[:1], [values])
-        _against_reference(op, moved, f"{what}: ", gradients=bool(values.isfinite().all()))
+        _against_reference(op, moved, f"{what}: ", finite=bool(values.isfinite().all()))
 
 
-def _against_reference(op: Op, args: Sequence[Any], what: str, *, gradients: bool = True) -> None:
-    """Outputs and gradients, near the reference's in float64 as the reference's own are.
+@named_check
+def regimes_in_16_bits(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """Where 16 bits have too few: up to 6e4 and tiny in float16, far from zero in bfloat16."""
+    args = bound(op, sample)
+    inputs = floating(args)
+    if not inputs or args[inputs[0]].dtype not in (torch.float16, torch.bfloat16):
+        return
+    lead = args[inputs[0]].detach()
+    one = torch.arange(lead.numel(), device=device).view(lead.shape) == lead.numel() // 2
+    if lead.dtype == torch.float16:
+        largest_ = lead.float() * (6e4 / lead.abs().max().float())
+        chosen = [("up to 6e4", largest_.half()), ("of size 1e-4", lead * 1e-4)]
+    else:
+        chosen = [("with mean 1e4", lead + 1e4)]
+    for what, values in (*chosen, ("with an inf", torch.where(one, torch.inf, lead))):
+        moved = replaced(args, inputs[:1], [values])
+        _against_reference(op, moved, f"{what}: ", finite=bool(values.isfinite().all()))
+
+
+def _against_reference(op: Op, args: Sequence[Any], what: str, *, finite: bool = True) -> None:
+    """Outputs and, of finite inputs, gradients: near the reference's in float64 as its own are.
 
     Or as near as it is to itself for inputs half a step away: where that moves it, fp32 may err.
+    Finite inputs may overflow 16 bits on the way to a result, where the reference's do in the
+    arguments' dtypes, if the op rounds on that way: before a matrix product, or to an output.
     """
     upstream = fixed_upstream(op, args)
     compute = functools.partial(both_of, op.spec.reference, op)
     expected = oracle(compute, args, upstream)
-    nudged = oracle(compute, _nudged(op, args), _nudged(op, upstream))
+    few = any(e.numel() < FEW for results in expected for e in results)
+    nudged = [
+        oracle(compute, _nudged(op, args), _nudged(op, upstream))
+        for _ in range(_NUDGES_OF_FEW if few else 1)
+    ]
     eager = compute(args, upstream)
     actual = both(op, args, upstream)
-    outputs = zip(actual[0], expected[0], eager[0], nudged[0], strict=True)
-    for i, (a, e, p, n) in enumerate(outputs):
-        assert_near(f"{what}output {i}", a, e, p, n)
-    if not gradients:
-        return
-    for i, a, e, p, n in zip(
-        floating(args), actual[1], expected[1], eager[1], nudged[1], strict=True
-    ):
-        assert_near(f"{what}gradient of {name_of(op, i)}", a, e, p, n)
+    on_the_way = finite and (_rounds_inside(op) or any(map(_overflows, actual[0], expected[0])))
+    names = [f"output {i}" for i in range(len(expected[0]))]
+    found = list(zip(*(results[0] for results in (actual, expected, eager, *nudged)), strict=True))
+    if finite:
+        names += [f"gradient of {name_of(op, i)}" for i in floating(args)]
+        found += zip(*(results[1] for results in (actual, expected, eager, *nudged)), strict=True)
+    for name, (a, e, p, *others) in zip(names, found, strict=True):
+        excused = ~p.isfinite() if on_the_way and a.element_size() == 2 else None
+        assert_near(f"{what}{name}", a, e, p, *others, excused=excused)
+
+
+def _overflows(actual: Tensor, expected: Tensor) -> bool:
+    """Whether what is finite in the reference is beyond the dtype of the result."""
+    rounded = expected.to(actual.dtype)
+    return bool((expected.isfinite() & ~rounded.isfinite()).any())
 
 
 def _rounds_inside(op: Op) -> bool:

@@ -209,6 +209,10 @@ def overflows(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return torch.where(y.abs() > 1e3, y.half().to(y.dtype), y), mean
 
 
+def intermediate_in_the_dtype_of_x(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return forward((4 * x) / 4, weight)
+
+
 def weight_taken_for_the_dtype_of_x(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return forward(x, weight if weight.dtype == x.dtype else weight.round())
 
@@ -260,6 +264,19 @@ def cost_in_elements(x, weight):
     return Cost(x.numel() + weight.numel(), 2 * x.numel())
 
 
+def mean_as_a_sum(x, weight):
+    """Rows split: the mean of all of them is not the sum of the ranks' means."""
+    from torch.distributed.tensor import Partial, Shard
+
+    return [([Shard(0), Partial()], [Shard(0)])]
+
+
+def weight_whole_beside_split_columns(x, weight):
+    from torch.distributed.tensor import Shard
+
+    return [([Shard(1), Shard(0)], [Shard(1)])]
+
+
 # Faults by name: the spec with the fault, and the checks that must each catch it.
 FAULTS = {
     f.__name__: (replace(SOUND, **{part: f}), checks)
@@ -270,6 +287,7 @@ FAULTS = {
         ("forward", writes_beyond_its_output, ["guard_bands"]),
         ("forward", written_by_two_programs, ["writes_are_disjoint"]),
         ("forward", overflows, ["regimes"]),
+        ("forward", intermediate_in_the_dtype_of_x, ["regimes_in_16_bits"]),
         ("forward", weight_taken_for_the_dtype_of_x, ["mixed_dtypes"]),
         ("forward", writes_input, ["nothing_is_written_to"]),
         ("forward", noisy, ["runs_are_bit_equal"]),
@@ -292,6 +310,8 @@ FAULTS = {
         ("reference", reference_detached, ["gradients_match_reference"]),
         ("reference", reference_that_branches, ["functorch_transforms"]),
         ("cost", cost_in_elements, ["cost_is_sound"]),
+        ("sharding", mean_as_a_sum, ["shards_agree"]),
+        ("sharding", weight_whole_beside_split_columns, ["shards_agree"]),
         ("fake", fake_transposed, ["fakes_are_exact", *OPCHECK_OF_STRIDES]),
         ("fake", fake_of_another_shape, ["fakes_are_exact", "opcheck"]),
         ("fake", fake_with_sizes_fixed, ["compiles_dynamic"]),

@@ -1,7 +1,8 @@
 """Plugins that are wrong, one fault each, and what must catch them: the loader or a check, by name.
 
 `OPS` maps a fault to an OpSpec and the check; `PLUGINS` one to a plugin and the loader's stage.
-All ops compute y = relu(x) * weight, with one weight a column, but for the masked one.
+All ops compute y = relu(x) * weight, with one weight a column, but for the masked and the centred
+one.
 """
 
 from __future__ import annotations
@@ -123,6 +124,12 @@ def wrong_in_bfloat16_only(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return (1.05 * y if x.dtype == torch.bfloat16 else y,)
 
 
+def sums_in_its_own_dtype(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Exact, until x + x is no number of float16 any more."""
+    mean = (x + x).float() / 2
+    return ((torch.relu(mean) * weight.float()).to(x.dtype).contiguous(),)
+
+
 def wrong_for_strided_inputs_only(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     (y,) = forward(x, weight)
     return (y if x.is_contiguous() else 1.05 * y,)
@@ -205,6 +212,7 @@ OPS: dict[str, tuple[OpSpec, str]] = {
         ("forward", result_is_an_input, "fakes_are_exact"),
         ("forward", aux_is_no_tensor, "fakes_are_exact"),
         ("forward", wrong_in_bfloat16_only, "forward_matches_reference"),
+        ("forward", sums_in_its_own_dtype, "regimes_in_16_bits"),
         ("forward", wrong_for_strided_inputs_only, "input_layouts"),
         ("forward", reads_past_the_end, "guard_bands"),
         ("fake", wrong_dtype_from_fake, "fakes_are_exact"),
@@ -219,6 +227,41 @@ OPS["mask_mismatch"] = (
     "gradients_match_reference",
 )
 
+
+def centred(x: Tensor) -> tuple[Tensor, ...]:
+    wide = x.float()
+    return ((wide - wide.mean(-1, keepdim=True)).to(x.dtype).contiguous(),)
+
+
+def centred_reference(x: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide - wide.mean(-1, keepdim=True)).to(x.dtype)
+
+
+def centred_samples(device: torch.device, dtype: torch.dtype) -> Any:
+    yield Sample(torch.randn(6, 5, device=device, dtype=dtype))
+
+
+def any_dimension(x: Tensor) -> list[Any]:
+    """The last one too, of which a rank would take the mean of its own share."""
+    from torch.distributed.tensor import Shard
+
+    return [([Shard(dim)], [Shard(dim)]) for dim in range(x.ndim)]
+
+
+OPS["sharded_along_what_it_reduces"] = (
+    replace(
+        SOUND,
+        name="negative::sharded_along_what_it_reduces",
+        forward=centred,
+        backward=lambda ctx, dy: centred(dy),
+        reference=centred_reference,
+        samples=centred_samples,
+        fake=lambda x: (x.new_empty(x.shape),),
+        sharding=any_dimension,
+    ),
+    "shards_agree",
+)
 
 BLOCK = 16
 

@@ -202,6 +202,12 @@ def after_norms(mesh):
     agree(pair, double, [rows, R, R, R, R], rows, mesh)
     agree(pair, double, [R, R, rows, rows, rows], columns, mesh)
     agree(added, [x, norm, one, residual], [rows, R, R, rows], rows, mesh)
+    unlike = [x, norm, one, draw(6, 6), bias]
+    refused(
+        NotImplementedError,
+        r"trilith::norm_linear: weight is Shard\(dim=0\)",
+        lambda: agree(pair, unlike, [R, R, rows, rows, rows], None, mesh),
+    )
     wrong = "trilith::add_norm_linear: weight is Shard"
     given = placed(x, mesh, [R] * mesh.ndim), placed(norm, mesh, [R] * mesh.ndim)
     share = placed(one, mesh, [rows] * mesh.ndim)

@@ -10,7 +10,7 @@ from tests.plugins.faulty_ops import FAULTS, SOUND
 from tests.support.aot import import_kernels
 from tests.support.devices import DEVICE, DTYPES, INTERPRETING, dtype_name
 from trilith.plugins import Op, registry
-from trilith.plugins.conformance import CHECKS, NUMERIC_CHECKS, samples_of
+from trilith.plugins.conformance import CHECKS, dtypes_of_check, samples_of
 from trilith.plugins.conformance.transforms import has_cpp_compiler
 
 import_kernels()
@@ -33,12 +33,14 @@ AT_MOST_INTERPRETED = {
     "checkpointing": 2,
     "inference_mode": 2,
     "cost_is_sound": 2,
+    "shards_agree": 2,
 }
 AT_MOST = {
     "opcheck": 1,
     "compiles": 2,
     "compiles_dynamic": 2,
     "compiles_with_inductor": 1,
+    "regimes_in_16_bits": 1,
     **(AT_MOST_INTERPRETED if INTERPRETING else {}),
 }
 
@@ -58,8 +60,8 @@ def samples(name, dtype):
 def cases():
     for name in registry.op_names():
         if name.startswith("trilith::"):
-            for dtype in DTYPES:
-                for check in CHECKS if dtype == torch.float32 else NUMERIC_CHECKS:
+            for check in CHECKS:
+                for dtype in dtypes_of_check(check, DTYPES):
                     yield pytest.param(
                         name,
                         dtype,
@@ -95,10 +97,9 @@ def run(op, check, dtype):
         check(op, sample, DEVICE, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_sound_op_passes(make, check, dtype):
-    if dtype == torch.float32 or check in NUMERIC_CHECKS:
+def test_sound_op_passes(make, check):
+    for dtype in dtypes_of_check(check, DTYPES):
         run(make(SOUND), check, dtype)
 
 
@@ -110,9 +111,11 @@ def test_fault_is_caught(make, fault, check):
     if check == "writes_are_disjoint" and not INTERPRETING:
         pytest.skip("seen by Triton's interpreter alone")
     op = make(FAULTS[fault][0])
+    dtype = dtypes_of_check(BY_NAME[check], DTYPES)[0]
     with pytest.raises(AssertionError) as error:
-        run(op, BY_NAME[check], torch.float32)
-    assert str(error.value).startswith(f"{op.spec.name}(float32[6x5], float32[")
+        run(op, BY_NAME[check], dtype)
+    kind = str(dtype).removeprefix("torch.")
+    assert str(error.value).startswith(f"{op.spec.name}({kind}[6x5], {kind}[")
     assert f": {check}: " in str(error.value)
 
 
