@@ -17,6 +17,7 @@ from trilith.blocks.cache_checks import (
     on_device,
     require_fit,
     require_positive,
+    require_sequences,
     require_stored,
     shorter,
 )
@@ -85,13 +86,14 @@ class KVCache(nn.Module):
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget what a sequence has beyond `length`; 0 makes its row free for another."""
-        self.filled[sequence] = shorter("KVCache", self.filled[sequence], length)
+        self.filled[sequence] = shorter("KVCache", self.filled, sequence, length)
         self.lengths[sequence] = length
 
     @torch.no_grad()
     def reorder(self, sequences: Sequence[int]) -> None:
         """Row i becomes what row sequences[i] was, as beam search wants it."""
         require_stored(self)
+        require_sequences("KVCache", self.filled, sequences)
         at = torch.tensor(sequences, device=self.k.device)
         self.k, self.v, self.lengths = self.k[at], self.v[at], self.lengths[at]
         self.filled = [self.filled[i] for i in sequences]
@@ -179,7 +181,7 @@ class PagedKVCache(nn.Module):
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget what a sequence has beyond `length`, and give back the blocks behind it."""
-        self.filled[sequence] = shorter("PagedKVCache", self.filled[sequence], length)
+        self.filled[sequence] = shorter("PagedKVCache", self.filled, sequence, length)
         kept = -(-length // self.block_size)
         self.free_blocks += reversed(self.blocks[sequence][kept:])
         del self.blocks[sequence][kept:]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from trilith.kernels._runtime.checks import require_tensors
 
 if TYPE_CHECKING:
     from trilith.blocks.cache import KVCache, PagedKVCache
@@ -23,6 +26,7 @@ def require_positive(name: str, **sizes: int) -> None:
 def counts_of(
     name: str, expected: Sequence[int] | None, filled: Sequence[int], k: Tensor, v: Tensor
 ) -> list[int]:
+    require_tensors(name, keys=k, values=v)
     if k.ndim != 4 or v.shape[:3] != k.shape[:3] or v.ndim != 4:
         raise ValueError(
             f"{name}: keys and values must be (B, Hkv, T, dim) with one B, Hkv and T, got "
@@ -31,12 +35,24 @@ def counts_of(
     B, _, T, _ = k.shape
     if filled and len(filled) != B:
         raise ValueError(f"{name}: keys must be of {len(filled)} sequences, got {B}")
-    counts = [T] * B if expected is None else list(expected)
+    if (k.dtype, k.device) != (v.dtype, v.device):
+        raise ValueError(
+            f"{name}: keys and values must have one dtype and device, got {k.dtype} on {k.device} "
+            f"and {v.dtype} on {v.device}"
+        )
+    counts = [T] * B if expected is None else ints(name, "counts", expected)
     if len(counts) != B:
         raise ValueError(f"{name}: expect must be given {B} counts, got {counts}")
     if not all(0 <= n <= T for n in counts):
         raise ValueError(f"{name}: counts must be from 0 to {T}, got {counts}")
     return counts
+
+
+def ints(name: str, arg: str, given: Sequence[Any]) -> list[int]:
+    try:
+        return [operator.index(n) for n in given]
+    except TypeError:
+        raise TypeError(f"{name}: {arg} must be ints, got {given!r}") from None
 
 
 def require_stored(cache: KVCache | PagedKVCache) -> None:
@@ -60,7 +76,17 @@ def require_fit(name: str, new: Tensor, like: Tensor, batch: bool = True) -> Non
         )
 
 
-def shorter(name: str, filled: int, length: int) -> int:
-    if not 0 <= length <= filled:
-        raise ValueError(f"{name}: length must be from 0 to {filled}, got {length}")
+def require_sequences(name: str, filled: Sequence[int], sequences: Sequence[int]) -> None:
+    """That they are numbers of sequences: on a device a wrong one would end the process."""
+    if not all(0 <= n < len(filled) for n in ints(name, "sequences", sequences)):
+        raise ValueError(
+            f"{name}: sequences must be numbers of the {len(filled)} stored, got {list(sequences)}"
+        )
+
+
+def shorter(name: str, filled: Sequence[int], sequence: int, length: int) -> int:
+    require_sequences(name, filled, [sequence])
+    (length,) = ints(name, "length", [length])
+    if not 0 <= length <= filled[sequence]:
+        raise ValueError(f"{name}: length must be from 0 to {filled[sequence]}, got {length}")
     return length

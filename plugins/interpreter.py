@@ -1,8 +1,9 @@
-"""Makes Triton's interpreter treat bfloat16 as a GPU does, wherever kernels are interpreted.
+"""Makes Triton's interpreter treat bfloat16 and tf32 as a GPU does, wherever kernels run in it.
 
 It keeps bfloat16 as uint16 bit patterns, truncates on fp32 -> bf16, and multiplies bit patterns in
 `tl.dot`. With `apply()` casts round to nearest even and dots take the values in fp32. Arithmetic on
-bfloat16 tiles stays wrong: kernels convert to fp32 before any.
+bfloat16 tiles stays wrong: kernels convert to fp32 before any. A product in tf32 has its factors
+rounded to 10 bits of mantissa, where the interpreter takes all 23.
 """
 
 from __future__ import annotations
@@ -58,11 +59,17 @@ def apply() -> None:
             return cast_impl(self, src, dst_type)
         return fp_to_fp(self, src, dst_type, rounding_mode)
 
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    def tf32(x: Any) -> Any:
+        mantissa, power = np.frexp(x.data)
+        return TensorHandle(np.ldexp(np.rint(mantissa * 2048), power - 11), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, *rest: Any) -> Any:
         a, b = (
             cast_impl(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
         )
-        return dot(self, a, b, *rest)
+        if str(precision).rpartition(".")[2] == "TF32":
+            a, b = (tf32(x) if x.dtype.scalar == tl.float32 else x for x in (a, b))
+        return dot(self, a, b, d, precision, *rest)
 
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

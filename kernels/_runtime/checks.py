@@ -13,10 +13,18 @@ def require(condition: bool, op: str, arg: str, rule: str, actual: Any) -> None:
         raise ValueError(f"{op}: {arg} must {rule}, got {actual}")
 
 
+def require_tensors(op: str, **given: Any) -> None:
+    for arg, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {arg} must be a tensor, got {type(tensor).__name__}")
+
+
 def require_floating(op: str, **tensors: Tensor | None) -> None:
     for arg, tensor in tensors.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{op}: {arg} must be a floating-point tensor, got {tensor.dtype}")
+        is_tensor = isinstance(tensor, Tensor)
+        if tensor is not None and not (is_tensor and tensor.is_floating_point()):
+            kind = tensor.dtype if is_tensor else type(tensor).__name__
+            raise TypeError(f"{op}: {arg} must be a floating-point tensor, got {kind}")
 
 
 def require_same_device(op: str, lead: Tensor, **tensors: Tensor | None) -> None:

@@ -24,12 +24,14 @@ from trilith.kernels._runtime.checks import (
     require_floating,
     require_same_device,
     require_shape,
+    require_tensors,
 )
 from trilith.kernels._runtime.device import architecture, multiprocessors
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 from trilith.kernels.attention import sharding
+from trilith.kernels.attention.arguments import known_softcap, sides
 from trilith.kernels.attention.decode_kernel import attention_decode_kernel
 from trilith.kernels.attention.decode_reference import (
     decode_reference,
@@ -245,19 +247,13 @@ def decode_attention(
         raise NotImplementedError(
             f"{_NAME}: there is no gradient; call it under torch.no_grad(), or use attention"
         )
-    if softcap is not None:
-        require(softcap > 0, _NAME, "softcap", "be positive", softcap)
-    left = -1
-    if window is not None:
-        valid = isinstance(window, tuple | list) and len(window) == 2
-        valid = valid and all(n is None or n >= 0 for n in window)
-        require(valid, _NAME, "window", "be (left, right), each None or not negative", window)
-        left = -1 if window[0] is None else window[0]
+    cap = known_softcap(_NAME, softcap)
+    left, _ = sides(_NAME, window)
     slopes = _slopes(q, alibi_slopes)
     if block_table is None:
         k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     scale = 1 / math.sqrt(max(1, q.shape[3])) if scale is None else scale
-    rest = (scale, softcap or 0.0, left)
+    rest = (scale, cap, left)
     tensors = (q, k_cache, v_cache, cache_lengths, block_table, slopes, sinks)
     provider = DECODE_ATTENTION.choose(*tensors, *rest)
     if provider is not None:
@@ -288,9 +284,10 @@ def _check(
     sinks: Tensor | None,
 ) -> None:
     for arg, given in (("cache_lengths", lengths), ("block_table", table)):
-        if not isinstance(given, Tensor | None):
+        if not isinstance(given, Tensor) and (given is not None or arg == "cache_lengths"):
             kind = type(given).__name__
             raise TypeError(f"{_NAME}: {arg} must be an integer tensor, got {kind}")
+    require_tensors(_NAME, q=q, k_cache=k, v_cache=v)
     require_floating(_NAME, q=q, k_cache=k, v_cache=v, sinks=sinks)
     rest = {"cache_lengths": lengths, "block_table": table, "sinks": sinks}
     require_same_device(_NAME, q, k_cache=k, v_cache=v, **rest)
@@ -310,6 +307,7 @@ def _check(
         require_shape(_NAME, "k_cache", k, (*k.shape[:3], D))
         fits = table.ndim == 2 and table.shape[0] == B
         require(fits, _NAME, "block_table", f"be (B = {B}, blocks)", tuple(table.shape))
+        require(k.shape[0] > 0, _NAME, "k_cache", "have at least one block", 0)
     require_shape(_NAME, "v_cache", v, (*k.shape[:3], v.shape[3]))
     divides = H % Hkv == 0 if Hkv else H == 0
     require(divides, _NAME, "q's heads", f"be a multiple of the cache's {Hkv}", H)

@@ -14,11 +14,17 @@ from trilith.kernels._runtime.checks import (
     require_probability,
     require_same_device,
     require_shape,
+    require_tensors,
 )
 from trilith.kernels._runtime.random import draw_seed
+from trilith.kernels.attention.arguments import (
+    known_precision,
+    known_score_mod,
+    known_softcap,
+    score_window,
+)
 from trilith.kernels.attention.config import LARGEST_HEAD_DIM
 from trilith.kernels.attention.op import OP
-from trilith.plugins import registry
 from trilith.plugins.sharding import is_dtensor
 
 _NAME = "attention"
@@ -94,9 +100,11 @@ def attention(
     if causal is True:
         causal = _aligned(q.shape[2], k.shape[2])
     alignment, left, right = score_window(_NAME, causal, window)
-    if softcap is not None:
-        require(softcap > 0, _NAME, "softcap", "be positive", softcap)
+    cap = known_softcap(_NAME, softcap)
     bias, slopes = _score_terms(q, k, bias, alibi_slopes)
+    require_floating(_NAME, sinks=sinks)
+    if key_padding_mask is not None:
+        require_tensors(_NAME, key_padding_mask=key_padding_mask)
     require_same_device(
         _NAME, q, bias=bias, alibi_slopes=slopes, sinks=sinks, key_padding_mask=key_padding_mask
     )
@@ -106,12 +114,11 @@ def attention(
             f"{_NAME}: key_padding_mask must be boolean, True where a key takes part, "
             f"got {key_padding_mask.dtype}"
         )
-    require_floating(_NAME, sinks=sinks)
     require_shape(_NAME, "sinks", sinks, (q.shape[1],))
     scale = 1 / math.sqrt(max(1, q.shape[3])) if scale is None else scale
     out, lse = _attend(
         *(q, k, v, bias, key_padding_mask, slopes, sinks),
-        *(scale, softcap or 0.0, dropout_p, alignment, left, right),
+        *(scale, cap, dropout_p, alignment, left, right),
         *(known_score_mod(_NAME, score_mod), known_precision(_NAME, precision), return_lse),
     )
     if not return_lse:
@@ -236,6 +243,7 @@ def _attend(
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    require_tensors(_NAME, q=q, k=k, v=v)
     require_floating(_NAME, q=q, k=k, v=v)
     require_same_device(_NAME, q, k=k, v=v)
     for arg, tensor in (("q", q), ("k", k), ("v", v)):
@@ -260,43 +268,13 @@ def _aligned(T: int, S: int) -> str:
     return "top_left"
 
 
-def score_window(
-    op: str, causal: bool | str, window: tuple[int | None, int | None] | None
-) -> tuple[str, int, int]:
-    """(alignment, how far left and right of the diagonal is seen), negative for any distance."""
-    alignment, right = "bottom_right", -1
-    if causal is not False:
-        rule = 'be False, True, "top_left" or "bottom_right"'
-        require(causal in ("top_left", "bottom_right"), op, "causal", rule, repr(causal))
-        alignment, right = str(causal), 0
-    if window is None:
-        return alignment, -1, right
-    valid = len(window) == 2 and all(n is None or n >= 0 for n in window)
-    require(valid, op, "window", "be (left, right), each None or not negative", window)
-    before, after = (-1 if n is None else n for n in window)
-    return alignment, before, after if right < 0 else 0
-
-
-def known_score_mod(op: str, name: str | None) -> str:
-    """The name, "" for none."""
-    if name is None:
-        return ""
-    names = registry.score_mod_names()
-    require(name in names, op, "score_mod", f"be one of those registered: {names}", repr(name))
-    return name
-
-
-def known_precision(op: str, precision: str) -> str:
-    require(precision in ("ieee", "tf32"), op, "precision", 'be "ieee" or "tf32"', repr(precision))
-    return precision
-
-
 def _score_terms(
     q: Tensor, k: Tensor, bias: Tensor | None, slopes: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Bias as 4-D, slopes as 2-D."""
     (B, H, T, _), S = q.shape, k.shape[2]
     if bias is not None:
+        require_tensors(_NAME, bias=bias)
         if bias.dtype != torch.bool:
             require_floating(_NAME, bias=bias)
         sizes = (1,) * (4 - bias.ndim) + tuple(bias.shape)

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trilith.kernels._runtime.checks import (
@@ -23,12 +24,19 @@ from trilith.kernels._runtime.checks import (
     require_probability,
     require_same_device,
     require_shape,
+    require_tensors,
 )
 from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.random import draw_seed, reference_keep_mask
 from trilith.kernels.attention import sharding
+from trilith.kernels.attention.arguments import (
+    known_precision,
+    known_score_mod,
+    known_softcap,
+    score_window,
+)
 from trilith.kernels.attention.config import LARGEST_HEAD_DIM
-from trilith.kernels.attention.functions import known_precision, known_score_mod, score_window
+from trilith.kernels.attention.decode_reference import host_lengths
 from trilith.kernels.attention.launchers import AttentionCall, Packed, sink_gradient
 from trilith.kernels.attention.reference import attend
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
@@ -158,6 +166,8 @@ def varlen_reference(
         own_bias = None
         if bias is not None:
             own_bias = bias[n % bias.shape[0]][None, :, : j - i, : b - a]
+            missing = (0, b - a - own_bias.shape[3], 0, j - i - own_bias.shape[2])
+            own_bias = F.pad(own_bias, missing)
         own_slopes = None if slopes is None else slopes[n % slopes.shape[0]][None]
         own_kept = None if kept is None else kept[None, :, i:j, : b - a]
         out, lse = attend(
@@ -269,7 +279,7 @@ def varlen_attention(
         v: (total keys, Hkv, Dv), q's dtype; Dv from 1 to 512.
         cu_seqlens_q: (B + 1,) int32 or int64 on q's device: where each sequence's queries begin,
             from 0 to the total, or less: rows past the last sequence have output 0, lse -inf and
-            gradients 0. The values are not checked, for that would wait for the device.
+            gradients 0. On a GPU the values are not checked, for that would wait for it.
         cu_seqlens_k: the same of the keys.
         max_seqlen_q, max_seqlen_k: for those who have them at hand. A bias with R or C of 1 is
             spread over as many, or over all queries or keys, of which its gradient is a sum.
@@ -315,8 +325,9 @@ def varlen_attention(
             'cu_seqlens_k, "top_left" or "bottom_right", got True'
         )
     alignment, left, right = score_window(_NAME, "top_left" if causal is True else causal, window)
-    if softcap is not None:
-        require(softcap > 0, _NAME, "softcap", "be positive", softcap)
+    cap = known_softcap(_NAME, softcap)
+    for arg, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        require(longest is None or longest >= 0, _NAME, arg, "not be negative", longest)
     slopes = _check_terms(q, cu_seqlens_q.shape[0] - 1, bias, alibi_slopes, sinks)
     if bias is not None:
         rows, cols = bias.shape[2:]
@@ -325,7 +336,7 @@ def varlen_attention(
         bias = bias.expand(-1, -1, rows, cols)
     scale = 1 / math.sqrt(max(1, q.shape[2])) if scale is None else scale
     modifier, products = known_score_mod(_NAME, score_mod), known_precision(_NAME, precision)
-    rest = (scale, softcap or 0.0, dropout_p, alignment, left, right, modifier, products)
+    rest = (scale, cap, dropout_p, alignment, left, right, modifier, products)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, bias, slopes, sinks)
     seed = None
     provider = VARLEN_ATTENTION.choose(*tensors, None, *rest)
@@ -341,6 +352,7 @@ def varlen_attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
+    require_tensors(_NAME, q=q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
     require_floating(_NAME, q=q, k=k, v=v)
     require_same_device(_NAME, q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
     for arg, tensor in (("q", q), ("k", k), ("v", v)):
@@ -354,11 +366,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
     require_shape(_NAME, "v", v, (S, Hkv, v.shape[2]))
     divides = H % Hkv == 0 if Hkv else H == 0
     require(divides, _NAME, "q's heads", f"be a multiple of k's {Hkv}", H)
-    for arg, starts in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+    for arg, starts, total in (("cu_seqlens_q", cu_q, q.shape[0]), ("cu_seqlens_k", cu_k, S)):
         if starts.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{_NAME}: {arg} must be int32 or int64, got {starts.dtype}")
         fits = starts.ndim == 1 and starts.shape[0] > 0 and starts.shape == cu_q.shape
         require(fits, _NAME, arg, "be (B + 1,), as long as cu_seqlens_q", tuple(starts.shape))
+        values = host_lengths(starts)
+        if values is not None:
+            rising = values[0] == 0 and values == sorted(values) and values[-1] <= total
+            require(rising, _NAME, arg, f"rise from 0 to at most the {total} rows", values)
 
 
 def _check_terms(
@@ -366,8 +382,10 @@ def _check_terms(
 ) -> Tensor | None:
     """Slopes as 2-D."""
     H = q.shape[1]
-    require_same_device(_NAME, q, bias=bias, alibi_slopes=slopes, sinks=sinks)
+    if bias is not None:
+        require_tensors(_NAME, bias=bias)
     require_floating(_NAME, alibi_slopes=slopes, sinks=sinks)
+    require_same_device(_NAME, q, bias=bias, alibi_slopes=slopes, sinks=sinks)
     require_shape(_NAME, "sinks", sinks, (H,))
     if bias is not None:
         if bias.dtype != torch.bool:

@@ -141,6 +141,11 @@ def test_tokens_that_do_not_fit_change_nothing(kind):
     cache.expect([1, 2, 3])
     with pytest.raises(ValueError, match=r"counts must be from 0 to 2, got \[1, 2, 3\]"):
         cache.append(k, v)
+    cache.expect([1.5, 2, 2])
+    with pytest.raises(TypeError, match=r"counts must be ints, got \[1.5, 2, 2\]"):
+        cache.append(k, v)
+    with pytest.raises(ValueError, match="must have one dtype and device, got torch.float32 on"):
+        make(kind).append(k, v.half())
     assert_unchanged(cache, before)
 
 
@@ -152,6 +157,9 @@ def test_what_is_truncated_or_reset_can_be_filled_again(kind):
     assert cache.lengths.tolist() == cache.filled == [6, 2, 6]
     with pytest.raises(ValueError, match="length must be from 0 to 2, got 5"):
         cache.truncate(1, 5)
+    for other in (-1, B):
+        with pytest.raises(ValueError, match=f"numbers of the 3 stored, got \\[{other}"):
+            cache.truncate(other, 0)
     q = torch.randn(B, 2, 1, D, device=DEVICE)
     expected = attention(q[1:2], k[1:2, :, :2], v[1:2, :, :2])
     torch.testing.assert_close(cache.attend(q)[1:2], expected)
@@ -170,6 +178,8 @@ def test_rows_are_reordered():
     cache.reorder([2, 2, 0])
     assert cache.filled == cache.lengths.tolist() == [2, 2, 4]
     torch.testing.assert_close(cache.attend(q[[2, 2, 0]]), before[[2, 2, 0]])
+    with pytest.raises(ValueError, match=r"sequences must be numbers of the 3 stored, got \[0, 3"):
+        cache.reorder([0, 3, 1])
 
 
 @by_kind

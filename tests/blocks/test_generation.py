@@ -1,7 +1,7 @@
 """generate: what a cache makes faster must not change a token; sampling, stops, streams, limits.
 
-Most models here are float64, which takes the reference path and is fast where kernels are
-interpreted; those in float32 run the kernels.
+Models here are float64, which takes the reference path and is fast where kernels are interpreted;
+`test_generated_tokens` runs the kernels.
 """
 
 import copy
@@ -55,14 +55,6 @@ def test_cached_tokens_are_those_of_the_whole_forward(kind):
     assert all(torch.equal(a, e) for a, e in zip(cached, expected, strict=True))
     assert all(torch.equal(a, e) for a, e in zip(whole, expected, strict=True))
     assert all(len(a) == len(t) + 14 for a, t in zip(cached, texts, strict=True))
-
-
-@pytest.mark.parametrize("kind", ["grouped", "learned"])
-def test_kernels_in_float32_give_the_tokens_of_the_whole_forward(kind):
-    model, texts = model_of(kind, torch.float32), prompts(3, 1)
-    cached = model.generate(texts, 3, use_cache=True)
-    whole = model.generate(texts, 3, use_cache=False)
-    assert all(torch.equal(a, e) for a, e in zip(cached, whole, strict=True))
 
 
 def test_a_cache_runs_the_model_on_one_token_a_step():

@@ -224,6 +224,12 @@ ERRORS = {
     "lengths": (ValueError, r"cache_lengths must have shape \(2,\)", (Q, K, K, N[:1]), {}),
     "listed_lengths": (TypeError, "cache_lengths must be an integer tensor, got list")
     + ((Q, K, K, [5, 5]), {}),
+    "no_lengths": (TypeError, "cache_lengths must be an integer tensor, got NoneType")
+    + ((Q, K, K, None), {}),
+    "no_tensor": (TypeError, "k_cache must be a tensor, got list", (Q, [1], K, N), {}),
+    "no_blocks": (ValueError, "k_cache must have at least one block, got 0")
+    + ((Q, *2 * (torch.zeros(0, 5, 2, 8),), N), {"block_table": torch.zeros(2, 3).int()}),
+    "softcap_inf": (ValueError, "softcap must be positive", (Q, K, K, N), {"softcap": torch.inf}),
     "window_alone": (ValueError, "window must be .* got 4", (Q, K, K, N), {"window": 4}),
     "float_lengths": (TypeError, "cache_lengths must be int32 or int64", (Q, K, K, N.float()), {}),
     "head_dim": (ValueError, "k_cache must have shape", (Q, K[..., :4], K, N), {}),

@@ -6,9 +6,8 @@ import re
 import pytest
 import torch
 
-from tests.kernels.test_attention import differentiable, eager, run
-from tests.support.compare import assert_like_eager
-from tests.support.covering import pairwise
+from tests.kernels.eager_attention import sequences as slices
+from tests.kernels.test_attention import run
 from tests.support.devices import DEVICE, dtype_name
 from trilith.kernels._runtime.launch import observers
 from trilith.kernels.attention import attention, varlen_attention
@@ -40,109 +39,8 @@ def call(q, k, v, lengths=(QUERIES, KEYS), **given):
     return [q, k, v, *map(starts, lengths), *(terms | scalars | band | given).values()]
 
 
-FACTORS = {
-    "band": {
-        "all": {},
-        "top_left": {"alignment": "top_left", "right": 0},
-        "bottom_right": {"right": 0},
-        "window": {"left": 9, "right": 4},
-    },
-    "bias": {
-        "none": {},
-        "bias": lambda: {"bias": randn(5, 2, 34, 33)},
-        "shared": lambda: {"bias": randn(1, 1, 40, 35)},
-        "boolean": lambda: {"bias": randn(5, 1, 34, 33) > -0.5},
-    },
-    "slopes": {
-        "none": {},
-        "by_head": lambda: {"slopes": randn(1, 2).abs() / 8},
-        "by_sequence": lambda: {"slopes": randn(5, 2).abs() / 8},
-    },
-    "sinks": {"none": {}, "sinks": lambda: {"sinks": randn(2)}},
-    "softcap": {"none": {}, "softcap": {"softcap": 1.5}},
-    "dropout": {
-        "none": {},
-        "dropout": lambda: {"p": 0.3, "seed": torch.tensor([2**35 + 3], device=DEVICE)},
-    },
-    "scale": {"default": {}, "negative": {"scale": -0.4}},
-    "shape": {
-        "plain": {},
-        "grouped": {"Hkv": 1},
-        "value_dim": {"Dv": 24, "D": 5},
-        "ones": {"D": 1},
-        "wide": {"D": 80, "Dv": 128},
-    },
-    "layout": {
-        "dense": lambda t: t,
-        "heads_outside": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-        "stride_0": lambda t: t[:, :1].expand(t.shape),
-    },
-}
-ROWS = pairwise({name: tuple(choices) for name, choices in FACTORS.items()})
-
-
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(row.values()))
-def test_pairs_of_features(row):
-    given, layout = {}, FACTORS["layout"][row["layout"]]
-    for name, choice in row.items():
-        if name == "layout":
-            continue
-        made = FACTORS[name][choice]
-        given |= made() if callable(made) else made
-    shape = {n: given.pop(n) for n in ("D", "Dv", "Hkv") if n in given}
-    args = call(*map(layout, packed(**shape)), **given)
-    judge(args)
-
-
-def judge(args):
-    q, v = args[0], args[2]
-    dout, dlse = randn(*q.shape[:2], v.shape[2]), randn(q.shape[1], q.shape[0])
-    chosen = differentiable(args)
-    double = [a.double() if i in chosen else a for i, a in enumerate(args)]
-    actual = run(OP, args, dout, dlse)
-    expected = run(OP.spec.reference, double, dout.double(), dlse.double())
-    yardstick = run(OP.spec.reference, args, dout, dlse)
-    for a, e, p in zip(actual, expected, yardstick, strict=True):
-        assert_like_eager(a, e, p)
-
-
-def test_heads_wider_than_a_chunk():
-    lengths = ((3, 0, 9), (5, 2, 8))
-    judge(call(*packed(D=260, Dv=300, lengths=lengths), lengths, right=0, sinks=randn(2)))
-
-
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=dtype_name)
-def test_16_bit(dtype):
-    args = call(*packed(dtype=dtype), right=0)
-    q = args[0]
-    dout, dlse = randn(*q.shape, dtype=dtype), randn(q.shape[1], q.shape[0])
-    double = [a.double() if i < 3 else a for i, a in enumerate(args)]
-    actual = run(OP, args, dout, dlse)
-    expected = run(OP.spec.reference, double, dout.double(), dlse.double())
-    parts = []
-    for rows, cols in sequences():
-        if rows.start == rows.stop or cols.start == cols.stop:
-            continue
-        qkv = [t[s].transpose(0, 1)[None] for t, s in zip(args, (rows, cols, cols), strict=False)]
-        band = (q.shape[2] ** -0.5, 0.0, 0.0, "bottom_right", -1, 0)
-        own = [*qkv, None, None, None, None, None, *band]
-        above = dout[rows].transpose(0, 1)[None], dlse[None, :, rows]
-        parts.append((rows, cols, eager(own, *above)))
-    yardstick = [e.to(a.dtype) for a, e in zip(actual, expected, strict=True)]
-    for rows, cols, (out, lse, *grads) in parts:
-        yardstick[1][:, rows] = lse[0]
-        for whole, part, at in zip(
-            (yardstick[0], *yardstick[2:]), (out, *grads), (rows, rows, cols, cols), strict=True
-        ):
-            whole[at] = part[0].transpose(0, 1)
-    for a, e, p in zip(actual, expected, yardstick, strict=True):
-        assert_like_eager(a, e, p)
-
-
 def sequences(lengths=(QUERIES, KEYS)):
-    begins = [starts(n).tolist() for n in lengths]
-    for (i, j), (a, b) in zip(*(zip(b, b[1:], strict=False) for b in begins), strict=True):
-        yield slice(i, j), slice(a, b)
+    return slices(*(starts(n).tolist() for n in lengths))
 
 
 @pytest.mark.parametrize("causal", [False, "top_left", "bottom_right"])
@@ -227,11 +125,14 @@ def test_a_bias_of_one_row_or_column_is_that_of_all(shape, longest):
     torch.testing.assert_close(*results)
 
 
-def test_a_bias_that_is_too_short_reads_as_zero():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
+@pytest.mark.parametrize("boolean", [False, True])
+def test_a_bias_that_is_too_short_reads_as_zero(boolean, dtype):
     lengths = ((20, 3), (20, 3))
-    q, k, v = packed(lengths=lengths)
+    q, k, v = packed(lengths=lengths, dtype=dtype)
     cu = starts(lengths[0])
-    bias = randn(1, 1, 18, 19)
+    bias = randn(1, 1, 18, 19, dtype=dtype)
+    bias = bias > 0 if boolean else bias
     whole = torch.nn.functional.pad(bias, (0, 1, 0, 2))
     assert torch.equal(
         varlen_attention(q, k, v, cu, cu, bias=bias), varlen_attention(q, k, v, cu, cu, bias=whole)
@@ -277,6 +178,26 @@ BAD_CALLS = {
         TypeError,
         "cu_seqlens_k must be int32 or int64, got torch.float32",
     ),
+    "starts_listed": (
+        lambda q, k, v: varlen_attention(q, k, v, [0, 3, 7], CU),
+        TypeError,
+        "cu_seqlens_q must be a tensor, got list",
+    ),
+    "starts_device": (
+        lambda q, k, v: varlen_attention(q, k, v, CU, CU.to("meta")),
+        ValueError,
+        "cu_seqlens_k must be on the input's device",
+    ),
+    "longest": (
+        lambda q, k, v: varlen_attention(q, k, v, CU, CU, max_seqlen_q=-1),
+        ValueError,
+        "max_seqlen_q must not be negative, got -1",
+    ),
+    "window": (
+        lambda q, k, v: varlen_attention(q, k, v, CU, CU, window=(0, -1)),
+        ValueError,
+        "window must be (left, right)",
+    ),
     "bias": (
         lambda q, k, v: varlen_attention(q, k, v, CU, CU, bias=randn(7, 7)),
         ValueError,
@@ -295,6 +216,16 @@ def test_wrong_arguments_are_named(case):
     function, error, message = BAD_CALLS[case]
     with pytest.raises(error, match=re.escape(message)):
         function(*packed(lengths=((3, 4), (3, 4))))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="would wait for the device")
+@pytest.mark.parametrize("values", [(1, 3, 7), (0, 5, 3), (0, -1, 7), (0, 3, 8)], ids=str)
+@pytest.mark.parametrize("which", ["cu_seqlens_q", "cu_seqlens_k"])
+def test_starts_that_do_not_rise_in_the_rows_are_refused_on_a_host(which, values):
+    given = {"cu_seqlens_q": CU, "cu_seqlens_k": CU, which: torch.tensor(values)}
+    message = f"{which} must rise from 0 to at most the 7 rows, got {list(values)}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        varlen_attention(*packed(lengths=((3, 4), (3, 4))), **given)
 
 
 @pytest.mark.usefixtures("poison")

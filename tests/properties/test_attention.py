@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.test_attention import eager
+from tests.kernels.eager_attention import eager
 from tests.support import strategies as draw
 from tests.support.compare import assert_fair
 from tests.support.devices import DEVICE

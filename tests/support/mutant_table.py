@@ -361,7 +361,7 @@ MUTANTS = (
         "trilith.kernels.attention.varlen",
         "None if dlse is None else dlse[None]",
         "None",
-        _VARLEN_TESTS + " -k pairs",
+        _PAIRS + " -k packed",
     ),
     Mutant(
         "varlen_diagonal_of_the_first_key",
@@ -487,7 +487,7 @@ MUTANTS = (
         _ATTENTION_TILES,
         "tl.abs(rows + diagonal - cols)",
         "tl.abs(rows - cols)",
-        _PAIRS + " -k 'bottom_right and (of_heads or of_batch)'",
+        _PAIRS + " -k 'bottom_right and (by_head or by_batch)'",
     ),
     Mutant(
         "merged_lse_left_out_of_the_gradient",
@@ -683,7 +683,7 @@ MUTANTS = (
         "trilith.kernels.attention.launchers",
         "sums.sum_to_size(slopes.shape)",
         "sums[: slopes.shape[0]]",
-        _PAIRS + " -k 'of_heads or of_batch'",
+        _PAIRS + " -k 'by_head or by_batch'",
     ),
     Mutant(
         "attention_sink_gradient_without_its_sign",
@@ -691,6 +691,13 @@ MUTANTS = (
         "return -torch.where",
         "return torch.where",
         _PAIRS + " -k sinks",
+    ),
+    Mutant(
+        "attention_causal_window_looks_ahead",
+        "trilith.kernels.attention.arguments",
+        "after if right < 0 else 0",
+        "after",
+        _ATTENTION_TESTS + " -k causal_window",
     ),
     Mutant(
         "attention_tf32_in_the_tiles_of_16_bits",

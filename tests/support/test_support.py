@@ -1,4 +1,4 @@
-"""The harness itself: comparison rules, layouts, poison, and the interpreter's bfloat16."""
+"""The harness itself: comparison rules, layouts, poison, the interpreter's bfloat16 and tf32."""
 
 import os
 import re
@@ -206,10 +206,10 @@ def _cast_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 
 @triton.jit
-def _dot_kernel(x_ptr, y_ptr, N: tl.constexpr):
+def _dot_kernel(x_ptr, y_ptr, N: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
     offs = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     x = tl.load(x_ptr + offs)
-    tl.store(y_ptr + offs, tl.dot(x, x))
+    tl.store(y_ptr + offs, tl.dot(x, x, input_precision=PRECISION))
 
 
 EDGES = [0.0, -0.0, 1.0, 1.00390625, 1.01171875, 3.4e38, -3.4e38, 1e-40, float("inf")]
@@ -242,6 +242,16 @@ class TestBfloat16:
         y = torch.empty(32, 32, device=DEVICE)
         _dot_kernel[(1,)](x, y, N=32)
         torch.testing.assert_close(y, x.float() @ x.float(), rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.skipif(not INTERPRETING, reason="hardware may cut instead of rounding")
+    def test_tf32_rounds_factors_to_10_bits_of_mantissa(self):
+        x = torch.randn(32, 32)
+        bits = x.view(torch.int32) + 0xFFF + (x.view(torch.int32) >> 13 & 1)
+        expected = (bits & ~0x1FFF).view(torch.float32).double()
+        y = torch.empty(32, 32)
+        _dot_kernel[(1,)](x, y, N=32, PRECISION="tf32")
+        torch.testing.assert_close(y.double(), expected @ expected, rtol=1e-6, atol=1e-5)
+        assert (y.double() - x.double() @ x.double()).abs().max() > 1e-4
 
 
 class TestMutants:
