@@ -267,7 +267,7 @@ def _add_norm_linear_samples(device: torch.device, dtype: torch.dtype) -> Iterat
     narrow = None if wide == dtype else dtype
     one = (randn(12, 33), randn(12), None, None)
     yield Sample(randn(7, 33), randn(7, 33), seed, randn(33), None, *one, 1e-5, 0.3, False, None)
-    pair = (randn(16, 20), randn(16), randn(13, 20), None)
+    pair = (randn(16, 20), None, randn(13, 20), randn(13))
     both = (randn(3, 4, 20).transpose(0, 1), randn(4, 3, 20))
     yield Sample(*both, None, randn(20), randn(20), *pair, 1e-3, 0.0, True, None)
     mixed = (randn(6, 24), randn(6, 24, dtype=wide), None, randn(24), None)

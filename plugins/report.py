@@ -13,8 +13,10 @@ from trilith.plugins import selection
 from trilith.plugins.conformance import (
     CHECKS,
     NUMERIC_CHECKS,
+    PER_TENSOR,
     Check,
     compare,
+    covering,
     dtypes_of_check,
     samples_of,
 )
@@ -26,10 +28,6 @@ from trilith.plugins.spec import Sample, ScoreMod
 # How many of an op's samples a check takes: always, and where an interpreter runs the kernels.
 _AT_MOST = {"regimes_in_16_bits": 1}
 _AT_MOST_INTERPRETED = _AT_MOST | {
-    "gradient_subsets": 2,
-    "input_layouts": 2,
-    "upstream_layouts": 2,
-    "offsets_beyond_32_bits": 1,
     "shards_agree": 2,
     "opcheck": 1,
     "compiles": 1,
@@ -165,6 +163,8 @@ def run_check(
     ]
     limits = _AT_MOST if device.type == "cuda" else _AT_MOST_INTERPRETED
     chosen = fit[: limits.get(check.__name__)]
+    if check in PER_TENSOR and device.type != "cuda":
+        chosen = covering(op, chosen)
     if not chosen:
         raise AssertionError(f"{op.spec.name}: {provider} supports none of the samples in {dtype}")
     if supports is not None and check.__name__.startswith("compiles"):

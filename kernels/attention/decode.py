@@ -156,12 +156,13 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
         return Sample(q, k, v, counts, **(defaults | given))
 
     table = torch.tensor([[4, 0, 2], [1, 3, -7]], dtype=torch.int32, device=device)
-    yield sample(randn(2, 4, 1, 16), randn(2, 70, 2, 16), randn(2, 70, 2, 16), [70, 33])
     yield sample(
         *(randn(2, 2, 3, 8), randn(5, 16, 1, 8), randn(5, 16, 1, 12), [41, 0]),
         table=table,
+        slopes=randn(2, 2).abs(),
         sinks=randn(2),
     )
+    yield sample(randn(2, 4, 1, 16), randn(2, 70, 2, 16), randn(2, 70, 2, 16), [70, 33])
     yield sample(
         *(randn(2, 6, 2, 16), randn(2, 40, 2, 16), randn(2, 40, 2, 16), [1, 39]),
         left=9,

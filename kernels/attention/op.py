@@ -80,14 +80,16 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
         return Sample(*tensors, **(defaults | given))
 
     seed = torch.tensor([2**40 + 7], device=device)
-    kept = torch.arange(37, device=device) < torch.tensor([[37], [20]], device=device)
+    kept = torch.arange(18, device=device) < torch.tensor([[18], [9]], device=device)
     packed = randn(1, 35, 3, 2, 16).permute(2, 0, 3, 1, 4)
-    yield sample(*qkv(2, 2, 2, 33, 37, 16, 16))
+    terms = {"bias": randn(2, 1, 3, 18), "slopes": randn(1, 2).abs(), "sinks": randn(2)}
+    drops = {"key_mask": kept, "p": 0.3, "seed": seed}
     yield sample(*packed, right=0)
+    yield sample(*qkv(2, 2, 1, 3, 18, 16, 16), **terms, **drops, scale=-0.2)
+    yield sample(*qkv(2, 2, 2, 33, 37, 16, 16))
     yield sample(
         *qkv(1, 4, 2, 5, 34, 8, 12), alignment="bottom_right", right=0, bias=randn(1, 4, 1, 34)
     )
-    yield sample(*qkv(2, 2, 1, 3, 37, 16, 16), key_mask=kept, p=0.3, seed=seed, scale=-0.2)
     yield sample(*qkv(1, 2, 2, 34, 33, 5, 3), bias=randn(1, 1, 34, 33) > 0, softcap=2.0)
     yield sample(
         *qkv(2, 2, 1, 34, 9, 16, 16), slopes=randn(1, 2).abs(), sinks=randn(2), left=3, right=2

@@ -225,11 +225,12 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
         return Sample(*tensors, *starts, **(defaults | given))
 
     seed = torch.tensor([2**40 + 7], device=device)
+    yield sample([33, 2], [20, 9], 2, 1, 8, 12, right=0)
+    terms = {"bias": randn(2, 1, 20, 18), "slopes": randn(2, 2).abs(), "sinks": randn(2)}
+    rest = {"p": 0.3, "seed": seed, "softcap": 2.0, "alignment": "top_left"}
+    yield sample([3, 18], [17, 9], 2, 1, 16, 16, **terms, **rest)
+    yield sample([1, 40], [1, 40], 2, 2, 5, 3, left=3, right=2, scale=-0.2)
     yield sample([5, 0, 34, 3], [7, 4, 33, 0], 2, 2, 16, 16)
-    yield sample([33, 2], [20, 9], 4, 2, 8, 12, right=0, p=0.3, seed=seed)
-    bias = {"bias": randn(2, 1, 20, 36), "slopes": randn(2, 2).abs()}
-    yield sample([3, 18], [35, 17], 2, 1, 16, 16, **bias, softcap=2.0, alignment="top_left")
-    yield sample([1, 40], [1, 40], 2, 2, 5, 3, sinks=randn(2), left=3, right=2, scale=-0.2)
 
 
 VARLEN_ATTENTION = Op(

@@ -40,7 +40,13 @@ from trilith.plugins.conformance.numbers import (
     unused_outputs,
 )
 from trilith.plugins.conformance.shards import shards_agree
-from trilith.plugins.conformance.support import Check, backward_arguments, floating, samples_of
+from trilith.plugins.conformance.support import (
+    Check,
+    backward_arguments,
+    covering,
+    floating,
+    samples_of,
+)
 from trilith.plugins.conformance.transforms import (
     autocast,
     checkpointing,
@@ -57,7 +63,9 @@ __all__ = [
     "CHECKS",
     "NUMERIC_CHECKS",
     "Check",
+    "PER_TENSOR",
     "backward_arguments",
+    "covering",
     "dtypes_of_check",
     "floating",
     "samples_of",
@@ -97,6 +105,10 @@ CHECKS: tuple[Check, ...] = (
     compiles,
     compiles_dynamic,
     compiles_with_inductor,
+)
+# Of one tensor after another: a few samples say as much as all.
+PER_TENSOR: frozenset[Check] = frozenset(
+    {gradient_subsets, input_layouts, upstream_layouts, offsets_beyond_32_bits, mixed_dtypes}
 )
 
 

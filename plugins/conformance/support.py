@@ -51,6 +51,21 @@ def tensors_of(args: Sequence[Any]) -> list[int]:
     return [i for i, a in enumerate(args) if isinstance(a, Tensor)]
 
 
+def covering(op: Op, samples: Sequence[Sample]) -> list[Sample]:
+    """The samples that give a tensor which none before gave: together, all that any of them gives.
+
+    Enough for what is checked of one tensor at a time, as its layouts.
+    """
+    seen: set[int] = set()
+    chosen = []
+    for sample in samples:
+        given = set(tensors_of(bound(op, sample)))
+        if not given <= seen or not chosen:
+            chosen.append(sample)
+            seen |= given
+    return chosen
+
+
 def named_check(function: Check) -> Check:
     """Names the op, the sample and the check in whatever goes wrong."""
 

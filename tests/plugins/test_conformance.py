@@ -10,7 +10,13 @@ from tests.plugins.faulty_ops import FAULTS, SOUND
 from tests.support.aot import import_kernels
 from tests.support.devices import DEVICE, DTYPES, INTERPRETING, dtype_name
 from trilith.plugins import Op, registry
-from trilith.plugins.conformance import CHECKS, dtypes_of_check, samples_of
+from trilith.plugins.conformance import (
+    CHECKS,
+    PER_TENSOR,
+    covering,
+    dtypes_of_check,
+    samples_of,
+)
 from trilith.plugins.conformance.transforms import has_cpp_compiler
 
 import_kernels()
@@ -19,14 +25,9 @@ DEVICE = torch.device(DEVICE)
 BY_NAME = {check.__name__: check for check in CHECKS}
 # How many of an op's samples a check takes: where the interpreter runs the kernels, and always.
 AT_MOST_INTERPRETED = {
-    "gradient_subsets": 2,
-    "input_layouts": 2,
-    "upstream_layouts": 2,
-    "offsets_beyond_32_bits": 1,
     "guard_bands": 4,
     "writes_are_disjoint": 4,
     "regimes": 2,
-    "mixed_dtypes": 2,
     "runs_are_bit_equal": 2,
     "backward_twice": 3,
     "autocast": 2,
@@ -74,9 +75,24 @@ def cases():
 def test_op(name, dtype, check):
     op = registry.op(name)
     chosen = samples(name, dtype)[: AT_MOST.get(check.__name__)]
+    if check in PER_TENSOR and INTERPRETING:
+        chosen = covering(op, chosen)
     assert chosen
     for sample in chosen:
         check(op, sample, DEVICE, dtype)
+
+
+@pytest.mark.parametrize("name", [n for n in registry.op_names() if n.startswith("trilith::")])
+def test_samples_give_every_tensor(name):
+    op = registry.op(name)
+    given = [
+        {i for i in op.parameters.tensors if bound[i] is not None}
+        for bound in (
+            op.parameters.bind(s.args, s.kwargs) for s in covering(op, samples(name, torch.float32))
+        )
+    ]
+    assert set().union(*given) == set(op.parameters.tensors)
+    assert all(own - set().union(*given[:i]) for i, own in enumerate(given))
 
 
 @pytest.fixture
