@@ -87,11 +87,11 @@ class TorchOps:
         if op.open_scopes and op.scope.get() != provider:
             op.check_scope(args, provider)
         own = self._with_needs(args) if self._asks_needs else args[: self._arity]
-        return as_list(op.running[provider].forward(*own))
+        return as_list(op.running[provider].forward(*own), self._spec.name, "forward")
 
     def _fake_forward(self, *args: Any) -> list[Tensor]:
         own = self._with_needs(args) if self._asks_needs else args[: self._arity]
-        return as_list((self._spec.fake or self._spec.forward)(*own))
+        return as_list((self._spec.fake or self._spec.forward)(*own), self._spec.name, "fake")
 
     def _with_needs(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """What an implementation's forward takes, if it asks which gradients will be wanted."""
@@ -102,7 +102,9 @@ class TorchOps:
         grads, context = self._backward_arguments(args)
         backward = self._op.running[args[-2]].backward
         assert backward is not None
-        results = self._needed(as_list(backward(context, *grads)), grads, context)
+        results = self._needed(
+            as_list(backward(context, *grads), self._spec.name, "backward"), grads, context
+        )
         if self._spec.fake_backward is None:
             return [g.contiguous() for g in results]
         return results
@@ -110,7 +112,11 @@ class TorchOps:
     def _fake_backward(self, *args: Any) -> list[Tensor]:
         grads, context = self._backward_arguments(args)
         given = self._spec.fake_backward
-        results = [] if given is None else as_list(given(context, *grads))
+        results = (
+            []
+            if given is None
+            else as_list(given(context, *grads), self._spec.name, "fake_backward")
+        )
         return self._needed(results, grads, context)
 
     def _backward_arguments(self, args: Sequence[Any]) -> tuple[Sequence[Any], BackwardContext]:
@@ -157,5 +163,12 @@ def are_plain(tensors: Sequence[Tensor | None]) -> bool:
     return all(map(PLAIN.__contains__, map(type, tensors)))
 
 
-def as_list(results: Any) -> list[Any]:
-    return [results] if isinstance(results, Tensor) else list(results)
+def as_list(results: Any, name: str, part: str) -> list[Any]:
+    if isinstance(results, Tensor):
+        return [results]
+    try:
+        return list(results)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}: {part} must return a tensor or a tuple of them, got {results!r}"
+        ) from error
