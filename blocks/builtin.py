@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -96,7 +97,8 @@ MODULES = (
 def _example_config(slot: str, name: str) -> LMConfig:
     """What a module is checked with."""
     small = LMConfig(vocab_size=32, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, max_len=8)
-    return replace(small, **{slot: name})
+    chosen: dict[str, Any] = {slot: name}
+    return replace(small, **chosen)
 
 
 registry.example_config = _example_config
