@@ -101,7 +101,11 @@ class TorchOps:
     def run_backward(self, *args: Any) -> list[Tensor]:
         grads, context = self._backward_arguments(args)
         backward = self._op.running[args[-2]].backward
-        assert backward is not None
+        if backward is None:
+            raise NotImplementedError(
+                f"{self._spec.name}: has no backward, and a gradient through it was asked for; "
+                "call it under torch.no_grad(), or detach its inputs"
+            )
         results = self._needed(
             as_list(backward(context, *grads), self._spec.name, "backward"), grads, context
         )

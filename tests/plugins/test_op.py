@@ -1,6 +1,7 @@
 """The machinery that makes an op of an OpSpec, on small ops that need no Triton."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -589,6 +590,20 @@ class TestRegistration:
         exec(f"def forward({parameters}) -> tuple[Tensor, ...]: ...", globals(), scope)
         with pytest.raises((TypeError, ValueError), match=rf"^test_op::op\d+: .*{message}"):
             make(RELU2, forward=scope["forward"])
+
+    @pytest.mark.parametrize("given", ["x", [1.0, 2.0], 3.0])
+    def test_what_is_no_tensor_is_named(self, make, given):
+        op = make(RELU2)
+        said = f"{op.spec.name}: x must be a tensor, got {given!r}"
+        with pytest.raises(TypeError, match=re.escape(said)):
+            op(given)
+
+    def test_a_gradient_through_an_op_without_backward_is_refused(self, make):
+        op = make(RELU2, backward=None)
+        for function in (op, torch.compile(op, fullgraph=True, backend="aot_eager")):
+            y = function(randn(3))
+            with pytest.raises(NotImplementedError, match=f"{op.spec.name}: has no backward"):
+                y.sum().backward()
 
     @pytest.mark.parametrize("part", ["forward", "backward", "fake"])
     def test_what_returns_no_tensors_is_named(self, make, part):
