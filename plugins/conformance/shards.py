@@ -43,7 +43,7 @@ def shards_agree(op: Op, sample: Sample, device: torch.device, dtype: torch.dtyp
     No process group is needed, for ranks do not communicate: each has a mesh on which it is alone.
     What a rule no longer allows once the tensors are placed is refused in a call, and passed over.
     """
-    if op.spec.sharding is None:
+    if op.spec.sharding is None or not torch.distributed.is_available():
         return
     from torch.distributed.tensor import Replicate
 
