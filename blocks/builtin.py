@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from torch import nn
 
 from trilith.blocks.alibi import Alibi
@@ -11,7 +14,7 @@ from trilith.blocks.mlp import MLP, GatedMLP
 from trilith.blocks.norms import LayerNorm, RMSNorm
 from trilith.blocks.positions import LearnedPosition, Rotary, SinusoidalPosition
 from trilith.kernels import OPS
-from trilith.plugins import ModuleSpec, Op, hookimpl
+from trilith.plugins import ModuleSpec, Op, hookimpl, registry
 
 _HIDDEN_MULTIPLE = 64
 
@@ -89,6 +92,16 @@ MODULES = (
     ModuleSpec(slot="position", name="sinusoidal", build=_sinusoidal),
     ModuleSpec(slot="position", name="alibi", build=_alibi),
 )
+
+
+def _example_config(slot: str, name: str) -> LMConfig:
+    """What a module is checked with."""
+    small = LMConfig(vocab_size=32, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, max_len=8)
+    chosen: dict[str, Any] = {slot: name}
+    return replace(small, **chosen)
+
+
+registry.example_config = _example_config
 
 
 @hookimpl

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     explain.add_argument("--dtype", default="float32")
     check = commands.add_parser("check", help="run the conformance checks")
-    check.add_argument("name", help="an op, a score mod, a namespace, a plugin or a distribution")
+    check.add_argument("name", help="an op, module, score mod, namespace, plugin or distribution")
     check.add_argument("--device", default=None)
     new = commands.add_parser("new", help="write a distribution with a layer of your own")
     new.add_argument("name", help="the namespace of its ops, say acme")
@@ -101,14 +101,19 @@ def _check(given: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "trilith.plugins", "check", given.name]
         command += [] if given.device is None else ["--device", given.device]
         return subprocess.call(command, env={**os.environ, "TRITON_INTERPRET": "1"})
-    from trilith.plugins.report import check_op, check_score_mod, named_ops, named_score_mods
+    from trilith.plugins import report
 
     manager.load()
     device = None if given.device is None else _device(given.device)
     wrong = 0
-    mods = named_score_mods(manager, given.name)
-    checked = [check_score_mod(mod, device) for mod in mods]
-    checked += [check_op(op, device) for op in named_ops(manager, given.name, required=not mods)]
+    mods = report.named_score_mods(manager, given.name)
+    modules = report.named_modules(manager, given.name)
+    ops = report.named_ops(manager, given.name, required=not (mods or modules))
+    checked = [report.check_score_mod(mod, device) for mod in mods]
+    checked += [report.check_op(op, device) for op in ops]
+    checked += [
+        report.check_module(spec, owner, device, manager.registry) for spec, owner in modules
+    ]
     for rows in checked:
         provider = ""
         for row in rows:

@@ -33,7 +33,7 @@ def autograd_function(op: Op) -> type[torch.autograd.Function]:
         def forward(ctx: Any, provider: str, is_ordinary: bool, *args: Any) -> Any:
             wanted = (ctx.needs_input_grad[2:],) if asks_needs else ()
             if is_ordinary:
-                results = as_tuple(torch_ops.start(provider, args, *wanted))
+                results = as_tuple(torch_ops.start(provider, args, *wanted), spec.name, "forward")
             else:
                 results = tuple(torch_ops.forward(*args, provider, *wanted))
             kept = [results[i] for i in saved_outputs] if saved_outputs else ()

@@ -102,13 +102,15 @@ class TorchOps:
         own, provider = args[: self._arity], args[self._arity]
         if self._op.open_scopes and self._op.scope.get() != provider:
             self._op.check_scope(own, provider)
-        return list(as_tuple(self.start(provider, own, self._needs(args))))
+        results = self.start(provider, own, self._needs(args))
+        return list(as_tuple(results, self._spec.name, "forward"))
 
     def _fake_forward(self, *args: Any) -> list[Tensor]:
         own = args[: self._arity]
         if self._asks_needs:
             own = (*own, self._needs(args) or (False,) * self._arity)
-        return list(as_tuple((self._spec.fake or self._spec.forward)(*own)))
+        results = (self._spec.fake or self._spec.forward)(*own)
+        return list(as_tuple(results, self._spec.name, "fake"))
 
     def _needs(self, args: Sequence[Any]) -> tuple[bool, ...]:
         return tuple(args[-1]) if len(args) > self._arity + 1 else ()
@@ -124,8 +126,13 @@ class TorchOps:
     ) -> list[Tensor | None]:
         """An implementation's gradients, one for each parameter, None where it is not wanted."""
         backward = self._op.running[provider].backward
-        assert backward is not None
-        found = self._wanted(as_tuple(backward(context, *grads)), grads, context)
+        if backward is None:
+            raise NotImplementedError(
+                f"{self._spec.name}: has no backward, and a gradient through it was asked for; "
+                "call it under torch.no_grad(), or detach its inputs"
+            )
+        results = as_tuple(backward(context, *grads), self._spec.name, "backward")
+        found = self._wanted(results, grads, context)
         if self._spec.fake_backward is None:
             return [None if g is None else g.contiguous() for g in found]
         return found
@@ -137,7 +144,9 @@ class TorchOps:
     def _fake_backward(self, *args: Any) -> list[Tensor]:
         grads, context = self._backward_arguments(args)
         given = self._spec.fake_backward
-        results = () if given is None else as_tuple(given(context, *grads))
+        results: Sequence[Tensor | None] = ()
+        if given is not None:
+            results = as_tuple(given(context, *grads), self._spec.name, "fake_backward")
         return [g for g in self._wanted(results, grads, context) if g is not None]
 
     def _backward_arguments(self, args: Sequence[Any]) -> tuple[Sequence[Any], BackwardContext]:
@@ -178,5 +187,12 @@ def are_plain(tensors: Sequence[Tensor | None]) -> bool:
     return all(map(PLAIN.__contains__, map(type, tensors)))
 
 
-def as_tuple(results: Any) -> tuple[Any, ...]:
-    return (results,) if isinstance(results, Tensor) else tuple(results)
+def as_tuple(results: Any, name: str, part: str) -> tuple[Any, ...]:
+    if isinstance(results, Tensor):
+        return (results,)
+    try:
+        return tuple(results)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}: {part} must return a tensor or a tuple of them, got {results!r}"
+        ) from error

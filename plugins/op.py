@@ -86,12 +86,18 @@ class Op:
         if kwargs or len(args) != self._arity:
             args = self.parameters.bind(args, kwargs)
         for i in self._tensors:
-            if type(args[i]) not in sharding.PLAIN and sharding.is_dtensor(args[i]):
+            if type(args[i]) not in sharding.PLAIN and self._is_dtensor(i, args[i]):
                 return sharding.call(self, args)
         lead = self.parameters.lead(args)
         if _autocast_is_enabled() and torch.is_autocast_enabled(lead.device.type):
             return self._call_in_autocast(lead.device.type, args)
         return self._run(self.provider(lead, args), args)
+
+    def _is_dtensor(self, position: int, value: Any) -> bool:
+        if not isinstance(value, Tensor):
+            name = self.parameters.names[position]
+            raise TypeError(f"{self.spec.name}: {name} must be a tensor, got {value!r}")
+        return sharding.is_dtensor(value)
 
     def choose(self, *args: Any) -> str | None:
         """Who would run a call with these arguments; None for the reference.
@@ -159,8 +165,8 @@ class Op:
     def _outputs(self, results: Any) -> Any:
         """Of what forward returned, without the aux tensors."""
         if self.spec.outputs == 1:
-            return as_tuple(results)[0]
-        return tuple(results[: self.spec.outputs])
+            return as_tuple(results, self.spec.name, "forward")[0]
+        return as_tuple(results, self.spec.name, "forward")[: self.spec.outputs]
 
     def __reduce__(self) -> tuple[Callable[[str], Op], tuple[str]]:
         """A copy, or a pickle read in another process, is the op of that name there."""

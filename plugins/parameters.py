@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from trilith.plugins.spec import OpSpec
 
 _NEEDS = "needs_input_grad"
+_OURS = re.compile(r"provider|kept|needs|grad_\d+")  # in the schemas beside forward's own
 
 
 class Parameters:
@@ -21,14 +23,15 @@ class Parameters:
     def __init__(self, spec: OpSpec) -> None:
         resolved = _resolved_signature(spec)
         given = [p for p in resolved.parameters.values() if p.name != _NEEDS]
+        _require_schema_of(spec.name, list(resolved.parameters.values()))
         self.signature = resolved.replace(parameters=given)
         self.asks_needs = len(given) < len(resolved.parameters)
+        self.types = [_schema_type(spec.name, p) for p in given]
         self.names = [p.name for p in given]
         self.positions = {name: i for i, name in enumerate(self.names)}
         self.tensors = tuple(i for i, p in enumerate(given) if _is_tensor(p.annotation))
         self.saved = self._saved_positions(spec)
         self.saved_outputs = _saved_outputs(spec)
-        self.types = [_schema_type(p.annotation) for p in given]
         self._name = spec.name
 
     def __len__(self) -> int:
@@ -91,9 +94,39 @@ def _saved_outputs(spec: OpSpec) -> tuple[int, ...]:
     return tuple(spec.save_outputs)
 
 
-def _schema_type(annotation: Any) -> str:
-    inferred = torch.library.infer_schema(_prototype(annotation), mutates_args=())
-    return inferred.removeprefix("(").partition(" value)")[0]
+def _require_schema_of(name: str, parameters: Sequence[inspect.Parameter]) -> None:
+    """That torch has a schema for them, and that they stay apart from what we add to it."""
+    for parameter in parameters:
+        kind = parameter.kind
+        if kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            raise TypeError(
+                f"{name}: forward's {parameter.name} must be a parameter that can be given by "
+                f"position, got a {kind.description} one"
+            )
+        if _OURS.fullmatch(parameter.name):
+            raise ValueError(
+                f"{name}: forward's {parameter.name} must have another name: the op's own "
+                f"schemas have a parameter {parameter.name}"
+            )
+        if parameter.name == _NEEDS and parameter is not parameters[-1]:
+            raise ValueError(f"{name}: {_NEEDS} must be the last of forward's parameters")
+
+
+def _schema_type(name: str, parameter: inspect.Parameter) -> str:
+    annotation = parameter.annotation
+    try:
+        inferred = torch.library.infer_schema(_prototype(annotation), mutates_args=())
+    except ValueError:
+        inferred = ""
+    found = inferred.removeprefix("(").partition(" value)")[0]
+    if not found or (found.startswith("Tensor") and not _is_tensor(annotation)):
+        lists = "; give each of several tensors a parameter, or stack them" if found else ""
+        raise TypeError(
+            f"{name}: forward's {parameter.name} must be a Tensor, int, float, bool, str, "
+            "torch.dtype or torch.device, or one of these or None, or a Sequence of numbers, got "
+            f"{annotation}{lists}"
+        )
+    return found
 
 
 def _prototype(annotation: Any) -> Callable[..., None]:
@@ -108,4 +141,4 @@ def _prototype(annotation: Any) -> Callable[..., None]:
 
 
 def _is_tensor(annotation: Any) -> bool:
-    return annotation is Tensor or Tensor in typing.get_args(annotation)
+    return annotation is Tensor or set(typing.get_args(annotation)) == {Tensor, type(None)}

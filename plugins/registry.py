@@ -36,9 +36,12 @@ class Registry:
     """Ops and modules by name, and which plugin brought each.
 
     `before_lookup` runs before anything is looked up: the plugin manager loads plugins there.
+    `example_config(slot, name)` is a small configuration that names a module: blocks say it, who
+    know what a configuration is.
     """
 
     def __init__(self) -> None:
+        self.example_config: Callable[[str, str], Any] | None = None
         self.vote: Vote | None = None
         self.before_lookup: Callable[[], None] = _nothing
         self._ops: dict[str, Op] = {}
@@ -137,6 +140,11 @@ class Registry:
                 f"got {module!r}"
             )
         return module
+
+    def modules(self) -> list[tuple[ModuleSpec, str]]:
+        """All of them, each with the plugin that brought it."""
+        self.before_lookup()
+        return [(self._modules[key], self._owners[key]) for key in sorted(self._modules)]
 
     def module_names(self, slot: str, owner: str | None = None) -> list[str]:
         self.before_lookup()

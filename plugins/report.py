@@ -20,13 +20,14 @@ from trilith.plugins.conformance import (
     dtypes_of_check,
     samples_of,
 )
+from trilith.plugins.conformance.modules import MODULE_CHECKS, ModuleCheck
 from trilith.plugins.manager import Manager
 from trilith.plugins.op import Op
 from trilith.plugins.registry import Registry, registry
-from trilith.plugins.spec import Sample, ScoreMod
+from trilith.plugins.spec import ModuleSpec, Sample, ScoreMod
 
 # How many of an op's samples a check takes: always, and where an interpreter runs the kernels.
-_AT_MOST = {"regimes_in_16_bits": 1}
+_AT_MOST = {"regimes_in_16_bits": 1, "processes_agree": 1}
 _AT_MOST_INTERPRETED = _AT_MOST | {
     "shards_agree": 2,
     "opcheck": 1,
@@ -52,6 +53,7 @@ HINTS = {
     "nothing_is_written_to": "never write to inputs, gradients or ctx.outputs; allocate",
     "backward_twice": "backward must be linear in grad, and keep no state",
     "runs_are_bit_equal": "no atomics; reduce in a fixed order",
+    "processes_agree": "nothing drawn, hashed or counted at import: take it as an argument",
     "empty_tensors": "the reference must accept empty tensors",
     "double_backward": "the reference must be differentiable twice; save all nonlinear inputs",
     "functorch_transforms": "no branching on values in the reference",
@@ -59,7 +61,7 @@ HINTS = {
     "autocast": "autocast='low' casts inputs; 'keep' leaves them",
     "checkpointing": "the same inputs must give the same bits: take seeds as arguments",
     "inference_mode": "nothing in forward may need autograd",
-    "opcheck": "schema, fake and strides must agree; inputs are not returned",
+    "opcheck": "schema, fake and strides must agree; nothing given is returned (shared_gradients)",
     "cost_is_sound": "count each input and output once, in bytes of its own dtype",
     "shards_agree": "split what stands alone; what a rank has a summand of is Partial()",
     "compiles": "no data-dependent Python in forward's fake",
@@ -67,10 +69,17 @@ HINTS = {
     "compiles_with_inductor": "fake strides must be those of the real outputs",
 }
 
+MODULE_HINTS = {
+    "shapes_are_kept": "README's table of slots says what each is called with, and must return",
+    "gradients_reach_all": "register no parameter that forward leaves out; detach nothing",
+    "builds_are_apart": "make a new module, with parameters of its own, in each build(config)",
+    "copies_agree": "no lambda, handle or lock as an attribute; state in parameters and buffers",
+}
+
 
 @dataclass(frozen=True)
 class Row:
-    """One check of one provider. `reason` is empty where it passed."""
+    """One check of one provider, or module. `reason` is empty where it passed."""
 
     op: str
     provider: str
@@ -80,7 +89,7 @@ class Row:
 
     @property
     def hint(self) -> str:
-        return HINTS.get(self.check, "") if self.reason else ""
+        return (HINTS | MODULE_HINTS).get(self.check, "") if self.reason else ""
 
 
 def default_device() -> torch.device:
@@ -96,6 +105,15 @@ def named_score_mods(manager: Manager, name: str) -> list[ScoreMod]:
             if name in {mod, mod.partition(".")[0], plugin, *plugin.split(":")}:
                 found.append(registry.score_mod(mod))
     return found
+
+
+def named_modules(manager: Manager, name: str) -> list[tuple[ModuleSpec, str]]:
+    """The modules of a name, or those of a vendor, plugin or distribution, and whose they are."""
+    return [
+        (spec, owner)
+        for spec, owner in manager.registry.modules()
+        if name in {spec.name, spec.name.partition(".")[0], owner, *owner.split(":")}
+    ]
 
 
 def named_ops(manager: Manager, name: str, required: bool = True) -> list[Op]:
@@ -194,6 +212,32 @@ def check_score_mod(
         for provider in providers_here(op, device):
             row = _row(op, provider, check, device, score_mod=mod.name)
             yield replace(row, op=mod.name)
+
+
+def check_module(
+    spec: ModuleSpec,
+    owner: str,
+    device: torch.device | None = None,
+    registry: Registry = registry,
+) -> Iterator[Row]:
+    """Every check of a module that a configuration names."""
+    device = default_device() if device is None else device
+    for check in MODULE_CHECKS:
+        reason, begun = "", time.perf_counter()
+        try:
+            run_module_check(spec, check, device, registry)
+        except AssertionError as error:
+            reason = str(error)
+        figure = f"{time.perf_counter() - begun:.1f} s"
+        yield Row(f"{spec.slot} {spec.name}", owner, check.__name__, figure, reason)
+
+
+def run_module_check(
+    spec: ModuleSpec, check: ModuleCheck, device: torch.device, registry: Registry = registry
+) -> None:
+    """AssertionError says what is wrong."""
+    assert registry.example_config is not None, "no configuration is known; load plugins first"
+    check(spec, registry.example_config(spec.slot, spec.name), device)
 
 
 def percent(share: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from keyword import iskeyword
 from pathlib import Path
 
 from trilith.plugins.hookspecs import CONTRACT, PROJECT
@@ -10,6 +11,7 @@ from trilith.plugins.hookspecs import CONTRACT, PROJECT
 _TEMPLATES = Path(__file__).parent / "skeleton"
 _SUFFIX = ".template"
 _PLACEHOLDER = "vendor"
+_TAKEN = (PROJECT, _PLACEHOLDER, "reference", "torch", "aten", "prim", "prims")
 
 
 def write(name: str, into: Path) -> Path:
@@ -19,10 +21,12 @@ def write(name: str, into: Path) -> Path:
         ValueError: the name is no namespace.
         FileExistsError: something of that name is there already.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in (PROJECT, _PLACEHOLDER):
+    if not _is_free(name):
+        plain = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+        suggestion = f"; {plain} would do" if _is_free(plain) else ""
         raise ValueError(
-            f"new: name must be lower-case letters, digits and _, and not {PROJECT!r} or "
-            f"{_PLACEHOLDER!r}, got {name!r}"
+            "new: name must be lower-case letters, digits and _, no keyword, and not one of "
+            f"{', '.join(_TAKEN)}, got {name!r}{suggestion}"
         )
     folder = into / f"{name.replace('_', '-')}-layers"
     if folder.exists():
@@ -33,6 +37,11 @@ def write(name: str, into: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(_filled(template.read_text(), name))
     return folder
+
+
+def _is_free(name: str) -> bool:
+    plain = re.fullmatch(r"[a-z][a-z0-9_]*", name)
+    return bool(plain) and name not in _TAKEN and not iskeyword(name)
 
 
 def _filled(text: str, name: str) -> str:

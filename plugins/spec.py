@@ -149,7 +149,8 @@ class OpSpec:
             that is cheaper, and return them as aux. All False where no gradient is recorded;
             backward must not rely on it.
         backward: `(ctx: BackwardContext, *grad_outputs) -> gradients`, one per parameter of forward
-            in order, None where there is none; trailing Nones may be left out.
+            in order, None where there is none; trailing Nones may be left out. None where there are
+            no gradients: one that is asked for is refused.
         reference: the meaning in plain differentiable PyTorch; same parameters, returns the outputs
             only. Computes in float64 when given float64, and on a CPU too.
         samples: `(device, dtype) -> Iterable[Sample]`, some of them odd.

@@ -8,9 +8,9 @@ A plugin author's test file is
     def test_conformance(trilith_check):
         trilith_check()
 
-which becomes one test for every check of every provider of every op that the name means: an op, or
-a namespace, plugin or distribution. `trilith_interpret = true` under [tool.pytest.ini_options] runs
-Triton's kernels in its interpreter where there is no GPU.
+which becomes one test for every check of every provider of every op that the name means, and of
+every module: one, or those of a namespace, plugin or distribution. `trilith_interpret = true` under
+[tool.pytest.ini_options] runs Triton's kernels in its interpreter where there is no GPU.
 """
 
 from __future__ import annotations
@@ -64,18 +64,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _cases(names: tuple[str, ...]) -> Iterator[Any]:
     from trilith.plugins import manager
     from trilith.plugins.conformance import CHECKS
+    from trilith.plugins.conformance.modules import MODULE_CHECKS
     from trilith.plugins.report import (
         checks_for,
         default_device,
+        named_modules,
         named_ops,
         providers_here,
         run_check,
+        run_module_check,
     )
     from trilith.plugins.selection import REFERENCE
 
     manager.load()
     device = default_device()
-    ops = {op.spec.name: op for name in names for op in named_ops(manager, name)}
+    modules = {name: [spec for spec, _ in named_modules(manager, name)] for name in names}
+    ops = {
+        op.spec.name: op
+        for name in names
+        for op in named_ops(manager, name, required=not modules[name])
+    }
     for name, op in ops.items():
         for provider in providers_here(op, device):
             if provider == REFERENCE and device.type == "cpu":
@@ -89,3 +97,7 @@ def _cases(names: tuple[str, ...]) -> Iterator[Any]:
                     run: Callable[[], Any] = partial(run_check, op, provider, check, device, dtype)
                     kind = str(dtype).removeprefix("torch.")
                     yield pytest.param(run, id=f"{name}-{provider}-{check.__name__}-{kind}")
+    for spec in dict.fromkeys(spec for found in modules.values() for spec in found):
+        for module_check in MODULE_CHECKS:
+            run = partial(run_module_check, spec, module_check, device)
+            yield pytest.param(run, id=f"{spec.slot}-{spec.name}-{module_check.__name__}")

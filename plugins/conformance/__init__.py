@@ -39,6 +39,7 @@ from trilith.plugins.conformance.numbers import (
     runs_are_bit_equal,
     unused_outputs,
 )
+from trilith.plugins.conformance.processes import processes_agree
 from trilith.plugins.conformance.shards import shards_agree
 from trilith.plugins.conformance.support import (
     Check,
@@ -92,6 +93,7 @@ CHECKS: tuple[Check, ...] = (
     nothing_is_written_to,
     backward_twice,
     runs_are_bit_equal,
+    processes_agree,
     empty_tensors,
     double_backward,
     functorch_transforms,

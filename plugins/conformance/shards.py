@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
 _RANKS = 2
-_REDUCED = {
+_REDUCED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": torch.add,
     "avg": lambda one, other: (one + other) / 2,
     "max": torch.maximum,
@@ -44,7 +43,7 @@ def shards_agree(op: Op, sample: Sample, device: torch.device, dtype: torch.dtyp
     No process group is needed, for ranks do not communicate: each has a mesh on which it is alone.
     What a rule no longer allows once the tensors are placed is refused in a call, and passed over.
     """
-    if op.spec.sharding is None:
+    if op.spec.sharding is None or not torch.distributed.is_available():
         return
     from torch.distributed.tensor import Replicate
 
@@ -95,7 +94,7 @@ def _placed(
         if not isinstance(value, Tensor) or placement is None:
             pieces = [value] * len(meshes)
         else:
-            whole = {"shape": value.shape, "stride": value.stride()}
+            whole: Any = {"shape": value.shape, "stride": value.stride()}
             locals_ = _pieces(value.detach(), placement)
             pieces = [
                 DTensor.from_local(local, mesh, [placement], run_check=False, **whole)
@@ -131,7 +130,7 @@ def _whole(what: str, shards: Sequence[DTensor]) -> Tensor:
     if placement.is_shard():
         return torch.cat(locals_, placement.dim)
     if placement.is_partial():
-        return reduce(_REDUCED[placement.reduce_op], locals_)
+        return _REDUCED[placement.reduce_op](*locals_)
     assert_bits(f"{what}: from rank to rank what is replicated", locals_[1], locals_[0])
     return locals_[0]
 

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 from trilith.plugins.conformance import CHECKS, dtypes_of_check
+from trilith.plugins.conformance.modules import MODULE_CHECKS
 from trilith.plugins.spec import HALF_AND_SINGLE
 
-# Of one op of `new`: every check in its dtypes, and a training.
-GENERATED_TESTS = sum(len(dtypes_of_check(check, HALF_AND_SINGLE)) for check in CHECKS) + 1
+# Of what `new` writes: every check of its op in its dtypes, and of its module, and a training.
+GENERATED_TESTS = sum(len(dtypes_of_check(check, HALF_AND_SINGLE)) for check in CHECKS)
+GENERATED_TESTS += len(MODULE_CHECKS) + 1
 
 
 def clean() -> dict[str, str]:

@@ -15,6 +15,7 @@ from trilith.plugins import Manager, PluginWarning, Registry, report
 from trilith.plugins import __main__ as command_line
 from trilith.plugins.__main__ import listing, main
 from trilith.plugins.conformance import CHECKS
+from trilith.plugins.conformance.modules import MODULE_CHECKS
 
 
 @pytest.fixture
@@ -98,6 +99,7 @@ def test_check_fails_with_the_check_its_hint_and_what_was_wrong(capsys, bring):
 
 def test_every_check_has_a_hint_and_no_other():
     assert set(report.HINTS) == {check.__name__ for check in CHECKS}
+    assert set(report.MODULE_HINTS) == {check.__name__ for check in MODULE_CHECKS}
     assert all(report.HINTS.values())
 
 

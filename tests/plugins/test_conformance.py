@@ -42,6 +42,7 @@ AT_MOST = {
     "compiles_dynamic": 2,
     "compiles_with_inductor": 1,
     "regimes_in_16_bits": 1,
+    "processes_agree": 1,
     **(AT_MOST_INTERPRETED if INTERPRETING else {}),
 }
 
@@ -137,4 +138,4 @@ def test_fault_is_caught(make, fault, check):
 
 def test_every_check_catches_something():
     caught = {check for _, checks in FAULTS.values() for check in checks}
-    assert caught == set(BY_NAME)
+    assert caught == set(BY_NAME) - {"processes_agree"}  # which needs a plugin: test_processes.py

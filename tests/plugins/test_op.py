@@ -1,6 +1,7 @@
 """The machinery that makes an op of an OpSpec, on small ops that need no Triton."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -564,6 +565,61 @@ class TestRegistration:
 
         with pytest.raises(TypeError, match=r"annotate every parameter.*\['scale'\]"):
             make(RELU2, forward=forward)
+
+    @pytest.mark.parametrize(
+        ("parameters", "message"),
+        [
+            (
+                "x: Tensor, *, scale: float = 2.0",
+                "scale must be .* by position, got a keyword-only",
+            ),
+            ("x: Tensor, *rest: int", "rest must be .* by position, got a variadic positional one"),
+            ("x: Tensor, **rest: int", "rest must be .* by position, got a variadic keyword one"),
+            ("x: Tensor, how: dict", "how must be a Tensor, int, .*, got <class 'dict'>$"),
+            ("x: Tensor, z: complex", "z must be a Tensor, int, .*, got <class 'complex'>$"),
+            ("x: Tensor, xs: list[Tensor]", r"xs must be .*, got list\[torch.Tensor\]; give each"),
+            ("xs: Sequence[Tensor | None]", "xs must be .*; give each of several tensors"),
+            ("x: Tensor, provider: str", "provider must have another name"),
+            ("x: Tensor, kept: int", "kept must have another name"),
+            ("x: Tensor, grad_0: Tensor", "grad_0 must have another name"),
+            ("x: Tensor, needs_input_grad: Sequence[bool], n: int", "must be the last of forward"),
+        ],
+    )
+    def test_parameters_that_no_schema_takes(self, make, parameters, message):
+        scope = {}
+        exec(f"def forward({parameters}) -> tuple[Tensor, ...]: ...", globals(), scope)
+        with pytest.raises((TypeError, ValueError), match=rf"^test_op::op\d+: .*{message}"):
+            make(RELU2, forward=scope["forward"])
+
+    @pytest.mark.parametrize("given", ["x", [1.0, 2.0], 3.0])
+    def test_what_is_no_tensor_is_named(self, make, given):
+        op = make(RELU2)
+        said = f"{op.spec.name}: x must be a tensor, got {given!r}"
+        with pytest.raises(TypeError, match=re.escape(said)):
+            op(given)
+
+    def test_a_gradient_through_an_op_without_backward_is_refused(self, make):
+        op = make(RELU2, backward=None)
+        for function in (op, torch.compile(op, fullgraph=True, backend="aot_eager")):
+            y = function(randn(3))
+            with pytest.raises(NotImplementedError, match=f"{op.spec.name}: has no backward"):
+                y.sum().backward()
+
+    @pytest.mark.parametrize("part", ["forward", "backward", "fake"])
+    def test_what_returns_no_tensors_is_named(self, make, part):
+        def returns_nothing(*args):
+            return None
+
+        def forward(x: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
+            return None
+
+        op = make(RELU2, **{part: forward if part == "forward" else returns_nothing})
+        said = f"{op.spec.name}: {part} must return a tensor or a tuple of them, got None"
+        with pytest.raises(TypeError, match=said):
+            if part == "fake":
+                with FakeTensorMode():
+                    op(torch.empty(3))
+            op(randn(3)).sum().backward()
 
     def test_no_tensor_parameter(self, make):
         def forward(scale: float) -> tuple[Tensor, ...]:

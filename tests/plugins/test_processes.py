@@ -70,6 +70,66 @@ def test_child_processes_compute_the_same(method):
     assert [name for name in NAMES if not same(found[name], expected[name])] == []
 
 
+DRAWN = """
+import random
+
+from tests.plugins.negative import SOUND, Bringing, Tensor, forward, replace
+
+FACTOR = 1 + random.random()
+
+def drawn(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return (forward(x, weight)[0] * FACTOR,)
+
+plugin = Bringing(
+    replace(
+        SOUND,
+        name="negative::drawn",
+        forward=drawn,
+        backward=lambda ctx, dy: tuple(FACTOR * g for g in SOUND.backward(ctx, dy)),
+        reference=lambda x, weight: (SOUND.reference(x, weight) * FACTOR).to(x.dtype),
+    )
+)
+"""
+CHECKED = """
+from trilith.plugins import manager, registry
+from trilith.plugins.conformance import CHECKS
+from trilith.plugins.report import run_check
+import torch
+
+manager.load()
+op, provider = registry.op("negative::drawn"), "negative"
+cpu, dtype = torch.device("cpu"), torch.float32
+for check in CHECKS:
+    if check.__name__ in ("processes_agree", "runs_are_bit_equal", "forward_matches_reference"):
+        try:
+            print(check.__name__, run_check(op, provider, check, cpu, dtype))
+        except AssertionError as error:
+            print(error)
+"""
+
+
+def test_what_an_op_drew_at_import_is_seen_in_another_process(tmp_path):
+    """Fails in no check that stays in one process."""
+    (tmp_path / "drawn.py").write_text(DRAWN)
+    installed = tmp_path / "drawn-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: drawn\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[trilith]\ndrawn = drawn:plugin\n")
+    done = subprocess.run(
+        [sys.executable, "-c", CHECKED],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    numbers, runs, processes = done.stdout.splitlines()
+    assert numbers.split()[0] == "forward_matches_reference"
+    assert runs.split()[0] == "runs_are_bit_equal"
+    assert ": processes_agree: in another process output 0: element" in processes
+
+
 WITHOUT = """
 import sys, torch
 from importlib.machinery import PathFinder

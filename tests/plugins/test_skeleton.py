@@ -59,9 +59,16 @@ def test_its_tests_pass_as_generated(generated):
     assert f"{GENERATED_TESTS} passed" in out
 
 
-@pytest.mark.parametrize("name", ["trilith", "vendor", "Acme", "a-b", "", "1a"])
-def test_a_name_that_is_no_namespace_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match="name must be lower-case"):
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("Acme", "; acme would do"),
+        ("a-b", "; a_b would do"),
+        *((name, "") for name in ("trilith", "Trilith", "vendor", "", "1a", "class", "aten")),
+    ],
+)
+def test_a_name_that_is_no_namespace_is_refused(tmp_path, name, instead):
+    with pytest.raises(ValueError, match=f"name must be lower-case .*, got '{name}'{instead}$"):
         write(name, tmp_path)
 
 
