@@ -91,8 +91,13 @@ def _results(op: Op, args: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Te
 def _child() -> subprocess.Popen[str]:
     command = [sys.executable, "-c", _SERVE]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    atexit.register(child.kill)
+    atexit.register(_end, child)
     return child
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    child.kill()
+    child.communicate()
 
 
 def _ask(question: dict[str, Any]) -> dict[str, Any] | None:
