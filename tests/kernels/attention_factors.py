@@ -51,6 +51,9 @@ DENSE_BIASES = {
 KEY_MASKS = {
     "none": None,
     "some": lambda S: torch.rand(B, S, device=DEVICE) > 0.3,
+    "padded": lambda S: torch.stack([torch.arange(S) < S // 3, torch.arange(S) >= S - 1]).to(
+        DEVICE
+    ),
     "no_key": lambda S: torch.tensor([[True], [False]], device=DEVICE).expand(B, S),
 }
 DENSE_LAYOUTS = {
