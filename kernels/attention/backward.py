@@ -313,6 +313,14 @@ def attention_bwd_dkdv_kernel(
         FLAGS[0],
         BLOCK_M,
     )
+    if key_mask_ptr is not None:
+        key_mask_ptrs = key_mask_ptr + b * key_mask_strides[0]
+        key_mask_ptrs += offs_n.to(tl.int64) * key_mask_strides[1]
+        kept = tl.load(key_mask_ptrs, mask=offs_n < S, other=0).to(tl.int32)
+        is_kept = tl.max(kept, 0) > 0
+        end = tl.where(is_kept, end, begin)
+        full_begin = tl.minimum(full_begin, end)
+        full_end = tl.minimum(full_end, end)
     for phase in tl.static_range(3):
         if phase != 0 or FLAGS[1]:
             dk, dv = _keys_loop(

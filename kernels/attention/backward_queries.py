@@ -14,8 +14,10 @@ from trilith.kernels.attention.tiles import (
     bias_extent,
     head_terms,
     kept_by_dropout,
+    kept_range,
     load_lse2,
     load_rows,
+    range_from,
     scores,
     sequence_of_tile,
     store_rows,
@@ -271,6 +273,8 @@ def attention_bwd_dq_kernel(
         tile, b, cu_q_ptr, cu_k_ptr, T, S, sequences, BLOCK_M
     )
     first_row += first_q
+    if key_mask_ptr is not None:
+        first, S = kept_range(key_mask_ptr + b * key_mask_strides[0], key_mask_strides[1], S)
     sizes = (
         T,
         S,
@@ -300,6 +304,8 @@ def attention_bwd_dq_kernel(
     begin, full_begin, full_end, end = band_range(
         start_m, tl.minimum(start_m + BLOCK_M, T), S, band[0], band[1], FLAGS[0], FLAGS[1], BLOCK_N
     )
+    if key_mask_ptr is not None:
+        begin, full_begin, full_end = range_from(first, begin, full_begin, full_end, BLOCK_N)
     for phase in tl.static_range(3):
         if phase != 0 or FLAGS[0]:
             dq, dslope = _queries_loop(

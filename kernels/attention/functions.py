@@ -62,10 +62,13 @@ def attention(
         window: (left, right), how many keys before and after the diagonal's are seen; None for
             any number.
         bias: broadcasts to (B, H, T, S). Boolean: True where the key takes part. Floating: added.
+            It is read whole and no key is passed over for it, unlike `causal` and `window`, which
+            skip what they hide.
         alibi_slopes: (H,) or (B, H).
         softcap: positive; scores become softcap * tanh(score / softcap).
         sinks: (H,), one more score per head, which takes its share of the softmax and has no value.
-        key_padding_mask: (B, S) boolean, True where the key takes part.
+        key_padding_mask: (B, S) boolean, True where the key takes part. Padding before the first
+            such key and after the last is skipped.
         dropout_p: the probability that a weight is dropped.
         scale: 1 / sqrt(D) if None.
         score_mod: "vendor.name" of a change of the scaled scores that a plugin registered.

@@ -138,6 +138,31 @@ def band_range(
 
 
 @triton.jit
+def kept_range(key_mask_ptr, stride, S):
+    """[first, end) from the first to the last key that a mask keeps; (S, 0) where it keeps none."""
+    first = tl.full((), 0, tl.int32) + S
+    end = tl.full((), 0, tl.int32)
+    for start in range(0, S, 1024):
+        cols = start + tl.arange(0, 1024)
+        kept = tl.load(key_mask_ptr + cols.to(tl.int64) * stride, mask=cols < S, other=0)
+        first = tl.minimum(first, tl.min(tl.where(kept, cols, S), 0))
+        end = tl.maximum(end, tl.max(tl.where(kept, cols + 1, 0), 0))
+    return first, end
+
+
+@triton.jit
+def range_from(first, begin, full_begin, full_end, BLOCK: tl.constexpr):
+    """The starts of a `band_range`, and its full_end, without the tiles before `first`."""
+    first = first // BLOCK * BLOCK
+    full_begin = tl.maximum(full_begin, first)
+    return (
+        tl.minimum(tl.maximum(begin, first), full_begin),
+        full_begin,
+        tl.maximum(full_end, full_begin),
+    )
+
+
+@triton.jit
 def load_rows(ptr, strides, rows, cols, M, N, CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):
     """[rows, cols] of an (M, N) matrix; zeros outside of it."""
     ptrs = ptr + rows.to(tl.int64)[:, None] * strides[2] + cols.to(tl.int64)[None, :] * strides[3]

@@ -51,6 +51,7 @@ DENSE_BIASES = {
 KEY_MASKS = {
     "none": None,
     "some": lambda S: torch.rand(B, S, device=DEVICE) > 0.3,
+    "padded": lambda S: padded(S),
     "no_key": lambda S: torch.tensor([[True], [False]], device=DEVICE).expand(B, S),
 }
 DENSE_LAYOUTS = {
@@ -104,6 +105,12 @@ PACKED = {
 
 def randn(*shape, dtype=torch.float32):
     return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def padded(S):
+    """Keys after the first third, and before the last one, take no part."""
+    keys = torch.arange(S, device=DEVICE)
+    return torch.stack([keys < S // 3, keys >= S - 1])
 
 
 def half_infinite(*shape):

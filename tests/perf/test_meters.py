@@ -12,6 +12,7 @@ from perf.meters.recompiles import compilations
 from perf.meters.saved import saved_bytes
 from perf.meters.traffic import RESIDENT_PROGRAMS, traffic
 from tests.support.devices import INTERPRETING
+from trilith.kernels import attention
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.plugins import OpSpec, Sample
@@ -185,3 +186,19 @@ def test_causal_attention_goes_through_half_of_the_tiles():
         assert share_read(kernel, 4096, -1, -1) == 1.0
         assert 0.5 < share_read(kernel, 4096, -1, 0) <= 0.55
         assert share_read(kernel, 4096, 511, 0) < 0.16
+
+
+@interpreted
+@pytest.mark.parametrize("kept", [slice(0, 30), slice(100, 128), slice(40, 60)], ids=str)
+def test_keys_before_the_first_and_after_the_last_that_is_kept_are_not_read(kept):
+    q, k, v, dout = (torch.randn(1, 1, 128, 16, requires_grad=True) for _ in range(4))
+    requested = []
+    for keys in (slice(None), kept):
+        mask = torch.zeros(1, 128, dtype=torch.bool)
+        mask[:, keys] = True
+        with traffic() as measured:
+            out = attention(q, k, v, key_padding_mask=mask)
+            torch.autograd.grad(out, (q, k, v), dout)
+        requested.append({launch.kernel: launch.requested for launch in measured.launches})
+    for kernel in ("attention_fwd_kernel", "attention_bwd_dq_kernel", "attention_bwd_dkdv_kernel"):
+        assert requested[1][kernel] < 0.6 * requested[0][kernel]

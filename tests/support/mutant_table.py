@@ -693,6 +693,20 @@ MUTANTS = (
         _PAIRS + " -k sinks",
     ),
     Mutant(
+        "attention_last_kept_keys_skipped",
+        _ATTENTION_TILES,
+        "tl.where(kept, cols + 1, 0)",
+        "tl.where(kept, cols, 0)",
+        _PAIRS + " -k 'dense and padded'",
+    ),
+    Mutant(
+        "attention_padding_not_skipped",
+        _ATTENTION_BACKWARD,
+        "end = tl.where(is_kept, end, begin)",
+        "end = tl.where(is_kept, end, end)",
+        "tests/perf/test_meters.py -k kept",
+    ),
+    Mutant(
         "attention_causal_window_looks_ahead",
         "trilith.kernels.attention.arguments",
         "after if right < 0 else 0",
