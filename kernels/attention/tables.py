@@ -2,12 +2,12 @@
 
 TABLES[architecture][dtypes][kernel, head dim] is a pair, for plain scores, and for scores with a
 bias, mask, slope, cap, modifier or dropout, which hold more registers. A bias's gradient has no
-plain scores. Each of it is
+plain scores, and decoding makes no difference. Each of it is
 
     queries, keys, the side of the loop in masked tiles, warps, stages, head dims a program owns
 
-where the last, if it is there, splits a wider head dim. `tests.support.aot` compiles them, CI a
-sample of them.
+where the last, if it is there, splits a wider head dim. Decoding has masked tiles only, and takes
+fewer queries where there are fewer. `tests.support.aot` compiles them, CI each entry once.
 """
 
 # IEEE products of float32 have no matrix instruction on NVIDIA, where all take the same tiles.
@@ -28,6 +28,10 @@ _SINGLE = {
     ("dbias", 128): (None, (16, 16, 16, 4, 1)),
     ("dbias", 256): (None, (16, 16, 16, 8, 1)),
     ("dbias", 512): (None, (16, 16, 16, 8, 1, 64)),
+    ("decode", 64): (None, (16, 32, 32, 4, 1)),
+    ("decode", 128): (None, (16, 16, 16, 8, 1)),
+    ("decode", 256): (None, (16, 16, 16, 8, 1)),
+    ("decode", 512): (None, (16, 16, 16, 8, 1)),
 }
 TABLES = {
     "sm_80": {
@@ -48,6 +52,10 @@ TABLES = {
             ("dbias", 128): (None, (64, 32, 32, 8, 2)),
             ("dbias", 256): (None, (64, 32, 32, 8, 2)),
             ("dbias", 512): (None, (16, 16, 16, 4, 1, 128)),
+            ("decode", 64): (None, (64, 64, 64, 4, 2)),
+            ("decode", 128): (None, (64, 32, 32, 4, 3)),
+            ("decode", 256): (None, (16, 32, 32, 4, 2)),
+            ("decode", 512): (None, (16, 32, 32, 8, 1)),
         },
         "single": _SINGLE,
     },
@@ -69,6 +77,10 @@ TABLES = {
             ("dbias", 128): (None, (64, 64, 64, 8, 2)),
             ("dbias", 256): (None, (64, 32, 32, 8, 2)),
             ("dbias", 512): (None, (32, 16, 16, 4, 1, 128)),
+            ("decode", 64): (None, (64, 64, 64, 4, 2)),
+            ("decode", 128): (None, (64, 32, 32, 4, 3)),
+            ("decode", 256): (None, (16, 32, 32, 4, 2)),
+            ("decode", 512): (None, (16, 32, 32, 8, 1)),
         },
         "single": _SINGLE,
     },
@@ -90,6 +102,10 @@ TABLES = {
             ("dbias", 128): (None, (64, 64, 64, 8, 2)),
             ("dbias", 256): (None, (64, 32, 32, 8, 2)),
             ("dbias", 512): (None, (32, 16, 16, 4, 1, 128)),
+            ("decode", 64): (None, (64, 64, 64, 4, 2)),
+            ("decode", 128): (None, (64, 32, 32, 4, 3)),
+            ("decode", 256): (None, (16, 32, 32, 4, 2)),
+            ("decode", 512): (None, (16, 32, 32, 8, 1)),
         },
         "single": _SINGLE,
     },
@@ -111,6 +127,10 @@ TABLES = {
             ("dbias", 128): (None, (64, 64, 64, 8, 1)),
             ("dbias", 256): (None, (16, 16, 16, 4, 1)),
             ("dbias", 512): (None, (64, 32, 32, 8, 1, 128)),
+            ("decode", 64): (None, (64, 64, 64, 4, 2)),
+            ("decode", 128): (None, (64, 32, 32, 4, 3)),
+            ("decode", 256): (None, (16, 32, 32, 4, 2)),
+            ("decode", 512): (None, (16, 32, 32, 8, 1)),
         },
         "single": {
             ("fwd", 64): ((64, 32, 32, 8, 1), (64, 32, 32, 8, 1)),
@@ -129,6 +149,10 @@ TABLES = {
             ("dbias", 128): (None, (16, 16, 16, 4, 1)),
             ("dbias", 256): (None, (16, 16, 16, 4, 1)),
             ("dbias", 512): (None, (16, 16, 16, 4, 1, 64)),
+            ("decode", 64): (None, (16, 32, 32, 4, 1)),
+            ("decode", 128): (None, (16, 16, 16, 8, 1)),
+            ("decode", 256): (None, (16, 16, 16, 8, 1)),
+            ("decode", 512): (None, (16, 16, 16, 4, 1)),
         },
     },
 }
