@@ -695,9 +695,23 @@ MUTANTS = (
     Mutant(
         "attention_tf32_in_the_tiles_of_16_bits",
         "trilith.kernels.attention.config",
-        "head_dim = min(2 * head_dim, LARGEST_HEAD_DIM)",
-        "head_dim = min(head_dim, LARGEST_HEAD_DIM)",
+        "min(2 * head_dim, LARGEST_HEAD_DIM)",
+        "min(head_dim, LARGEST_HEAD_DIM)",
         "tests/kernels/test_launch.py -k tf32",
+    ),
+    Mutant(
+        "attention_starts_its_shortest_tiles_first",
+        _ATTENTION_TILES,
+        "tile = num_tiles - 1 - tile",
+        "tile = tile + 0",
+        "tests/kernels/test_attention_order.py",
+    ),
+    Mutant(
+        "attention_starts_its_shortest_tiles_of_keys_first",
+        _ATTENTION_BACKWARD,
+        "BH // G, heads_together, False)",
+        "BH // G, heads_together, True)",
+        "tests/kernels/test_attention_order.py",
     ),
     Mutant(
         "attention_masked_tiles_across_borders",
