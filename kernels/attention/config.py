@@ -43,27 +43,27 @@ class Entry(NamedTuple):
 
     def tiles(self) -> Tiles:
         table = TABLES[self.architecture]["half" if self.dtypes == "tf32" else self.dtypes]
-        found = Tiles(*table[self.kernel, self.head_dim][self.scores == "laden"])
+        plain, laden = table[self.kernel, self.head_dim]
+        found = Tiles(*(laden if plain is None or self.scores == "laden" else plain))
         return found._replace(chunk=found.chunk // 2) if self.dtypes == "tf32" else found
 
 
 def entry_for(kernel: str, q: Tensor, precision: str, head_dim: int, is_plain: bool) -> Entry:
-    """With tf32 a row takes the bytes, and the matrix instructions, of a 16-bit row twice as long,
+    """The entry of a call, whose wider head dim is a power of two.
+
+    With tf32 a row takes the bytes, and the matrix instructions, of a 16-bit row twice as long,
     more registers: never tiles for plain scores.
     """
     arch, head_dim = architecture(q.device), max(64, head_dim)
     if q.dtype == torch.float32 and precision != "ieee":
-        return Entry(arch, "tf32", kernel, min(2 * head_dim, LARGEST_HEAD_DIM), "laden")
+        return Entry(arch, "tf32", kernel, 2 * head_dim, "laden")
     dtypes = "single" if q.dtype == torch.float32 else "half"
     has_plain = TABLES[arch][dtypes][kernel, head_dim][0] is not None
     return Entry(arch, dtypes, kernel, head_dim, "plain" if is_plain and has_plain else "laden")
 
 
 def tiles_for(kernel: str, q: Tensor, precision: str, head_dim: int, is_plain: bool) -> Tiles:
-    """The tiles of `kernel` (fwd, dkdv, dq, dbias, decode) for q's device and dtype.
-
-    `head_dim` is the wider of both, a power of two.
-    """
+    """The tiles of `kernel` (fwd, dkdv, dq, dbias, decode) for q's device and dtype."""
     if INTERPRETING and q.device.type == "cpu":
         return _INTERPRETED
     return entry_for(kernel, q, precision, head_dim, is_plain).tiles()

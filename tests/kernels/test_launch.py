@@ -92,9 +92,11 @@ def powers_of_two(numbers):
 def test_attentions_tiles_fit_each_other(arch, dtypes):
     """Masked tiles divide the loop's, so that bounds on one's borders are on the other's."""
     entries = TABLES[arch][dtypes]
-    assert {d for _, d in entries} == {64, 128, 256, 512} and len(entries) == 20
-    for (kernel, _), pair in entries.items():
-        assert (pair[0] is None) == (kernel in ("dbias", "decode"))
+    wider = {1024} if dtypes == "half" else set()
+    assert {d for _, d in entries} == {64, 128, 256, 512} | wider
+    assert len(entries) == 20 + 4 * len(wider)
+    for (kernel, head_dim), pair in entries.items():
+        assert (pair[0] is None) == (kernel in ("dbias", "decode") or head_dim in wider)
         for tiles in (config.Tiles(*numbers) for numbers in pair if numbers):
             loop = tiles.block_m if kernel == "dkdv" else tiles.block_n
             assert loop % tiles.block_masked == 0 or kernel == "dbias"
@@ -119,7 +121,7 @@ def test_decodings_tiles_are_the_tables_and_of_queries_no_more_than_there_are(
 def test_tf32_takes_the_tiles_of_16_bit_rows_twice_as_long(monkeypatch, kernel):
     monkeypatch.setattr(config, "INTERPRETING", False)
     single, half = (torch.empty(1, 1, 4, 64, dtype=d) for d in (torch.float32, torch.float16))
-    for d in (64, 128, 256):
+    for d in (64, 128, 256, 512):
         found = config.tiles_for(kernel, single, "tf32", d, True)
         expected = config.tiles_for(kernel, half, "ieee", 2 * d, False)
         assert found == expected._replace(chunk=expected.chunk // 2)

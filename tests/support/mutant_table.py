@@ -695,8 +695,8 @@ MUTANTS = (
     Mutant(
         "attention_tf32_in_the_tiles_of_16_bits",
         "trilith.kernels.attention.config",
-        "min(2 * head_dim, LARGEST_HEAD_DIM)",
-        "min(head_dim, LARGEST_HEAD_DIM)",
+        "2 * head_dim",
+        "head_dim",
         "tests/kernels/test_launch.py -k tf32",
     ),
     Mutant(
@@ -723,8 +723,8 @@ MUTANTS = (
     Mutant(
         "attention_first_chunk_of_wide_heads_again",
         _ATTENTION_TILES,
-        "cols = chunk * BLOCK + tl.arange(0, BLOCK)",
-        "cols = (chunk - 1) * BLOCK + tl.arange(0, BLOCK)",
+        "first = tl.full((), chunk * BLOCK, tl.int64)",
+        "first = tl.full((), (chunk - 1) * BLOCK, tl.int64)",
         _ATTENTION_TESTS + " -k head_dims",
     ),
     Mutant(
