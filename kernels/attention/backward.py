@@ -146,7 +146,9 @@ def _keys_loop(
             D,
             BLOCK_D,
             CHUNKS[0],
+            PAD_D,
             PRECISION,
+            MASKED,
         )
         x, slope_of_cap = scores(
             dots,
@@ -179,7 +181,9 @@ def _keys_loop(
             DV,
             BLOCK_DV,
             CHUNKS[1],
+            PAD_DV,
             PRECISION,
+            MASKED,
         )
         if seed_ptr is not None:
             kept = kept_by_dropout(
@@ -191,9 +195,11 @@ def _keys_loop(
         else:
             p_kept = p
         if CHUNKS[0] * CHUNKS[1] > 1:
-            q = load_rows(head_q_ptr, q_strides, offs_m, own * BLOCK_D + offs_d, T, D, True, True)
+            UNLIKE: tl.constexpr = CHUNKS[0] != CHUNKS[1]
+            own_d, own_dv = own * BLOCK_D + offs_d, own * BLOCK_DV + offs_dv
+            q = load_rows(head_q_ptr, q_strides, offs_m, own_d, T, D, MASKED, PAD_D or UNLIKE)
             dout = load_rows(
-                head_dout_ptr, dout_strides, offs_m, own * BLOCK_DV + offs_dv, T, DV, True, True
+                head_dout_ptr, dout_strides, offs_m, own_dv, T, DV, MASKED, PAD_DV or UNLIKE
             )
         dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
         if MASKED:

@@ -142,6 +142,8 @@ def attention_bwd_dbias_kernel(
             BLOCK_N,
             BLOCK_D,
             BLOCK_DV,
+            PAD_D,
+            PAD_DV,
             FLAGS,
             CHUNKS,
             PRECISION,

@@ -50,6 +50,8 @@ def score_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PAD_D: tl.constexpr,
+    PAD_DV: tl.constexpr,
     FLAGS: tl.constexpr,
     CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -77,7 +79,9 @@ def score_gradient(
         D,
         BLOCK_D,
         CHUNKS[0],
+        PAD_D,
         PRECISION,
+        MASKED,
     )
     x, slope_of_cap = scores(
         dots,
@@ -109,7 +113,9 @@ def score_gradient(
         DV,
         BLOCK_DV,
         CHUNKS[1],
+        PAD_DV,
         PRECISION,
+        MASKED,
     )
     if seed_ptr is not None:
         kept = kept_by_dropout(seed_ptr, row_offset, offs_m, start_n, sizes[4], scalars[2], BLOCK_N)
@@ -182,6 +188,8 @@ def _queries_loop(
             BLOCK_N,
             BLOCK_D,
             BLOCK_DV,
+            PAD_D,
+            PAD_DV,
             FLAGS,
             CHUNKS,
             PRECISION,
@@ -191,7 +199,7 @@ def _queries_loop(
         )
         if CHUNKS[0] > 1:
             own = tl.program_id(1) * BLOCK_D + offs_d
-            k = load_rows(pointers[1], strides[1], offs_n, own, S, D, True, True)
+            k = load_rows(pointers[1], strides[1], offs_n, own, S, D, MASKED, PAD_D)
         dq = tl.dot((ds * slope_of_cap).to(k.dtype), k, dq, input_precision=PRECISION)
         if WANTS_DSLOPE:
             distance = tl.abs(offs_m[:, None] + band[2] - offs_n[None, :])

@@ -32,24 +32,41 @@ _INTERPRETED = Tiles(32, 32, 16, 4, 1, 128)
 _CACHE_BYTES = 24 << 20
 
 
-def tiles_for(kernel: str, q: Tensor, precision: str, head_dim: int, is_plain: bool) -> Tiles:
-    """The tiles of `kernel` (fwd, dkdv, dq, dbias) for q's device and dtype.
+class Entry(NamedTuple):
+    """Where a call's tiles are in the tables. tf32 takes those of 16 bits, with half the chunk."""
 
-    `head_dim` is the wider of both, a power of two. With tf32 a row takes the bytes, and the matrix
-    instructions, of a 16-bit row twice as long, more registers: never tiles for plain scores.
+    architecture: str
+    dtypes: str  # half, single, tf32
+    kernel: str
+    head_dim: int
+    scores: str  # plain, laden
+
+    def tiles(self) -> Tiles:
+        table = TABLES[self.architecture]["half" if self.dtypes == "tf32" else self.dtypes]
+        plain, laden = table[self.kernel, self.head_dim]
+        found = Tiles(*(laden if plain is None or self.scores == "laden" else plain))
+        return found._replace(chunk=found.chunk // 2) if self.dtypes == "tf32" else found
+
+
+def entry_for(kernel: str, q: Tensor, precision: str, head_dim: int, is_plain: bool) -> Entry:
+    """The entry of a call, whose wider head dim is a power of two.
+
+    With tf32 a row takes the bytes, and the matrix instructions, of a 16-bit row twice as long,
+    more registers: never tiles for plain scores.
     """
+    arch, head_dim = architecture(q.device), max(64, head_dim)
+    if q.dtype == torch.float32 and precision != "ieee":
+        return Entry(arch, "tf32", kernel, 2 * head_dim, "laden")
+    dtypes = "single" if q.dtype == torch.float32 else "half"
+    has_plain = TABLES[arch][dtypes][kernel, head_dim][0] is not None
+    return Entry(arch, dtypes, kernel, head_dim, "plain" if is_plain and has_plain else "laden")
+
+
+def tiles_for(kernel: str, q: Tensor, precision: str, head_dim: int, is_plain: bool) -> Tiles:
+    """The tiles of `kernel` (fwd, dkdv, dq, dbias, decode) for q's device and dtype."""
     if INTERPRETING and q.device.type == "cpu":
         return _INTERPRETED
-    head_dim = max(64, head_dim)
-    is_single = q.dtype == torch.float32 and precision == "ieee"
-    is_tf32 = q.dtype == torch.float32 and not is_single
-    if is_tf32:
-        head_dim = min(2 * head_dim, LARGEST_HEAD_DIM)
-    table = TABLES[architecture(q.device)]["single" if is_single else "half"]
-    plain, laden = table[kernel, head_dim]
-    is_plain &= not is_tf32
-    tiles = Tiles(*(plain if is_plain and plain is not None else laden))
-    return tiles._replace(chunk=tiles.chunk // 2) if is_tf32 else tiles
+    return entry_for(kernel, q, precision, head_dim, is_plain).tiles()
 
 
 def heads_together(first: Tensor, second: Tensor, group: int = 1) -> int:

@@ -26,12 +26,13 @@ from trilith.kernels._runtime.checks import (
     require_shape,
     require_tensors,
 )
-from trilith.kernels._runtime.device import architecture, multiprocessors
+from trilith.kernels._runtime.device import multiprocessors
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 from trilith.kernels.attention import sharding
 from trilith.kernels.attention.arguments import known_softcap, sides
+from trilith.kernels.attention.config import LARGEST_HEAD_DIM, tiles_for
 from trilith.kernels.attention.decode_kernel import attention_decode_kernel
 from trilith.kernels.attention.decode_reference import (
     decode_reference,
@@ -41,28 +42,20 @@ from trilith.kernels.attention.decode_reference import (
 )
 from trilith.kernels.attention.merge import merge_partials
 from trilith.plugins import Cost, Op, OpSpec, Sample
-from trilith.plugins.spec import INTERPRETING
 
 _NAME = "decode_attention"
-# (keys a step, warps, stages) by the head dim's class
-_HALF = {64: (64, 4, 2), 128: (32, 4, 3), 256: (32, 4, 2), 512: (32, 8, 1)}
-_SINGLE = {64: (32, 4, 1), 128: (16, 8, 1), 256: (16, 8, 1), 512: (16, 8, 1)}
-_SINGLE_GFX942 = {**_SINGLE, 512: (16, 4, 1)}
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 _STEPS_PER_SPLIT, _MOST_SPLITS = 2, 128
 
 
-def _tiles(q: Tensor, block_d: int, block_dv: int, rows: int) -> dict[str, int]:
-    block_m = min(max(16, next_power_of_2(rows)), 64)
-    if INTERPRETING and q.device.type == "cpu":
-        block_n, warps, stages = 16, 4, 1
-    else:
-        single = _SINGLE_GFX942 if architecture(q.device) == "gfx942" else _SINGLE
-        table = single if q.dtype == torch.float32 else _HALF
-        block_n, warps, stages = table[max(64, block_d, block_dv)]
-        if q.dtype == torch.float32 or max(block_d, block_dv) > 128:
-            block_m = min(block_m, 16)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+def _tiles(q: Tensor, head_dim: int, rows: int) -> dict[str, int]:
+    tiles = tiles_for("decode", q, "ieee", head_dim, False)
+    return {
+        "BLOCK_M": min(max(16, next_power_of_2(rows)), tiles.block_m),
+        "BLOCK_N": tiles.block_masked,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
 
 
 def _splits(device: torch.device, programs: int, capacity: int, block_n: int) -> int:
@@ -94,7 +87,7 @@ def _decode_fwd(
     capacity = L if table is None else L * table.shape[1]
     block_d, block_dv = _padded(D), _padded(DV)
     blocks = {"BLOCK_D": block_d, "BLOCK_DV": block_dv}
-    tiles = _tiles(q, block_d, block_dv, H // Hkv * T)
+    tiles = _tiles(q, max(block_d, block_dv), H // Hkv * T)
     programs = B * Hkv * cdiv(H // Hkv * T, tiles["BLOCK_M"])
     splits = _splits(q.device, programs, capacity, tiles["BLOCK_N"])
     out, lse = _decode_out(q, k, v)
@@ -270,9 +263,9 @@ def decode_attention(
 
 
 def _require_head_dim(largest: int) -> None:
-    if largest > max(_HALF):
+    if largest > LARGEST_HEAD_DIM:
         raise NotImplementedError(
-            f"{_NAME}: there are kernels for head dims up to {max(_HALF)}, got {largest}"
+            f"{_NAME}: there are kernels for head dims up to {LARGEST_HEAD_DIM}, got {largest}"
         )
 
 

@@ -107,7 +107,9 @@ def _forward_loop(
             D,
             BLOCK_D,
             CHUNKS[0],
+            PAD_D,
             PRECISION,
+            MASKED,
         )
         if PLAIN:
             m_new = tl.maximum(m, tl.max(dots, 1) * (scalars[0] * LOG2E))

@@ -197,16 +197,22 @@ def add_products(
     N,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """dots + a b^T over the columns after the first BLOCK, of N, in chunks.
 
-    All programs that make the same scores add the chunks in this one order.
+    All programs that make the same scores add the chunks in this one order. The chunks differ in
+    where they begin, a scalar, so that they share the registers of their offsets.
     """
+    cols = tl.arange(0, BLOCK)
     for chunk in tl.static_range(1, CHUNKS):
-        cols = chunk * BLOCK + tl.arange(0, BLOCK)
-        a = load_rows(a_ptr, a_strides, a_rows, cols, a_limit, N, True, True)
-        b = load_rows(b_ptr, b_strides, b_rows, cols, b_limit, N, True, True)
+        first = tl.full((), chunk * BLOCK, tl.int64)
+        rest = N - chunk * BLOCK
+        a_chunk, b_chunk = a_ptr + first * a_strides[3], b_ptr + first * b_strides[3]
+        a = load_rows(a_chunk, a_strides, a_rows, cols, a_limit, rest, True, PAD)
+        b = load_rows(b_chunk, b_strides, b_rows, cols, b_limit, rest, MASKED, PAD)
         dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION)
     return dots
 

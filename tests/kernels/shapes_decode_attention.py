@@ -29,5 +29,5 @@ def cases():
         yield name, sample(dtype, 128, paged=True)
         yield name, sample(dtype, 128, queries=16, paged=True, left=4096, softcap=30.0)
     slopes, sinks = torch.empty(1, 32), torch.empty(32)
-    yield name, sample(torch.float16, 64, queries=8, slopes=slopes, sinks=sinks)
+    yield name, sample(torch.float16, 64, queries=16, slopes=slopes, sinks=sinks)
     yield name, sample(torch.float16, 80, key_heads=32)

@@ -102,6 +102,13 @@ def test_head_dims(D, Dv):
     check(call(*qkv(33, 34, D, Dv, B=1, Hkv=1, dtype=dtype), right=0))
 
 
+@pytest.mark.parametrize(("D", "Dv"), WIDE)
+def test_wide_head_dims_with_a_bias(D, Dv):
+    q, k, v = qkv(33, 34, D, Dv, B=1)
+    seed = torch.tensor([12345], device=DEVICE)
+    check(call(q, k, v, bias=randn(1, 2, 33, 34), p=0.3, seed=seed, left=20, right=0))
+
+
 def test_tf32_is_float32s_by_choice():
     asked = []
     observers.append(lambda kernel, grid, args, options: asked.append(options.get("PRECISION")))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.devices import DTYPES
+from tests.support.devices import DTYPES, dtype_name
 from trilith.kernels._runtime import device, launch
-from trilith.kernels.attention import config
+from trilith.kernels._runtime.sizes import next_power_of_2
+from trilith.kernels.attention import config, decode
 from trilith.kernels.attention.launchers import AttentionCall
 from trilith.kernels.attention.tables import TABLES
 from trilith.plugins import manager, registry
@@ -91,20 +92,36 @@ def powers_of_two(numbers):
 def test_attentions_tiles_fit_each_other(arch, dtypes):
     """Masked tiles divide the loop's, so that bounds on one's borders are on the other's."""
     entries = TABLES[arch][dtypes]
-    assert {d for _, d in entries} == {64, 128, 256, 512} and len(entries) == 16
-    for (kernel, _), pair in entries.items():
-        assert (pair[0] is None) == (kernel == "dbias")
+    wider = {1024} if dtypes == "half" else set()
+    assert {d for _, d in entries} == {64, 128, 256, 512} | wider
+    assert len(entries) == 20 + 4 * len(wider)
+    for (kernel, head_dim), pair in entries.items():
+        assert (pair[0] is None) == (kernel in ("dbias", "decode") or head_dim in wider)
         for tiles in (config.Tiles(*numbers) for numbers in pair if numbers):
             loop = tiles.block_m if kernel == "dkdv" else tiles.block_n
             assert loop % tiles.block_masked == 0 or kernel == "dbias"
             assert powers_of_two((*tiles[:4], tiles.chunk)) and 1 <= tiles.num_stages <= 4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_name)
+@pytest.mark.parametrize("rows", [1, 24, 100])
+def test_decodings_tiles_are_the_tables_and_of_queries_no_more_than_there_are(
+    monkeypatch, rows, dtype
+):
+    monkeypatch.setattr(config, "INTERPRETING", False)
+    q = torch.empty(1, 1, rows, 64, dtype=dtype)
+    for d in (64, 128, 256, 512):
+        tiles = config.tiles_for("decode", q, "ieee", d, False)
+        found = decode._tiles(q, d, rows)
+        assert found["BLOCK_M"] == min(max(16, next_power_of_2(rows)), tiles.block_m)
+        assert (found["BLOCK_N"], found["num_warps"]) == (tiles.block_n, tiles.num_warps)
+
+
 @pytest.mark.parametrize("kernel", ["fwd", "dkdv", "dq", "dbias"])
 def test_tf32_takes_the_tiles_of_16_bit_rows_twice_as_long(monkeypatch, kernel):
     monkeypatch.setattr(config, "INTERPRETING", False)
     single, half = (torch.empty(1, 1, 4, 64, dtype=d) for d in (torch.float32, torch.float16))
-    for d in (64, 128, 256):
+    for d in (64, 128, 256, 512):
         found = config.tiles_for(kernel, single, "tf32", d, True)
         expected = config.tiles_for(kernel, half, "ieee", 2 * d, False)
         assert found == expected._replace(chunk=expected.chunk // 2)

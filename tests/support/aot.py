@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.support.entries import Entry, entry_name, looked_up
+
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -46,8 +48,9 @@ SHARED_LIMIT = {
 }
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 MMA = {"sm_80": r"HMMA", "sm_90": r"HGMMA", "sm_100": r"UTC\w*MMA", "gfx942": r"v_mfma\w*"}
-# Launches that CI compiles, and the baseline has, of each kernel with dots and of each without: the
-# latter's code hardly depends on the architecture. The command above compiles all.
+# Launches that CI compiles, and the baseline has, beside one of each entry of attention's tables:
+# so many of each kernel with dots, and of each without, whose code hardly depends on the
+# architecture. The command above compiles all.
 SAMPLED = {"sm_80": (6, 2), "sm_90": (12, 6), "sm_100": (6, 2), "gfx942": (6, 2)}
 KERNEL_TESTS = Path(__file__).parents[1] / "kernels"
 
@@ -77,6 +80,7 @@ class Launch:
     args: tuple[Any, ...]
     options: dict[str, Any]
     arch: str
+    entry: Entry | None = None  # of attention's tables
 
 
 @dataclass
@@ -88,6 +92,7 @@ class Report:
     kernel: str
     arch: str
     variant: str = ""
+    entry: str = ""
     registers: int = 0
     spilled: int = 0
     spill_instructions: int = 0
@@ -150,19 +155,22 @@ def captured(arch: str, name: str = "", source: str = "") -> tuple[list[Launch],
     found: dict[Any, Launch] = {}
     failures: list[Report] = []
     op_name, sample = "", None
+    entries: list[Entry] = []
 
     def observe(kernel: Any, grid: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        entry = entries.pop() if entries else None
         if name not in kernel.__name__ and name not in op_name:
             return
         args = tuple(_stand_in(a) for a in args)
         key = (kernel.__name__, kernel.__module__, _specialised(kernel, args, options))
-        found.setdefault(key, Launch(op_name, repr(sample), kernel, args, dict(options), arch))
+        one = Launch(op_name, repr(sample), kernel, args, dict(options), arch, entry)
+        found.setdefault(key, one)
 
     assume_target(arch)
     device._INTERPRETED_MULTIPROCESSORS = MULTIPROCESSORS[arch]
     launch.observers.append(observe)
     try:
-        with FakeTensorMode(), device.assume_architecture(arch):
+        with FakeTensorMode(), device.assume_architecture(arch), looked_up(entries):
             for op_name, sample in cases(source):
                 try:
                     _run(registry.op(op_name), sample)
@@ -223,6 +231,7 @@ def examine(launch: Launch) -> Report:
     start = time.perf_counter()
     assume_target(launch.arch)
     report = Report(launch.op, launch.sample, launch.kernel.__name__, launch.arch, _variant(launch))
+    report.entry = entry_name(launch.entry) if launch.entry else ""
     try:
         with contextlib.redirect_stderr(sys.stdout):
             compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
@@ -251,9 +260,8 @@ def _variant(launch: Launch) -> str:
 
 
 def _needs_mma(ttir: str) -> bool:
-    """Whether a 16-bit dot is large enough for the architecture's widest MMA: M of 64 or more."""
-    shapes = re.findall(r"tt\.dot .*?: tensor<(\d+)x\d+xb?f16> \* ", ttir)
-    return any(int(rows) >= 64 for rows in shapes)
+    """Whether there are products of 16-bit matrices."""
+    return re.search(r"tt\.dot .*?: tensor<\d+x\d+xb?f16> \* ", ttir) is not None
 
 
 def _tool(name: str) -> str:
@@ -352,19 +360,32 @@ def _examine_at(index: int) -> Report:
 
 
 def thinned(launches: list[Launch], most: Sequence[int]) -> list[Launch]:
-    """At most so many launches of each kernel: the largest tile per warp, then evenly smaller.
+    """The most laden launch of each entry of attention's tables, and so many of other kernels.
 
-    A second number is for kernels without dots.
+    Of these the largest tile per warp, then evenly smaller; a second number is for kernels without
+    dots.
     """
+    of_entry: dict[Entry, Launch] = {}
     by_kernel: dict[str, list[Launch]] = collections.defaultdict(list)
     for launch in launches:
-        by_kernel[launch.kernel.__name__].append(launch)
-    kept = []
+        if launch.entry is None:
+            by_kernel[launch.kernel.__name__].append(launch)
+        else:
+            of_entry[launch.entry] = max(of_entry.get(launch.entry, launch), launch, key=_burden)
+    kept = list(of_entry.values())
     for own in by_kernel.values():
         own.sort(key=_elements_per_warp, reverse=True)
         count = min(most[0] if _has_dots(own[0].kernel) else most[-1], len(own))
         kept.extend(own[i * len(own) // count] for i in range(count))
     return kept
+
+
+def _burden(launch: Launch) -> tuple[float, int, int, int]:
+    pointers = sum(isinstance(a, Pointer) for a in launch.args)
+    flags = [v for v in launch.options.values() if isinstance(v, bool)]
+    flags += launch.options.get("FLAGS", ())
+    chunks = sum(launch.options.get("CHUNKS", ()))
+    return _elements_per_warp(launch), chunks, pointers, sum(flags)
 
 
 def _has_dots(kernel: Any) -> bool:

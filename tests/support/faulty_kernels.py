@@ -55,7 +55,7 @@ def _forward(x: Tensor, kernel: str) -> tuple[Tensor, ...]:
     elif kernel == "sharing":
         launch(sharing_kernel, (1,), x, y, BLOCK=128, num_warps=8, num_stages=8)
     elif kernel == "unfit_dot":
-        launch(unfit_dot_kernel, (1,), x, y, BLOCK=64, num_warps=2)
+        launch(unfit_dot_kernel, (1,), x, y, BLOCK=32, num_warps=4)
     elif kernel == "broken":
         launch(broken_kernel, (1,), x, BLOCK=64)
     else:

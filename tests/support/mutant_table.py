@@ -716,9 +716,23 @@ MUTANTS = (
     Mutant(
         "attention_tf32_in_the_tiles_of_16_bits",
         "trilith.kernels.attention.config",
-        "head_dim = min(2 * head_dim, LARGEST_HEAD_DIM)",
-        "head_dim = min(head_dim, LARGEST_HEAD_DIM)",
+        "2 * head_dim",
+        "head_dim",
         "tests/kernels/test_launch.py -k tf32",
+    ),
+    Mutant(
+        "attention_starts_its_shortest_tiles_first",
+        _ATTENTION_TILES,
+        "tile = num_tiles - 1 - tile",
+        "tile = tile + 0",
+        "tests/kernels/test_attention_order.py",
+    ),
+    Mutant(
+        "attention_starts_its_shortest_tiles_of_keys_first",
+        _ATTENTION_BACKWARD,
+        "BH // G, heads_together, False)",
+        "BH // G, heads_together, True)",
+        "tests/kernels/test_attention_order.py",
     ),
     Mutant(
         "attention_masked_tiles_across_borders",
@@ -730,8 +744,8 @@ MUTANTS = (
     Mutant(
         "attention_first_chunk_of_wide_heads_again",
         _ATTENTION_TILES,
-        "cols = chunk * BLOCK + tl.arange(0, BLOCK)",
-        "cols = (chunk - 1) * BLOCK + tl.arange(0, BLOCK)",
+        "first = tl.full((), chunk * BLOCK, tl.int64)",
+        "first = tl.full((), (chunk - 1) * BLOCK, tl.int64)",
         _ATTENTION_TESTS + " -k head_dims",
     ),
     Mutant(

@@ -1,8 +1,4 @@
-"""Head dims above 256, biases, tf32 and a score mod, for `tests.support.aot --cases`.
-
-Attention's rarer tiles; not among the shapes that every survey samples, whose choice they would
-change.
-"""
+"""Head dims above 256, biases, tf32 and a score mod: attention's rarer tiles, for the survey."""
 
 import torch
 
@@ -40,7 +36,8 @@ def cases():
         yield name, sample(dtype, 512, bias=additive(dtype), left=512, right=0, softcap=30.0)
         for d in (64, 256):
             yield name, sample(dtype, d, bias=additive(dtype))
-    for d in (64, 128, 256):
-        yield name, sample(torch.float32, d, right=0, precision="tf32")
+    for d in (64, 128, 256, 512):
+        rounded = {"bias": additive(torch.float32), "precision": "tf32"}
+        yield name, sample(torch.float32, d, right=0, **rounded)
     yield name, sample(torch.bfloat16, 128, right=0, score_mod=MOD.name)
     yield VARLEN_ATTENTION.spec.name, packed(torch.bfloat16, 320, right=0)
