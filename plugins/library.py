@@ -116,7 +116,7 @@ class TorchOps:
         return tuple(args[-1]) if len(args) > self._arity + 1 else ()
 
     def context(
-        self, inputs: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool]
+        self, inputs: Sequence[Any], kept: tuple[Tensor, ...], needs: Sequence[bool]
     ) -> BackwardContext:
         split = len(self._parameters.saved_outputs)
         return BackwardContext(tuple(inputs), kept[:split], kept[split:], tuple(needs))

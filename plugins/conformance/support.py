@@ -57,7 +57,7 @@ def covering(op: Op, samples: Sequence[Sample]) -> list[Sample]:
     Enough for what is checked of one tensor at a time, as its layouts.
     """
     seen: set[int] = set()
-    chosen = []
+    chosen: list[Sample] = []
     for sample in samples:
         given = set(tensors_of(bound(op, sample)))
         if not given <= seen or not chosen:
