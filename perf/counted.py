@@ -264,8 +264,10 @@ def count_peers() -> Figures:
 def op_table(figures: Figures) -> str:
     kinds = ("bytes / minimal", "requests / minimal", "launches")
     columns = [f"{direction} {kind}" for kind in kinds for direction in ("forward", "backward")]
-    none = float("nan")
-    rows = [[w.name, *(f"{figures[w.name].get(c, none):g}" for c in columns)] for w in OPS]
+    rows = []
+    for name in (w.name for w in OPS):
+        found = [figures[name].get(column) for column in columns]
+        rows.append([name, *("—" if figure is None else f"{figure:g}" for figure in found)])
     return gate.markdown(["op, bf16", *columns], rows)
 
 
