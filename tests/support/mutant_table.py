@@ -618,8 +618,8 @@ MUTANTS = (
     Mutant(
         "needed_gradients_shifted_by_one",
         _AUTOGRAD,
-        "needs = ctx.needs_input_grad[1:]",
-        "needs = (*ctx.needs_input_grad[2:], False)",
+        "needs = ctx.needs_input_grad[2:]",
+        "needs = (*ctx.needs_input_grad[3:], False)",
         _OP_TESTS,
     ),
     Mutant(
