@@ -81,17 +81,17 @@ class Op:
         return f"<op {self.spec.name}{self.signature}>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs and self._is_ordinary(args):
-            return self._run_ordinary(args)
         if kwargs or len(args) != self._arity:
             args = self.parameters.bind(args, kwargs)
+        if self._is_ordinary(args):
+            return self._run_ordinary(args)
         for i in self._tensors:
             if type(args[i]) not in sharding.PLAIN and self._is_dtensor(i, args[i]):
                 return sharding.call(self, args)
         lead = self.parameters.lead(args)
         if _autocast_is_enabled() and torch.is_autocast_enabled(lead.device.type):
             return self._call_in_autocast(lead.device.type, args)
-        return self._run(self.provider(lead, args), args)
+        return self._run(self.provider(lead, args), args, is_ordinary=False)
 
     def _is_dtensor(self, position: int, value: Any) -> bool:
         if not isinstance(value, Tensor):
@@ -111,17 +111,17 @@ class Op:
         """A call by whom `choose` said, but for DTensors' shards and casts of autocast, which
         are other arguments than those that were asked about."""
         if self._is_ordinary(args):
-            return self._run(provider, args)
+            return self._run(provider, args, is_ordinary=True)
         for i in self._tensors:
             if type(args[i]) not in sharding.PLAIN and sharding.is_dtensor(args[i]):
                 return sharding.call(self, args)
         device_type = self.parameters.lead(args).device.type
         if not (_autocast_is_enabled() and torch.is_autocast_enabled(device_type)):
-            return self._run(provider, args)
+            return self._run(provider, args, is_ordinary=False)
         if self.spec.autocast == "low":
             return self._call_in_autocast(device_type, args)
         with torch.autocast(device_type, enabled=False):
-            return self._run(provider, args)
+            return self._run(provider, args, self._is_ordinary(args))
 
     def _is_ordinary(self, args: tuple[Any, ...]) -> bool:
         """Whether no mode, transform, tracer, profiler or tensor subclass has a say in the call."""
@@ -150,12 +150,11 @@ class Op:
             return self._function.apply(provider, True, *args)
         return self._outputs(self.torch_ops.start(provider, args))
 
-    def _run(self, provider: str | None, args: tuple[Any, ...]) -> Any:
+    def _run(self, provider: str | None, args: tuple[Any, ...], is_ordinary: bool) -> Any:
         if provider is None:
             if _is_dynamo_compiling():
                 return self.spec.reference(*args)  # no guard on what `wire` swaps
             return self._reference(*args)
-        is_ordinary = self._is_ordinary(args)
         if torch.is_grad_enabled() and self._wants_gradient(args):
             return self._function.apply(provider, is_ordinary, *args)
         if is_ordinary:
