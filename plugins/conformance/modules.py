@@ -7,7 +7,6 @@ Modules are built from a small configuration, in eval mode.
 from __future__ import annotations
 
 import copy
-import functools
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trilith.plugins.conformance.compare import assert_bits
-from trilith.plugins.conformance.support import as_tuple
+from trilith.plugins.conformance.support import as_tuple, telling
 from trilith.plugins.spec import ModuleSpec
 
 ModuleCheck = Callable[[ModuleSpec, Any, torch.device], None]
@@ -25,18 +24,7 @@ _BATCH, _TIME = 2, 5
 
 
 def _named(function: ModuleCheck) -> ModuleCheck:
-    @functools.wraps(function)
-    def checked(spec: ModuleSpec, config: Any, device: torch.device) -> None:
-        torch.manual_seed(1)
-        try:
-            function(spec, config, device)
-        except Exception as error:
-            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-            raise AssertionError(
-                f"{spec.slot} {spec.name}: {function.__name__}: {kind}{error}"
-            ) from error
-
-    return checked
+    return telling(function, lambda spec, *_: f"{spec.slot} {spec.name}")
 
 
 def _built(spec: ModuleSpec, config: Any, device: torch.device) -> nn.Module:

@@ -66,21 +66,24 @@ def covering(op: Op, samples: Sequence[Sample]) -> list[Sample]:
     return chosen
 
 
-def named_check(function: Check) -> Check:
-    """Names the op, the sample and the check in whatever goes wrong."""
+def telling(check: Callable[..., None], subject: Callable[..., str]) -> Callable[..., None]:
+    """The check, with what it was of, and its own name, in whatever goes wrong."""
 
-    @functools.wraps(function)
-    def checked(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    @functools.wraps(check)
+    def checked(*args: Any) -> None:
         torch.manual_seed(1)
         try:
-            function(op, sample, device, dtype)
+            check(*args)
         except Exception as error:
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-            raise AssertionError(
-                f"{op.spec.name}({sample}): {function.__name__}: {kind}{error}"
-            ) from error
+            raise AssertionError(f"{subject(*args)}: {check.__name__}: {kind}{error}") from error
 
     return checked
+
+
+def named_check(function: Check) -> Check:
+    """Names the op, the sample and the check in whatever goes wrong."""
+    return telling(function, lambda op, sample, *_: f"{op.spec.name}({sample})")
 
 
 def bound(op: Op, sample: Sample) -> list[Any]:
