@@ -1,7 +1,7 @@
 """What choosing an implementation costs a call, beside calling its launcher directly.
 
 The registry's part of a call is the choice of who runs these arguments and the look-up of that
-provider's launcher: about 0.7 us, held to 1. The whole op costs about 2 us more than its launcher,
+provider's launcher: about 0.8 us, held to 1. The whole op costs about 2 us more than its launcher,
 in Python: that part, and the looks at arguments, autocast, gradients and torch's modes. A plain
 call goes from there to the launcher; one that a mode, a profiler or a tensor subclass has to see
 goes through torch's dispatcher, which is measured beside it. Autograd's part is `bench_dispatch`'s.
