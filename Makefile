@@ -7,7 +7,9 @@ WORKERS ?= auto
 ARGS ?=
 OUT ?= perf/results
 FAMILY ?=
-FAMILIES := norms bias_act fused_linear dropout cross_entropy linear_cross_entropy losses softmax batch_norm rotary attention block train_step dispatch selection plugins
+FAMILIES := norms bias_act fused_linear dropout cross_entropy linear_cross_entropy losses softmax batch_norm rotary attention block train_step
+HOST_FAMILIES := dispatch selection plugins
+OF_BINARIES := tests/test_aot.py tests/test_layout.py
 TABLES := --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -39,18 +41,19 @@ counted: env
 mutants: env
 	$(RUN) -m tests.support.mutants $(ARGS)
 
-# Results are written family by family: `make gpu FAMILY="attention block"` runs only those.
+# First every test that runs kernels, and the benchmarks' results, on all cores, which also compiles;
+# then the benchmarks' times, with nothing else running. Results are written family by family:
+# `make gpu FAMILY="attention block"` takes only those.
 gpu: env
 	$(RUN) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU'"
 	mkdir -p $(OUT)
 	failed=; \
 	if [ -z "$(FAMILY)" ]; then \
-	    $(RUN) -m pytest -n $(WORKERS) --dist loadgroup -q --junitxml=$(OUT)/tests.xml || failed="$$failed tests"; \
+	    TORCHINDUCTOR_COMPILE_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadgroup -q --junitxml=$(OUT)/tests.xml \
+	        tests $(OF_BINARIES:%=--ignore=%) $(FAMILIES:%=perf/bench_%.py) || failed="$$failed tests"; \
 	fi; \
-	for family in $(or $(FAMILY),$(FAMILIES)); do \
-	    $(RUN) -m pytest perf/bench_$$family.py -q -rs $(TABLES) \
-	        --benchmark-json=$(OUT)/$$family.json $(ARGS) || failed="$$failed $$family"; \
-	done; \
+	$(RUN) -m pytest $(patsubst %,perf/bench_%.py,$(or $(FAMILY),$(FAMILIES) $(HOST_FAMILIES))) \
+	    -q -rs $(TABLES) --results $(OUT) $(ARGS) || failed="$$failed benchmarks"; \
 	$(RUN) -m perf.report $(OUT) --out $(OUT); \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 

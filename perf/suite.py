@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from trilith.kernels._runtime.launch import observers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIRECTIONS = ("forward", "backward", "both")
+_right: set[tuple[str, str, torch.dtype]] = set()
 _SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -52,11 +54,15 @@ def cases(
 ) -> pytest.MarkDecorator:
     """Parametrise `case` by workload, dtype, provider and direction: the table of this device.
 
-    On a CPU dtypes are float32, and the providers Trilith's reference path and torch eager.
+    On a CPU dtypes are float32, and the providers Trilith's reference path and torch eager. Where
+    several workers share the cases, one worker has all of a workload, and its oracle.
     """
     on_gpu = DEVICE.type == "cuda"
     rows = [
-        Case(workload, dtype, provider, direction)
+        pytest.param(
+            Case(workload, dtype, provider, direction),
+            marks=pytest.mark.xdist_group(workload.name),
+        )
         for workload in (gpu if on_gpu else cpu)
         for dtype in (dtypes if on_gpu else (torch.float32,))
         for provider in (providers_of(workload) if on_gpu else ("trilith", "eager"))
@@ -66,7 +72,11 @@ def cases(
 
 
 def measure(benchmark: Any, case: Case) -> None:
-    """Check the case's results, time it, and note what explains the time."""
+    """Check the case's results, time it, and note what explains the time.
+
+    Only the check where pytest-benchmark is disabled: with several workers, whom nobody times. It
+    leaves compiled kernels in the caches on disk.
+    """
     workload = case.workload
     benchmark.group = case.group
     try:
@@ -74,6 +84,9 @@ def measure(benchmark: Any, case: Case) -> None:
     except Unavailable as why:
         pytest.skip(str(why))
     with timing_stream(DEVICE):
+        if benchmark.disabled:
+            benchmark.pedantic(_check, args=(case, function))
+            return
         _check(case, function)
         args = seeded_arguments(workload, DEVICE, case.dtype)
         region = _region(case, function, args)
@@ -111,12 +124,21 @@ def _advance(sample: Any) -> None:
 
 
 def _check(case: Case, function: Function) -> None:
+    """Once for all directions: a result comes with its gradients."""
+    subject = case.provider, case.workload.name, case.dtype
+    if subject in _right:
+        return
     try:
         check(function, case.workload, DEVICE, case.dtype)
+        _right.add(subject)
     except Wrong as error:
         if case.provider == "trilith":
             raise
         pytest.skip(f"{case.provider}: {error}")
+    except torch.OutOfMemoryError as error:
+        if case.provider == "trilith" and "PYTEST_XDIST_WORKER" not in os.environ:
+            raise
+        pytest.skip(f"{case.provider}: {str(error).splitlines()[0]}")
     except RuntimeError as error:
         if case.provider in ("trilith", "eager"):
             raise
