@@ -64,6 +64,7 @@ from perf.workloads import (
     swiglu,
     varlen_attention,
 )
+from tests.support import known
 from trilith.blocks import TransformerBlock
 
 BASELINE = Path(__file__).parent / "baselines" / "counted.json"
@@ -319,7 +320,8 @@ def main() -> int:
     for direction in DIRECTIONS:
         cost: dict[str, float] = host_microseconds(direction)
         host[direction] = cost | {"ratio": cost["op"] / cost["plain"]}
-    compiled = binaries.figures(binaries.survey()) if options.binaries else {}
+    reports = binaries.survey() if options.binaries else []
+    compiled = binaries.figures(reports)
     peers = count_peers()
     results: dict[str, Any] = {"figures": figures, "peers": peers, "host": host}
     results |= {"torch": torch.__version__, "seconds": seconds}
@@ -331,6 +333,8 @@ def main() -> int:
     print(f"\ncounted in {time.perf_counter() - start:.0f} s")
     if options.json:
         gate.write(options.json, results)
+    if options.update and reports:
+        known.write(known.FILE, reports)
     return _judge(results, options.check, options.update)
 
 

@@ -1,7 +1,8 @@
 """Every kernel compiled ahead of time for four architectures: no spills, MMA where there are dots.
 
 The compiling happens in a process without TRITON_INTERPRET; `python -m tests.support.aot` prints
-the figures.
+the figures. What Triton would take from its cache, had it compiled the committed sources before, is
+not compiled again: its figures are in `perf/baselines/known_binaries.json`.
 """
 
 import importlib.util
@@ -18,7 +19,7 @@ import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perf import binaries, gate
-from tests.support import aot
+from tests.support import aot, known
 from tests.support.entries import entry_name, live
 from trilith.plugins import registry
 
@@ -99,7 +100,8 @@ def excused(report, problem):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", aot.TARGETS)
 def test_binaries(arch, tmp_path):
-    reports = survey(arch, tmp_path / "reports.json", "--most", *map(str, aot.SAMPLED[arch]))
+    sample = ("--most", *map(str, aot.SAMPLED[arch]), "--known", str(known.FILE))
+    reports = survey(arch, tmp_path / "reports.json", *sample)
     assert reports
     faults = [
         f"{r['kernel']} [{r['variant']}] of {r['op']}({r['sample']}): {problem}"
@@ -143,6 +145,37 @@ def test_survey_sees_faults(tmp_path):
     assert "does not compile" in problems["broken_kernel"]
     assert "running on fake tensors: ValueError: refused" in problems["-"]
     assert problems["copy_kernel"] == ""
+
+
+@needs_triton
+def test_what_is_known_is_not_compiled_and_what_has_changed_is(tmp_path, monkeypatch):
+    """Figures are taken by key: those of the file, even if they are wrong."""
+    source = (ROOT / "tests/support/faulty_kernels.py").read_text()
+    file = tmp_path / "known.json"
+
+    def copies_of(folder, source, *options):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own_kernels.py").write_text(source)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / folder))
+        cases = ("--cases", "own_kernels", "--filter", "copy_kernel")
+        found = survey("sm_90", tmp_path / f"{folder}.json", *cases, *options)
+        return [r for r in found if r["kernel"] == "copy_kernel"]
+
+    fresh = copies_of("fresh", source)
+    known.write(file, [{**report, "spilled": 12} for report in fresh])
+    again = copies_of("again", source, "--known", str(file))
+    assert [r["key"] for r in again] == ["" for _ in fresh]
+    assert [r["spilled"] for r in again] == [12 for _ in fresh]
+    assert all(r["problems"] for r in again)
+    assert [r["registers"] for r in again] == [r["registers"] for r in fresh]
+
+    called = source.replace("tl.load(x_ptr + offs, mask=offs < N)", "_loaded(x_ptr, offs, N)")
+    callee = "@triton.jit\ndef _loaded(x, offs, N):\n    return tl.load(x + offs, mask=offs < N)\n"
+    called += "\n\n" + callee
+    known.write(file, copies_of("called", called))
+    changed = called.replace("return tl.load(", "return 1 + tl.load(")
+    assert all(r["key"] for r in copies_of("changed", changed, "--known", str(file)))
+    assert not any(r["key"] for r in copies_of("same", called, "--known", str(file)))
 
 
 @needs_triton
