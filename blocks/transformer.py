@@ -39,6 +39,8 @@ class TransformerLM(nn.Module):
         position: called as `position(x) -> x` on the embedded tokens, such as `LearnedPosition`.
         dropout: probability, applied to the embedded tokens.
         checkpoint_activations: recompute each block in backward instead of keeping what it made.
+            The sum that leaves a recomputed block is not fused with the norm after it: on a GPU
+            gradients may differ in the last bit from those without.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ def _statistics_kernel(
         tile_mean += tl.sum(tl.where(mask, x - tile_mean[None, :], 0.0), axis=0) / here
         apart = tl.where(mask, x - tile_mean[None, :], 0.0)
         change = tile_mean - mean
-        mean += change * (here / (count + here))
+        mean += change * tl.div_rn(here, count + here)  # exactly 1 of the first tile's
         squares += tl.sum(apart * apart, axis=0) + change * change * (count * here / (count + here))
         count += here
     share = shares_ptr + pid * C + cols

@@ -45,7 +45,7 @@ from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 __all__ = ["bias_act", "gated_act"]
 
-_FORWARD_ELEMENTS, _BACKWARD_ELEMENTS = 2048, 1024
+_FORWARD_ELEMENTS, _BACKWARD_ELEMENTS = 4096, 1024
 
 
 @triton.jit

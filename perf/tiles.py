@@ -3,9 +3,9 @@
     python -m perf.tiles KERNEL HEAD_DIM TILES... [--shape B H T] [--json FILE]
     python -m perf.tiles dkdv 128 64,128,16,8,3 32,128,16,8,2
 
-KERNEL is fwd, dkdv or dq; TILES an entry of `kernels/attention/tables.py`. Compiles in several
-processes, then times one after another: causal, bfloat16, as many keys as queries. An entry that
-spills is marked, for the tables take none.
+KERNEL is fwd, dkdv, dk, dv or dq; TILES an entry of `kernels/attention/tables.py`. Compiles in
+several processes, then times one after another: causal, bfloat16, as many keys as queries. An entry
+that spills is marked, for the tables take none.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ from trilith.kernels.attention.launchers import AttentionCall, Upstream, attenti
 KERNELS = {
     "fwd": forward.attention_fwd_kernel,
     "dkdv": backward.attention_bwd_dkdv_kernel,
+    "dk": backward.attention_bwd_dkdv_kernel,
+    "dv": backward.attention_bwd_dkdv_kernel,
     "dq": backward_queries.attention_bwd_dq_kernel,
 }
-PRODUCTS = {"fwd": 2, "dkdv": 4, "dq": 3}  # of queries by keys by head dim
+PRODUCTS = {"fwd": 2, "dkdv": 4, "dk": 3, "dv": 2, "dq": 3}  # of queries by keys by head dim
 _WARM, _SAMPLES = 3, 15
 _PROCESSES = 12
 
@@ -56,10 +58,13 @@ def prepared(candidate: Candidate) -> Callable[[], Any]:
     call = AttentionCall(q, k, v, None, None, None, None, *rest)
     out, lse, lse2 = attention_out(q, v)
     call.forward(None, out, lse, lse2) if kernel != "fwd" else None
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
     upstream = Upstream(dout, lse2, torch.zeros_like(lse))
     return {
         "fwd": lambda: call.forward(None, out, lse, lse2),
-        "dkdv": lambda: call.key_gradients(upstream),
+        "dkdv": lambda: call.key_sums("dkdv", upstream, dk, dv),
+        "dk": lambda: call.key_sums("dk", upstream, dk, None),
+        "dv": lambda: call.key_sums("dv", upstream, None, dv),
         "dq": lambda: call.query_gradients(upstream, None),
     }[kernel]
 

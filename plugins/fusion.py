@@ -61,7 +61,7 @@ def _traced(
     ops, key = defined(), SelectionKey(device, dtype)
 
     def choice(name: str) -> Selection:
-        return selection.choose(ops[name], key, ops[name].scope.get())
+        return selection.choose(ops[name], key, ops[name].asked_for())
 
     runs = choice(fused).first
     return all(_leaves_it(ops[fused], runs, ops[p], choice(p)) for p in parts)

@@ -100,7 +100,7 @@ class TorchOps:
 
     def run_forward(self, *args: Any) -> list[Tensor]:
         own, provider = args[: self._arity], args[self._arity]
-        if self._op.open_scopes and self._op.scope.get() != provider:
+        if self._op.open_scopes and self._op.asked_for() != provider:
             self._op.check_scope(own, provider)
         results = self.start(provider, own, self._needs(args))
         return list(as_tuple(results, self._spec.name, "forward"))

@@ -334,9 +334,10 @@ def use_implementation(op: str | Op, provider: str) -> AbstractContextManager[No
     """Inside, calls of one op take one provider's implementation, or raise.
 
     Only in this thread, or this asyncio task; scopes nest. A backward takes the implementation that
-    its forward took, wherever it runs; activation checkpointing that recomputes a forward outside
-    the scope (or, on a GPU, in autograd's own thread) chooses as that thread does. Compiled code is
-    compiled again for the scope, and the scope cannot be entered inside of it.
+    its forward took, wherever it runs. What activation checkpointing recomputes is in the scope
+    that backward is called in: call it inside too, or the recomputed forward is another's. (Before
+    torch 2.13 a backward on a GPU does not know its caller: it is in the scope entered last.)
+    Compiled code is compiled again for the scope, and the scope cannot be entered inside of it.
 
     Args:
         op: "trilith::rms_norm", or an op itself.

@@ -238,7 +238,7 @@ class Op:
             NotImplementedError: an implementation was asked for by name and cannot run there.
             ValueError: the environment names an implementation that does not exist.
         """
-        key = (device, dtype, self.scope.get())
+        key = (device, dtype, self.asked_for())
         found = self._selections.get(key)
         if found is None:
             before_first_choice()
@@ -254,6 +254,17 @@ class Op:
             self._version += 1
             self._selections = {}
             self._set_guard()
+
+    def asked_for(self) -> str | None:
+        """The provider of the scope that this thread or task is in.
+
+        Autograd's own threads, where backward runs on a GPU and checkpointing recomputes, are in
+        the scope of the thread that called backward.
+        """
+        if not self.open_scopes:
+            return None
+        name = self.scope.get()
+        return name if name is not None else selection.scope_of_caller(self)
 
     def enter_scope(self, provider: str) -> None:
         with _guard_lock:
@@ -312,7 +323,7 @@ class Op:
         return self._chosen(lead, args)
 
     def _chosen(self, lead: Tensor, args: Sequence[Any]) -> str | None:
-        found = self._selections.get((lead.device, lead.dtype, self.scope.get()))
+        found = self._selections.get((lead.device, lead.dtype, self.asked_for()))
         if found is None:
             found = self.selection(lead.device, lead.dtype)
         return found.always or selection.supporting(self, found, tuple(args))
@@ -371,7 +382,7 @@ def defined() -> dict[str, Op]:
 def _traced_provider(name: str, device: torch.device, dtype: torch.dtype, guard: str) -> str | None:
     # No plugin is loaded under tracing, and no argument has data that `supports` could look at.
     op = _defined[name]
-    chosen = selection.choose(op, SelectionKey(device, dtype), op.scope.get())
+    chosen = selection.choose(op, SelectionKey(device, dtype), op.asked_for())
     return selection.traceable(op, chosen)
 
 

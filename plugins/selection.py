@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -204,6 +205,19 @@ def forced(op: Op, provider: str) -> AbstractContextManager[None]:
             f"{op.spec.name}: provider must be one of {', '.join(providers(op))}, got {provider!r}"
         )
     return _scope(op, provider)
+
+
+def scope_of_caller(op: Op) -> str | None:
+    """In a thread that autograd made: the scope of the op where backward was called.
+
+    torch 2.13 takes the context variables of that thread along; before, the scope that was entered
+    last is taken for it.
+    """
+    if torch._C._is_key_in_tls("context"):
+        return torch._C._get_obj_in_tls("context").get(op.scope)
+    if threading.get_ident() in {thread.ident for thread in threading.enumerate()}:
+        return None
+    return op.open_scopes[-1] if op.open_scopes else None
 
 
 def preferred(op: Op, provider: str) -> AbstractContextManager[None]:

@@ -54,10 +54,6 @@ SPILLS_ALLOWED["attention_fwd_kernel", "sm_100"] = (
 )
 # (architecture, entry of attention's tables) -> why no tensor-core instruction is there.
 NO_MMA_ALLOWED: dict[tuple[str, str], str] = {}
-NO_MMA_ALLOWED["sm_90", "half dkdv 256 plain"] = (
-    "timed on an H200 as it is; 16,64,16,8,2,128 has HGMMA and no spills, but makes 1.5 times the "
-    "products and was never timed"
-)
 for scores in ("plain", "laden"):
     NO_MMA_ALLOWED["sm_90", f"half dkdv 512 {scores}"] = (
         "HGMMA needs 64 keys: 16,64,16,8,2,128 spills 72 bytes plain, 248 laden; one stage 200 and "

@@ -3,9 +3,10 @@
     p = 2^(x - lse),  dp = do v^T,  ds = p (dp - delta),  delta = sum(do * out) - dlse
     dv = p^T do,  dk = scale ds^T q,  dq = scale ds k,  dbias = sum of ds over broadcast dims
 
-One kernel owns tiles of keys and goes through the queries of every head that shares them, one owns
-tiles of queries and goes through the keys, one owns tiles of the bias: no atomics, so the result
-does not depend on the order of programs. Under dropout p in dv and dp in ds carry the mask.
+One kernel owns tiles of keys and goes through the queries of every head that shares them, for dk,
+dv or both (two launches where both sums leave no registers); one owns tiles of queries and goes
+through the keys, one owns tiles of the bias: no atomics, so the result does not depend on the order
+of programs. Under dropout p in dv and dp in ds carry the mask.
 
 Letters and source as in forward.py. Numerics: fp32, but p and ds are rounded to the inputs' dtype
 before their products.
@@ -111,10 +112,13 @@ def _keys_loop(
     SCORE_MOD: tl.constexpr,
     DSCORE_MOD: tl.constexpr,
     MASKED: tl.constexpr,
+    WANTS_DK: tl.constexpr,
+    WANTS_DV: tl.constexpr,
 ):
     """Add to dk and dv of a tile of keys what the queries [begin, end) of its heads give.
 
-    One loop through the tiles of all G heads, so that loads run ahead from head to head.
+    One loop through the tiles of all G heads, so that loads run ahead from head to head. What is
+    not wanted is returned as it came.
     """
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -164,33 +168,36 @@ def _keys_loop(
             SCORE_MOD,
             DSCORE_MOD,
             MASKED,
+            q.dtype == tl.float32 and PRECISION == "ieee",
         )
         p = tl.exp2(x - lse[None, :])
         dout = load_rows(head_dout_ptr, dout_strides, offs_m, offs_dv, T, DV, MASKED, PAD_DV)
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-        dp = add_products(
-            dp,
-            v_ptr,
-            v_strides,
-            offs_n,
-            S,
-            head_dout_ptr,
-            dout_strides,
-            offs_m,
-            T,
-            DV,
-            BLOCK_DV,
-            CHUNKS[1],
-            PAD_DV,
-            PRECISION,
-            MASKED,
-        )
+        if WANTS_DK:
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            dp = add_products(
+                dp,
+                v_ptr,
+                v_strides,
+                offs_n,
+                S,
+                head_dout_ptr,
+                dout_strides,
+                offs_m,
+                T,
+                DV,
+                BLOCK_DV,
+                CHUNKS[1],
+                PAD_DV,
+                PRECISION,
+                MASKED,
+            )
         if seed_ptr is not None:
             kept = kept_by_dropout(
                 seed_ptr, first_row + first_q, offs_m, start_n, mask_cols, scalars[2], BLOCK_N
             )
             kept = tl.trans(kept)
-            dp = tl.where(kept, dp * scalars[3], 0.0)
+            if WANTS_DK:
+                dp = tl.where(kept, dp * scalars[3], 0.0)
             p_kept = tl.where(kept, p * scalars[3], 0.0)
         else:
             p_kept = p
@@ -201,13 +208,15 @@ def _keys_loop(
             dout = load_rows(
                 head_dout_ptr, dout_strides, offs_m, own_dv, T, DV, MASKED, PAD_DV or UNLIKE
             )
-        dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        if MASKED:
-            delta = tl.load(delta_ptr + first_row + offs_m, mask=offs_m < T, other=0.0)
-        else:
-            delta = tl.load(delta_ptr + first_row + offs_m)
-        ds = p * (dp - delta[None, :]) * slope_of_cap
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        if WANTS_DV:
+            dv = tl.dot(p_kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        if WANTS_DK:
+            if MASKED:
+                delta = tl.load(delta_ptr + first_row + offs_m, mask=offs_m < T, other=0.0)
+            else:
+                delta = tl.load(delta_ptr + first_row + offs_m)
+            ds = p * (dp - delta[None, :]) * slope_of_cap
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -267,7 +276,10 @@ def attention_bwd_dkdv_kernel(
     SCORE_MOD: tl.constexpr = None,
     DSCORE_MOD: tl.constexpr = None,
 ):
-    """One program owns dk [BLOCK_N, BLOCK_D] and dv [BLOCK_N, BLOCK_DV] of one key head."""
+    """One program owns dk [BLOCK_N, BLOCK_D] and dv [BLOCK_N, BLOCK_DV] of one key head.
+
+    One of the two may be None.
+    """
     scalars = (
         tl.cast(scale, tl.float32),
         tl.cast(softcap, tl.float32),
@@ -372,9 +384,13 @@ def attention_bwd_dkdv_kernel(
                 SCORE_MOD,
                 DSCORE_MOD,
                 phase != 1,
+                dk_ptr is not None,
+                dv_ptr is not None,
             )
-    dk_ptr += b * dk_strides[0] + hkv * dk_strides[1] + first_k * dk_strides[2]
-    dv_ptr += b * dv_strides[0] + hkv * dv_strides[1] + first_k * dv_strides[2]
     own = tl.program_id(1)
-    store_rows(dk_ptr, dk_strides, offs_n, own * BLOCK_D + offs_d, S, D, dk * scalars[0])
-    store_rows(dv_ptr, dv_strides, offs_n, own * BLOCK_DV + offs_dv, S, DV, dv)
+    if dk_ptr is not None:
+        dk_ptr += b * dk_strides[0] + hkv * dk_strides[1] + first_k * dk_strides[2]
+        store_rows(dk_ptr, dk_strides, offs_n, own * BLOCK_D + offs_d, S, D, dk * scalars[0])
+    if dv_ptr is not None:
+        dv_ptr += b * dv_strides[0] + hkv * dv_strides[1] + first_k * dv_strides[2]
+        store_rows(dv_ptr, dv_strides, offs_n, own * BLOCK_DV + offs_dv, S, DV, dv)

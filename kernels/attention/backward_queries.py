@@ -97,6 +97,7 @@ def score_gradient(
         SCORE_MOD,
         DSCORE_MOD,
         MASKED,
+        q.dtype == tl.float32 and PRECISION == "ieee",
     )
     p = tl.exp2(x - lse[:, None])
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)

@@ -44,7 +44,9 @@ class Entry(NamedTuple):
     def tiles(self) -> Tiles:
         table = TABLES[self.architecture]["half" if self.dtypes == "tf32" else self.dtypes]
         plain, laden = table[self.kernel, self.head_dim]
-        found = Tiles(*(laden if plain is None or self.scores == "laden" else plain))
+        chosen = laden if plain is None or self.scores == "laden" else plain
+        assert chosen is not None, f"no entry for {self}"
+        found = Tiles(*chosen)
         return found._replace(chunk=found.chunk // 2) if self.dtypes == "tf32" else found
 
 
@@ -67,6 +69,14 @@ def tiles_for(kernel: str, q: Tensor, precision: str, head_dim: int, is_plain: b
     if INTERPRETING and q.device.type == "cpu":
         return _INTERPRETED
     return entry_for(kernel, q, precision, head_dim, is_plain).tiles()
+
+
+def has_parts(q: Tensor, head_dim: int) -> bool:
+    """Whether dk and dv of plain scores have tables of their own, for a launch of each."""
+    if INTERPRETING and q.device.type == "cpu":
+        return False
+    dtypes = "single" if q.dtype == torch.float32 else "half"
+    return ("dk", max(64, head_dim)) in TABLES[architecture(q.device)][dtypes]
 
 
 def heads_together(first: Tensor, second: Tensor, group: int = 1) -> int:

@@ -30,6 +30,7 @@ from trilith.kernels.attention.tiles import (
     band_range,
     bias_extent,
     head_terms,
+    in_base_2,
     kept_by_dropout,
     kept_range,
     load_rows,
@@ -87,6 +88,7 @@ def _forward_loop(
         and term_ptrs[1] is None
         and SCORE_MOD is None
     )
+    EXACT: tl.constexpr = q.dtype == tl.float32 and PRECISION == "ieee"
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     T, S, D, DV, mask_cols, bias_rows, bias_cols = sizes
@@ -114,7 +116,7 @@ def _forward_loop(
         if PLAIN:
             m_new = tl.maximum(m, tl.max(dots, 1) * (scalars[0] * LOG2E))
             m_safe = m_new
-            p = tl.exp2(dots * (scalars[0] * LOG2E) - m_safe[:, None])
+            p = tl.exp2(in_base_2(dots, scalars[0], scalars[1], EXACT) - m_safe[:, None])
         else:
             x, slope_of_cap = scores(
                 dots,
@@ -130,6 +132,7 @@ def _forward_loop(
                 SCORE_MOD,
                 None,
                 MASKED,
+                EXACT,
             )
             m_new = tl.maximum(m, tl.max(x, 1))
             m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)

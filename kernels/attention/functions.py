@@ -184,6 +184,8 @@ def scaled_dot_product_attention(
             out, _ = OP.run(provider, *tensors, seed, *rest)
             return out.reshape(*batch, *out.shape[2:])
     _require_one_length(key, value)
+    if not 0.0 <= dropout_p <= 1.0:  # torch's own function does not look at it on a GPU
+        raise RuntimeError(f"dropout_p must be between 0 and 1, got {dropout_p}")
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )

@@ -14,7 +14,7 @@ from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 from trilith.kernels.attention.backward import attention_bwd_dkdv_kernel, attention_delta_kernel
 from trilith.kernels.attention.backward_bias import attention_bwd_dbias_kernel, sequence_sum_kernel
 from trilith.kernels.attention.backward_queries import attention_bwd_dq_kernel
-from trilith.kernels.attention.config import heads_together, tiles_for
+from trilith.kernels.attention.config import has_parts, heads_together, tiles_for
 from trilith.kernels.attention.forward import attention_fwd_kernel
 from trilith.kernels.attention.reference import diagonal_of
 from trilith.plugins import BackwardContext, registry
@@ -186,7 +186,7 @@ class AttentionCall:
         )
 
     def options(self, kernel: str) -> dict[str, Any]:
-        """The constexprs and launch options of fwd, dkdv, dq or dbias."""
+        """The constexprs and launch options of fwd, dkdv, dk, dv, dq or dbias."""
         D, DV = self.sizes[4:]
         block_d, block_dv = (max(16, next_power_of_2(n)) for n in (D, DV))
         tiles = tiles_for(kernel, self.q, self._precision, max(block_d, block_dv), self._is_plain)
@@ -276,20 +276,36 @@ class AttentionCall:
 
     def key_gradients(self, upstream: Upstream) -> tuple[Tensor, Tensor]:
         dk, dv = self._like(self.k), self._like(self.v)
-        options = self.options("dkdv")
+        if self._owns_parts():
+            self.key_sums("dk", upstream, dk, None)
+            self.key_sums("dv", upstream, None, dv)
+        else:
+            self.key_sums("dkdv", upstream, dk, dv)
+        return dk, dv
+
+    def _owns_parts(self) -> bool:
+        """Whether dk and dv are quicker each by itself; the table has entries for them then."""
+        wider = max(16, *(next_power_of_2(n) for n in self.sizes[4:]))
+        return self._is_plain and has_parts(self.q, wider)
+
+    def key_sums(
+        self, kernel: str, upstream: Upstream, dk: Tensor | None, dv: Tensor | None
+    ) -> None:
+        """Those that are given, with the tiles of `kernel` (dkdv, dk, dv)."""
+        options = self.options(kernel)
         programs = self.BH // self.sizes[1] * self._tiles(self.S, options["BLOCK_N"])
         launch(
             attention_bwd_dkdv_kernel,
             (programs, max(self._chunks(options))),
             *self._tensors(upstream),
             *(dk, dv),
-            *(*self.strides, *(self._strides(t) for t in (upstream.dout, dk, dv))),
+            *(*self.strides, self._strides(upstream.dout)),
+            *((0, 0, 0, 0) if t is None else self._strides(t) for t in (dk, dv)),
             *(self.BH, *self.sizes, heads_together(self.q, upstream.dout, self.sizes[1])),
             *(self.B, *self.bias_sizes),
             *self.scalars,
             **options,
         )
-        return dk, dv
 
     def bias_gradient(self, bias: Tensor, upstream: Upstream) -> Tensor:
         """Summed over the sharing batches and heads by the kernel, over T or S of 1 here."""

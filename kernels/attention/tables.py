@@ -2,7 +2,8 @@
 
 TABLES[architecture][dtypes][kernel, head dim] is a pair, for plain scores, and for scores with a
 bias, mask, slope, cap, modifier or dropout, which hold more registers. A bias's gradient has no
-plain scores, and decoding makes no difference. 1024 is for tf32's rows of 512, twice the bytes.
+plain scores, and decoding makes no difference. Where dk and dv have entries of their own, plain
+scores take a launch of each. 1024 is for tf32's rows of 512, twice the bytes.
 Each of it is
 
     queries, keys, the side of the loop in masked tiles, warps, stages, head dims a program owns
@@ -11,8 +12,10 @@ where the last, if it is there, splits a wider head dim. Decoding has masked til
 fewer queries where there are fewer. `tests.support.aot` compiles them, CI each entry once.
 """
 
+_Table = dict[tuple[str, int], tuple[tuple[int, ...] | None, tuple[int, ...] | None]]
+
 # IEEE products of float32 have no matrix instruction on NVIDIA, where most take the same tiles.
-_SINGLE = {
+_SINGLE: _Table = {
     ("fwd", 64): ((64, 32, 32, 8, 1), (32, 32, 32, 8, 1)),
     ("fwd", 128): ((32, 32, 32, 8, 1), (32, 16, 16, 8, 1)),
     ("fwd", 256): ((16, 16, 16, 8, 1), (16, 16, 16, 8, 1)),
@@ -34,7 +37,7 @@ _SINGLE = {
     ("decode", 256): (None, (16, 16, 16, 8, 1)),
     ("decode", 512): (None, (16, 16, 16, 8, 1)),
 }
-TABLES = {
+TABLES: dict[str, dict[str, _Table]] = {
     "sm_80": {
         "half": {
             ("fwd", 64): ((128, 64, 64, 8, 3), (128, 64, 64, 8, 3)),
@@ -72,17 +75,19 @@ TABLES = {
         "half": {
             ("fwd", 64): ((64, 64, 32, 4, 3), (128, 64, 64, 8, 2)),
             ("fwd", 128): ((128, 128, 64, 8, 3), (128, 32, 32, 8, 2)),
-            ("fwd", 256): ((128, 64, 32, 8, 2), (64, 32, 16, 8, 2)),
+            ("fwd", 256): ((128, 64, 64, 8, 2), (64, 32, 16, 8, 2)),
             ("fwd", 512): ((128, 64, 64, 8, 1, 128), (64, 16, 16, 8, 2, 256)),
             ("fwd", 1024): (None, (32, 32, 32, 8, 1, 128)),
-            ("dkdv", 64): ((64, 64, 32, 4, 3), (32, 128, 32, 8, 2)),
+            ("dkdv", 64): ((32, 64, 32, 4, 3), (32, 128, 32, 8, 2)),
             ("dkdv", 128): ((64, 128, 64, 8, 2), (32, 64, 32, 8, 2)),
-            ("dkdv", 256): ((32, 32, 16, 8, 2), (16, 64, 16, 8, 2, 128)),
+            ("dkdv", 256): (None, (16, 64, 16, 8, 2, 128)),
+            ("dk", 256): ((32, 128, 32, 8, 2), None),
+            ("dv", 256): ((64, 128, 64, 8, 2), None),
             ("dkdv", 512): ((16, 32, 16, 8, 1, 256), (16, 32, 16, 8, 1, 256)),
             ("dkdv", 1024): (None, (32, 32, 32, 8, 1, 128)),
             ("dq", 64): ((64, 64, 64, 4, 3), (128, 64, 64, 8, 2)),
             ("dq", 128): ((128, 64, 64, 8, 3), (64, 64, 64, 8, 2)),
-            ("dq", 256): ((64, 32, 32, 8, 2), (64, 32, 32, 8, 2)),
+            ("dq", 256): ((128, 32, 32, 8, 3), (64, 32, 32, 8, 2)),
             ("dq", 512): ((64, 16, 16, 8, 2, 128), (64, 16, 16, 8, 2, 128)),
             ("dq", 1024): (None, (32, 32, 32, 8, 1, 128)),
             ("dbias", 64): (None, (64, 64, 64, 8, 2)),

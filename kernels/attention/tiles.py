@@ -230,6 +230,20 @@ def head_terms(pointers, strides, b, h):
 
 
 @triton.jit
+def in_base_2(dots, scale, zero, EXACT: tl.constexpr):
+    """dots * scale / ln 2, rounded before anything is subtracted from it if EXACT.
+
+    The lse was made of rounded scores. A GPU fuses the product with the subtraction of the lse, and
+    near 1e4 a probability of 1 would be off by 3e-4, which float32 has the digits for. `zero` is 0
+    in each call, unknown to the compiler: it is what the product is fused with then.
+    """
+    x = dots * (scale * LOG2E)
+    if EXACT:
+        x += zero
+    return x
+
+
+@triton.jit
 def scores(
     dots,
     rows,
@@ -244,6 +258,7 @@ def scores(
     SCORE_MOD: tl.constexpr,
     DSCORE_MOD: tl.constexpr,
     MASKED: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """(scores in base 2, d score / d (scale * dot)) of a tile of dot products q . k.
 
@@ -272,7 +287,7 @@ def scores(
         x = t * (scalars[1] * LOG2E)
         slope_of_cap *= 1.0 - t * t
     else:
-        x = dots * (scale * LOG2E)
+        x = in_base_2(dots, scale, scalars[1], EXACT)
     if FLAGS[2]:
         x -= (slope * LOG2E) * tl.abs(rows + diagonal - cols).to(tl.float32)
     if bias_ptr is not None:

@@ -40,7 +40,8 @@ def input_layouts(op: Op, sample: Sample, device: torch.device, dtype: torch.dty
     for what, moved, plain in _arrangements(args, tensors_of(args), names):
         if plain is not None:
             expected = both(op, plain, upstream)
-        assert_all_same(what, op, inputs, both(op, moved, upstream), expected, upstream)
+        actual = both(op, moved, upstream)
+        assert_all_same(what, op, inputs, actual, expected, upstream, cancelling=args)
 
 
 def _arrangements(

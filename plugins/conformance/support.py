@@ -197,10 +197,14 @@ def assert_all_same(
     actual: Any,
     expected: Any,
     upstream: Sequence[Any],
+    cancelling: Sequence[Any] = (),
 ) -> None:
-    """Compares (outputs, gradients) with (outputs, gradients), sums of terms of upstream's size."""
+    """Compares (outputs, gradients) with (outputs, gradients), sums of terms of upstream's size.
+
+    Outputs are sums of terms of the size of `cancelling`, if it is given.
+    """
     for i, (a, e) in enumerate(zip(actual[0], expected[0], strict=True)):
-        assert_same(f"{what}: output {i}", a, e)
+        assert_same(f"{what}: output {i}", a, e, largest(cancelling))
     scale = largest(upstream)
     for i, a, e in zip(wanted, actual[1], expected[1], strict=True):
         assert_same(f"{what}: gradient of {name_of(op, i)}", a, e, scale)

@@ -192,6 +192,9 @@ def same_logits(a: nn.Module, b: nn.Module) -> bool:
 
 
 def test_checkpointed_activations_change_neither_loss_nor_gradients():
+    """To the bit on a CPU. On a GPU the norm after a block whose activations are kept is fused with
+    the residual sum, and another kernel's multiply-adds round otherwise."""
+    exact = {"rtol": 0, "atol": 0} if DEVICE == "cpu" else {}
     plain = build_lm(config(dropout=0.2)).to(DEVICE)
     checkpointed = loaded(
         build_lm(config(dropout=0.2, checkpoint_activations=True)).to(DEVICE), plain
@@ -202,9 +205,9 @@ def test_checkpointed_activations_change_neither_loss_nor_gradients():
         torch.manual_seed(3)
         losses.append(model(x, y))
         losses[-1].backward()
-    assert torch.equal(losses[0], losses[1])
+    torch.testing.assert_close(losses[0], losses[1], **exact)
     for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0)
+        torch.testing.assert_close(a.grad, b.grad, **exact)
 
 
 def test_bfloat16_model_runs():

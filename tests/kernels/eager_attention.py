@@ -7,11 +7,15 @@ from trilith.kernels.attention.reference import add_terms
 
 
 def rounded(x, dtype, precision="ieee"):
-    """fp32 values as a factor of a product has them: in 16 bits, or in tf32's 10 of mantissa."""
+    """fp32 values as a factor of a product has them: in 16 bits, or in tf32's 10 of mantissa.
+
+    A GPU's tensor cores leave out the bits after the tenth; the interpreter rounds to the nearest.
+    """
     if dtype != torch.float32 or precision == "ieee":
         return x.to(dtype).float()
     mantissa, power = torch.frexp(x)
-    return torch.ldexp(torch.round(mantissa * 2**11), power - 11)
+    to_integer = torch.trunc if x.is_cuda else torch.round
+    return torch.ldexp(to_integer(mantissa * 2**11), power - 11)
 
 
 class _Rounded(torch.autograd.Function):

@@ -14,7 +14,7 @@ from tests.support.devices import DEVICE, DTYPES, INTERPRETING, dtype_name
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import observers
 from trilith.kernels._runtime.random import reference_keep_mask
-from trilith.kernels.attention import attention, scaled_dot_product_attention
+from trilith.kernels.attention import attention, launchers, scaled_dot_product_attention
 from trilith.kernels.attention.op import OP
 from trilith.kernels.attention.tiles import band_range
 from trilith.plugins.conformance.compare import assert_same
@@ -165,6 +165,32 @@ REGIMES = {
     "confident": (lambda x: x * 6, 1.0),
     "largest_half": (lambda x: torch.sign(x) * 6e4, 6e4),
 }
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's tables say so, for head dims over 128")
+@pytest.mark.parametrize("Dv", [16, 40])
+def test_dk_and_dv_of_a_launch_each_are_those_of_one(Dv, monkeypatch):
+    q, k, v = (t.requires_grad_() for t in qkv(35, 70, D=24, Dv=Dv, H=4, Hkv=2))
+    launched = []
+
+    def gradients():
+        def observer(kernel, grid, args, options):
+            launched.append(kernel.fn.__name__)
+
+        out = attention(q, k, v, causal="bottom_right", window=(40, 0))
+        observers.append(observer)
+        try:
+            return torch.autograd.grad(out, (k, v), torch.ones_like(out))
+        finally:
+            observers.remove(observer)
+
+    together = gradients()
+    assert launched.count("attention_bwd_dkdv_kernel") == 1
+    monkeypatch.setattr(launchers, "has_parts", lambda q, head_dim: True)
+    apart = gradients()
+    assert launched.count("attention_bwd_dkdv_kernel") == 3
+    for one, other in zip(together, apart, strict=True):
+        assert torch.equal(one, other)
 
 
 def regimes():

@@ -94,11 +94,16 @@ def test_attentions_tiles_fit_each_other(arch, dtypes):
     entries = TABLES[arch][dtypes]
     wider = {1024} if dtypes == "half" else set()
     assert {d for _, d in entries} == {64, 128, 256, 512} | wider
-    assert len(entries) == 20 + 4 * len(wider)
+    alone = {key for key in entries if key[0] in ("dk", "dv")}
+    assert len(entries) == 20 + 4 * len(wider) + len(alone)
     for (kernel, head_dim), pair in entries.items():
-        assert (pair[0] is None) == (kernel in ("dbias", "decode") or head_dim in wider)
+        apart = {("dk", head_dim), ("dv", head_dim)} & alone
+        assert len(apart) in (0, 2)
+        none_plain = kernel in ("dbias", "decode") or head_dim in wider
+        assert (pair[0] is None) == (none_plain or (kernel == "dkdv" and bool(apart)))
+        assert (pair[1] is None) == (kernel in ("dk", "dv"))
         for tiles in (config.Tiles(*numbers) for numbers in pair if numbers):
-            loop = tiles.block_m if kernel == "dkdv" else tiles.block_n
+            loop = tiles.block_m if kernel in ("dkdv", "dk", "dv") else tiles.block_n
             assert loop % tiles.block_masked == 0 or kernel == "dbias"
             assert powers_of_two((*tiles[:4], tiles.chunk)) and 1 <= tiles.num_stages <= 4
 

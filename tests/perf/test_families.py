@@ -29,8 +29,9 @@ def run(tmp_path):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         command += ["-o", "python_files=bench_*.py", "--rootdir", str(tmp_path)]
         command += ["--results", str(tmp_path / "results"), *options]
+        alone = {k: v for k, v in clean().items() if not k.startswith("PYTEST_XDIST")}
         done = subprocess.run(
-            [*command, *map(str, files)], env=clean(), capture_output=True, text=True, timeout=300
+            [*command, *map(str, files)], env=alone, capture_output=True, text=True, timeout=300
         )
         kept = {
             file.name: [row["name"] for row in json.loads(file.read_text())["benchmarks"]]

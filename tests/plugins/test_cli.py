@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.plugins.negative import OPS, PLUGINS, SOUND, Bringing
+from tests.support.devices import DEVICE
 from trilith.plugins import Manager, PluginWarning, Registry, report
 from trilith.plugins import __main__ as command_line
 from trilith.plugins.__main__ import listing, main
@@ -54,7 +55,7 @@ def test_list_shows_our_own_ops(capsys):
 
 
 def test_explain(capsys, monkeypatch):
-    assert main(["explain", "trilith::rms_norm", "--device", "cpu", "--dtype", "float64"]) == 0
+    assert main(["explain", "trilith::rms_norm", "--device", DEVICE, "--dtype", "float64"]) == 0
     out = capsys.readouterr().out
     assert "trilith (priority 0): takes torch.float32, torch.float16, torch.bfloat16" in out
     assert "takes: the reference (PyTorch)\n" in out

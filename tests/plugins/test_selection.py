@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
+import contextvars
+import functools
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -166,6 +170,51 @@ def test_a_scope_does_not_reach_other_threads(manager):
         thread.start()
         thread.join()
     assert tags == [1.0]
+
+
+def in_a_thread_that_python_did_not_make(run: Callable[[], float]) -> float:
+    """As autograd's are, which run backward on a GPU."""
+    found: list[float] = []
+    done = threading.Event()
+
+    def body() -> None:
+        try:
+            found.append(run())
+        finally:
+            done.set()
+
+    _thread.start_new_thread(body, ())
+    assert done.wait(60)
+    return found[0]
+
+
+def test_autograds_threads_are_in_the_scope_of_their_caller(manager):
+    op = _op(manager, _other("acme_sel::op"))
+    assert in_a_thread_that_python_did_not_make(lambda: _tag(op)) == 1.0
+    with trilith.use_implementation(op, "other"):
+        assert in_a_thread_that_python_did_not_make(lambda: _tag(op)) == 2.0
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._C, "_remove_obj_from_tls"), reason="torch 2.13 says who called backward"
+)
+def test_of_several_scopes_autograds_thread_is_in_that_of_its_caller(manager):
+    op = _op(manager, _other("acme_sel::op"))
+
+    def as_autograd_does(context: contextvars.Context) -> float:
+        torch._C._stash_obj_in_tls("context", context)
+        try:
+            return _tag(op)
+        finally:
+            torch._C._remove_obj_from_tls("context")
+
+    outside = contextvars.copy_context()
+    with trilith.use_implementation(op, "other"):
+        callers = contextvars.copy_context()
+        with trilith.use_implementation(op, "reference"):
+            for context, tag in ((callers, 2.0), (outside, 1.0)):
+                run = functools.partial(as_autograd_does, context)
+                assert in_a_thread_that_python_did_not_make(run) == tag
 
 
 def test_threads_with_scopes_of_their_own_run_their_own(manager):

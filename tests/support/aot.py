@@ -467,9 +467,7 @@ def main() -> int:
         help="launches per kernel and architecture; a second number is for kernels without dots",
     )
     parser.add_argument("--cases", default="", help="a module with cases(), instead of the shapes")
-    parser.add_argument(
-        "--known", type=Path, help="compile what is not in this file"
-    )
+    parser.add_argument("--known", type=Path, help="compile what is not in this file")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set; ahead-of-time compiling needs a process without it")
