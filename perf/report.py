@@ -51,14 +51,16 @@ def environment_lines(benchmarks: Iterable[Benchmark]) -> list[str]:
 def ratio_table(rows: Rows) -> str:
     """A line per subject: our time, the fraction of the limit, and each peer's time over ours."""
     peers = sorted({p for found in rows.values() for p in found} - {OURS})
-    head = ["case", "Trilith", "of the limit", *(f"× {peer}" for peer in peers), "peak memory"]
+    head = ["case", "Trilith", "of the limit", "of a copy", *(f"× {peer}" for peer in peers)]
+    head += ["peak memory", "eager's"]
     lines = []
     for subject, found in rows.items():
         ours = found.get(OURS)
         if ours is None:
             continue
         ratios = [_ratio(found.get(peer), ours) for peer in peers]
-        facts = [_time(ours.median), _fraction(ours), *ratios, _memory(ours)]
+        facts = [_time(ours.median), _fraction(ours), _of_equal_copy(ours), *ratios]
+        facts += [_memory(ours), _memory(found.get("eager"))]
         lines.append([" ".join(subject), *facts])
     return markdown(head, lines)
 
@@ -85,7 +87,8 @@ def report(benchmarks: Sequence[Benchmark], figure: str | None = None) -> str:
         "\n".join(environment_lines(benchmarks)),
         "Columns with × give a peer's time over Trilith's in the same run: above 1 Trilith is "
         "faster, below 1 the peer is. The limit is what this device reached in this run: a copy's "
-        "bandwidth, or a matrix product's throughput, whichever the case came nearer to.",
+        "bandwidth, or a matrix product's throughput, whichever the case came nearer to. Beside it, "
+        "where that is the bandwidth: the time of a copy of as many bytes over Trilith's.",
         ratio_table(rows),
         "## Where a peer is faster by more than 2 %",
         "\n".join(lost) or "Nowhere.",
@@ -196,8 +199,13 @@ def _fraction(benchmark: Benchmark) -> str:
     return f"{max(fractions):.0%}" if fractions else ""
 
 
-def _memory(benchmark: Benchmark) -> str:
-    peak = benchmark.info.get("peak_memory_bytes")
+def _of_equal_copy(benchmark: Benchmark) -> str:
+    fraction = benchmark.info.get("fraction_of_equal_copy")
+    return "" if fraction is None else f"{fraction:.0%}"
+
+
+def _memory(benchmark: Benchmark | None) -> str:
+    peak = None if benchmark is None else benchmark.info.get("peak_memory_bytes")
     return "" if peak is None else f"{peak / 2**20:.0f} MiB"
 
 

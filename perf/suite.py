@@ -16,6 +16,7 @@ from perf.timing import (
     CLOCK,
     Region,
     clocks,
+    copy_seconds,
     environment,
     limits,
     prepare,
@@ -199,4 +200,6 @@ def _work(case: Case, args: tuple[Any, ...], seconds: float) -> dict[str, Any]:
         facts["limits"] = asdict(reached)
         facts["fraction_of_copy"] = n_bytes / seconds / reached.copy
         facts["fraction_of_matmul"] = flops / seconds / reached.matmul
+        if facts["fraction_of_copy"] > facts["fraction_of_matmul"]:
+            facts["fraction_of_equal_copy"] = copy_seconds(n_bytes, DEVICE) / seconds
     return facts

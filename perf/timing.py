@@ -198,6 +198,19 @@ def limits(device: torch.device) -> Limits | None:
     return Limits(copied, multiplied)
 
 
+@lru_cache(maxsize=64)
+def copy_seconds(n_bytes: int, device: torch.device) -> float:
+    """What a copy that reads and writes so many bytes in all takes, timed as a case is.
+
+    Below some 100 MB a copy too is far from its bandwidth: starting and draining take their part.
+    """
+    source = torch.empty(max(1, n_bytes // 2), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    with timing_stream(device):
+        prepared = _prepare_gpu(lambda: target.copy_(source), device)
+        return statistics.median(prepared.sample() for _ in range(15))
+
+
 @lru_cache(maxsize=8)
 def environment(device: torch.device) -> dict[str, str]:
     """What two results must share to be compared, and what explains them."""
