@@ -87,8 +87,8 @@ def report(benchmarks: Sequence[Benchmark], figure: str | None = None) -> str:
         "\n".join(environment_lines(benchmarks)),
         "Columns with × give a peer's time over Trilith's in the same run: above 1 Trilith is "
         "faster, below 1 the peer is. The limit is what this device reached in this run: a copy's "
-        "bandwidth, or a matrix product's throughput, whichever the case came nearer to. Beside it, "
-        "where that is the bandwidth: the time of a copy of as many bytes over Trilith's.",
+        "bandwidth, or a matrix product's throughput, whichever the case came nearer to; where it "
+        "is the bandwidth, the time of a copy of as many bytes over Trilith's is beside it.",
         ratio_table(rows),
         "## Where a peer is faster by more than 2 %",
         "\n".join(lost) or "Nowhere.",
