@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import trilith
+from tests.support.devices import DEVICE
+from trilith.kernels import rms_norm
+from trilith.kernels._runtime.launch import observers
 from trilith.plugins import (
     Implementation,
     Manager,
@@ -193,6 +197,22 @@ def test_autograds_threads_are_in_the_scope_of_their_caller(manager):
     assert in_a_thread_that_python_did_not_make(lambda: _tag(op)) == 1.0
     with trilith.use_implementation(op, "other"):
         assert in_a_thread_that_python_did_not_make(lambda: _tag(op)) == 2.0
+
+
+def test_what_backward_recomputes_is_in_its_scope():
+    """No kernel is started where the reference is asked for, wherever autograd runs."""
+    started: list[Any] = []
+    x = torch.randn(4, 8, device=DEVICE, requires_grad=True)
+    observers.append(lambda kernel, *_: started.append(kernel))
+    try:
+        with trilith.use_implementation("trilith::rms_norm", "reference"):
+            y = checkpoint(lambda x: rms_norm(x, (8,)), x, use_reentrant=False)
+            y.sum().backward()
+        assert not started
+        checkpoint(lambda x: rms_norm(x, (8,)), x, use_reentrant=False).sum().backward()
+        assert len(started) >= 3
+    finally:
+        observers.pop()
 
 
 @pytest.mark.skipif(
