@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trilith.kernels._runtime.device import architecture
 from trilith.kernels._runtime.elementwise import drop, keep_scale
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
@@ -42,8 +43,7 @@ from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 _FWD_RESIDENT_N = 16384  # 32 elements a thread in 16 warps
 _BWD_RESIDENT_N = 8192  # 16 elements a thread in 16 warps, beside two accumulators
 _BWD_DROPPING_RESIDENT_N = 4096  # with 8192 the random numbers spill up to 64 bytes on sm_90
-_BWD_SHARED_BYTES = 96 * 1024  # what a program may have on every GPU since sm_80
-_OWN_COLUMNS_N = 256  # rows from here on have 8 columns for each thread of a warp
+_BWD_SHARED_BYTES = 96 * 1024  # of the 163 KiB and more of a multiprocessor
 _LOOPED_N, _LOOPED_WARPS = 8192, 16
 _DROPPING_LOOPED_N, _DROPPING_LOOPED_WARPS = 4096, 8  # with the above they spill 24 bytes
 _SPLIT_N, _SPLIT_WARPS = 4096, 8
@@ -430,15 +430,14 @@ def norm_backward(
     strides_and_sizes = (*rows.strides[:2], _stride(weight), m, n, rows.inner)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     sums = None
-    tile, resident = _bwd_tile(n, dropping=more.p > 0)
-    stages = _bwd_stages(tile, rows.tensors)
+    tile, resident, stages = _bwd_tile(n, rows.tensors, dropping=more.p > 0)
     if n > tile.block_n:
-        stages = 2
         if needs[0] or more.dbranch is not None:
             sums = rstd.new_empty((2, m))
             options = {"BLOCK_N": _SPLIT_N, "num_warps": _SPLIT_WARPS}
             launch(_norm_bwd_sums_kernel, (m,), *inputs, sums, *strides_and_sizes, **options)
     splits = cdiv(n, tile.block_n)
+    own_columns = 8 * (64 if architecture(x.device) == "gfx942" else 32)  # each thread has its own
     programs = persistent_programs(m, tile, resident, x.device, splits)
     pairs = zip((weight, bias), needs[1:], strict=True)
     dtypes = [p.dtype for p, needed in pairs if p is not None and needed]
@@ -464,7 +463,7 @@ def norm_backward(
         keep_scale(more.p),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        SHARES=1 if tile.block_n >= _OWN_COLUMNS_N else tile.block_m,
+        SHARES=1 if tile.block_n >= own_columns * tile.num_warps else tile.block_m,
         STAGES=stages,
         num_warps=tile.num_warps,
     )
@@ -476,29 +475,32 @@ def norm_backward(
     return dx, total if needs[1] else None, total if needs[2] else None
 
 
-def _bwd_tile(n: int, *, dropping: bool) -> tuple[RowTile, int]:
-    """The tile of rows of n, or of a split of them, and how many programs a multiprocessor runs.
+def _bwd_tile(n: int, inputs: Sequence[Tensor], *, dropping: bool) -> tuple[RowTile, int, int]:
+    """The tile of rows of n, or of a split of them; programs a multiprocessor runs; stages.
 
-    Measured on an H200 in bf16. Rows of up to 2048 do best with 32 elements a thread in 8 warps on
-    a multiprocessor: a tile of several rows, whose sums are taken together, and few partial sums.
-    Longer ones, and those with dropout, have the registers for 16 elements in 16 warps. Each thread
-    has 8 neighbours of each row of its tile, which are 16-byte loads, and columns to itself.
+    Measured on an H200 in bf16. Rows of up to 4096 do best with 32 elements a thread and 8 warps on
+    a multiprocessor: several rows a tile, whose sums are taken together, and few partial sums.
+    Longer rows, and dropout, leave registers for 16 elements in 16 warps. Three stages hold two
+    tiles of the inputs in shared memory. 256 columns a warp give each thread 8 of its own.
     """
     block_n = next_power_of_2(max(n, _QUAD if dropping else 1))
     if n > (_BWD_DROPPING_RESIDENT_N if dropping else _BWD_RESIDENT_N):
-        return RowTile(1, _SPLIT_N, _SPLIT_WARPS), 16 // _SPLIT_WARPS
-    if block_n < _OWN_COLUMNS_N:
-        return row_tile(block_n, per_thread=16, max_warps=16), 8
-    few_warps = block_n <= 2048
-    warps = min(block_n // 256, 4) if few_warps else block_n // 512
-    per_thread, all_warps = (32, 8) if few_warps and not dropping else (16, 16)
-    return RowTile(32 * per_thread * warps // block_n, block_n, warps), all_warps // warps
+        return RowTile(1, _SPLIT_N, _SPLIT_WARPS), 16 // _SPLIT_WARPS, 2
+    if block_n < 256:
+        return row_tile(block_n, per_thread=16, max_warps=16), 8, 3
+    warps = min(block_n // 256, max(4, block_n // 512))
+    stages, per_thread, all_warps = 2, 16, 16
+    if not dropping and block_n <= 4096 and _held(32 * warps * 32, inputs) <= _BWD_SHARED_BYTES:
+        stages, per_thread, all_warps = 3, 32, 8
+    elif _held(32 * warps * 16, inputs) <= _BWD_SHARED_BYTES:
+        stages = 3
+    return RowTile(32 * warps * per_thread // block_n, block_n, warps), all_warps // warps, stages
 
 
-def _bwd_stages(tile: RowTile, inputs: Sequence[Tensor]) -> int:
-    """3, which holds two tiles of the inputs in shared memory, or 2 where that has no room."""
-    held = 2 * tile.block_m * tile.block_n * sum(t.element_size() for t in inputs)
-    return 3 if held <= _BWD_SHARED_BYTES else 2
+def _held(elements: int, inputs: Sequence[Tensor]) -> int:
+    """Bytes of shared memory for two tiles of the inputs; threads exchange those of mixed types."""
+    sizes = [t.element_size() for t in inputs]
+    return elements * (2 * sum(sizes) + (0 if min(sizes) == max(sizes) else 8))
 
 
 def _stride(vector: Tensor | None) -> int:
