@@ -296,7 +296,7 @@ def _norm_bwd_kernel(
 
 @triton.jit
 def _share(tile, SHARES: tl.constexpr):
-    if SHARES < tile.shape[0]:
+    if tile.shape[0] > SHARES:
         tile = tl.sum(tile, axis=0, keep_dims=True)
     return tile
 
@@ -431,11 +431,10 @@ def norm_backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     sums = None
     tile, resident, stages = _bwd_tile(n, rows.tensors, dropping=more.p > 0)
-    if n > tile.block_n:
-        if needs[0] or more.dbranch is not None:
-            sums = rstd.new_empty((2, m))
-            options = {"BLOCK_N": _SPLIT_N, "num_warps": _SPLIT_WARPS}
-            launch(_norm_bwd_sums_kernel, (m,), *inputs, sums, *strides_and_sizes, **options)
+    if n > tile.block_n and (needs[0] or more.dbranch is not None):
+        sums = rstd.new_empty((2, m))
+        options = {"BLOCK_N": _SPLIT_N, "num_warps": _SPLIT_WARPS}
+        launch(_norm_bwd_sums_kernel, (m,), *inputs, sums, *strides_and_sizes, **options)
     splits = cdiv(n, tile.block_n)
     own_columns = 8 * (64 if architecture(x.device) == "gfx942" else 32)  # each thread has its own
     programs = persistent_programs(m, tile, resident, x.device, splits)
