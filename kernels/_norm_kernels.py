@@ -233,9 +233,6 @@ def _norm_bwd_kernel(
     weight = 1.0
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + cols * weight_stride, mask=cols < N, other=0.0).to(tl.float32)
-    bias = 0.0
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + cols * bias_stride, mask=cols < N, other=0.0).to(tl.float32)
     dweight = tl.zeros((SHARES, BLOCK_N), tl.float32)
     dbias = tl.zeros((SHARES, BLOCK_N), tl.float32)
     # the next STAGES - 1 tiles of rows are fetched while this one is worked on
@@ -252,7 +249,8 @@ def _norm_bwd_kernel(
             mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)[:, None]
         x_hat = (x_hat - mean) * rstd
         if y_ptr is not None:
-            y = x_hat * weight + bias
+            y = x_hat * weight
+            y = _affine(y, None, bias_ptr, cols, 0, bias_stride, N)
             y_tile = y_ptr + rows[:, None] * N + cols
             tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=mask)
         if (dx_ptr is not None) or (dbranch_ptr is not None):
