@@ -3,7 +3,8 @@
 It keeps bfloat16 as uint16 bit patterns, truncates on fp32 -> bf16, and multiplies bit patterns in
 `tl.dot`. With `apply()` casts round to nearest even and dots take the values in fp32. Arithmetic on
 bfloat16 tiles stays wrong: kernels convert to fp32 before any. A product in tf32 has its factors
-rounded to 10 bits of mantissa, where the interpreter takes all 23.
+rounded to 10 bits of mantissa, where the interpreter takes all 23. `tl.reduce` with a function of
+one's own takes half of the elements at a time, where the interpreter takes one.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ def apply() -> None:
         return
     try:
         import triton.language as tl
-        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+        from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
     except ImportError:
         return
     import numpy as np
 
     if getattr(InterpreterBuilder, "_rounds_bfloat16", False):
         return
-    cast, dot, fp_to_fp = (
+    cast, dot, fp_to_fp, one_by_one = (
         InterpreterBuilder.cast_impl,
         InterpreterBuilder.create_dot,
         InterpreterBuilder.create_fp_to_fp,
+        ReduceOps.generic_reduce,
     )
 
     def widened(data: Any) -> Any:
@@ -71,7 +73,24 @@ def apply() -> None:
             a, b = (tf32(x) if x.dtype.scalar == tl.float32 else x for x in (a, b))
         return dot(self, a, b, d, precision, *rest)
 
+    def generic_reduce(self: Any, input: Any) -> Any:
+        if self.axis is None:
+            return one_by_one(self, input)
+        tiles, lanes = tuple(input), (slice(None),) * self.axis
+        while tiles[0].handle.data.shape[self.axis] > 1:
+            halves = (
+                self.to_tensor(t.handle.data[(*lanes, slice(first, None, 2))], t.dtype)
+                for first in (0, 1)
+                for t in tiles
+            )
+            combined = self.combine_fn.fn(*halves)
+            tiles = combined if isinstance(combined, tuple) else (combined,)
+        if self.keep_dims:
+            return list(tiles)
+        return [self.to_tensor(t.handle.data.squeeze(self.axis), t.dtype) for t in tiles]
+
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     InterpreterBuilder.create_dot = create_dot
+    ReduceOps.generic_reduce = generic_reduce
     InterpreterBuilder._rounds_bfloat16 = True

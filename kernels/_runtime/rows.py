@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from trilith.kernels._runtime.device import multiprocessors
-from trilith.kernels._runtime.language import tl, triton  # noqa: F401 (the interpreter wants tl)
+from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 
 _WARP = 32
 _FEW_ELEMENTS = 1024  # rows shorter than this share a program
-_PERSISTENT_WARPS = 16
 
 
 class RowTile(NamedTuple):
@@ -37,14 +36,14 @@ def row_tile(n: int, *, per_thread: int, max_warps: int) -> RowTile:
     return RowTile(block_m, block_n, num_warps)
 
 
-def persistent_programs(m: int, tile: RowTile, device: torch.device, splits: int = 1) -> int:
+def persistent_programs(
+    m: int, tile: RowTile, resident: int, device: torch.device, splits: int = 1
+) -> int:
     """How many programs share m rows, when each row is split over `splits` programs.
 
-    Registers for an accumulator let about 16 warps run on a multiprocessor: 8 programs at a row of
-    1024, 1 at 8192, of `row_tile(n, per_thread=16, max_warps=16)`.
+    `resident` of them run on a multiprocessor.
     """
-    resident = max(1, _PERSISTENT_WARPS // tile.num_warps) * multiprocessors(device)
-    return min(cdiv(m, tile.block_m), cdiv(resident, splits))
+    return min(cdiv(m, tile.block_m), cdiv(resident * multiprocessors(device), splits))
 
 
 class Rows(NamedTuple):
@@ -91,3 +90,17 @@ def row_offsets(rows, inner, strides):
     rows = rows.to(tl.int64)
     outer = rows // inner
     return outer * strides[0] + (rows - outer * inner) * strides[1]
+
+
+@triton.jit
+def row_sums(a, b):
+    """Sums of the rows of two tiles [BLOCK_M, BLOCK_N], as [BLOCK_M, 1].
+
+    Warps exchange both at once: two reductions one after the other wait twice.
+    """
+    return tl.reduce((a, b), 1, _add_pairs, keep_dims=True)
+
+
+@triton.jit
+def _add_pairs(a, b, more_a, more_b):
+    return a + more_a, b + more_b

@@ -77,15 +77,29 @@ MUTANTS = (
     Mutant(
         "mean_of_g_left_out",
         _NORMS,
-        "mean_g = tl.sum(g, axis=1, keep_dims=True) / N",
-        "mean_g = 0.0 * tl.sum(g, axis=1, keep_dims=True)",
+        "mean_g = sum_g / N",
+        "mean_g = 0.0 * sum_g",
         _NORM_TESTS,
+    ),
+    Mutant(
+        "second_of_two_row_sums_of_one_column",
+        "trilith.kernels._runtime.rows",
+        "return a + more_a, b + more_b",
+        "return a + more_a, b",
+        _NORM_TESTS,
+    ),
+    Mutant(
+        "norm_weight_gradient_of_one_row_a_tile",
+        _NORMS,
+        "tile = tl.sum(tile, axis=0, keep_dims=True)",
+        "tile = tl.max(tile, axis=0, keep_dims=True)",
+        _NORM_TESTS + " -k several_tiles",
     ),
     Mutant(
         "norm_weight_gradient_from_the_first_rows_only",
         _NORMS,
-        "dweight += dy * x_hat",
-        "dweight += tl.where(start == pid * BLOCK_M, dy * x_hat, 0.0)",
+        "dweight += _share(dy * x_hat, SHARES)",
+        "dweight += _share(tl.where(start == pid * BLOCK_M, dy * x_hat, 0.0), SHARES)",
         _NORM_TESTS + " -k several_tiles",
     ),
     Mutant(

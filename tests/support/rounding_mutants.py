@@ -56,8 +56,8 @@ ROUNDING = (
     Mutant(
         "norm_weight_gradient_summed_in_16_bits",
         _NORMS,
-        "dweight += dy * x_hat",
-        f"dweight = {_rounded('dweight + dy * x_hat', 'x_ptr.dtype.element_ty')}",
+        "dweight += _share(dy * x_hat, SHARES)",
+        f"dweight = {_rounded('dweight + _share(dy * x_hat, SHARES)', 'x_ptr.dtype.element_ty')}",
         _NORM_TESTS + _HALF,
     ),
     Mutant(
