@@ -1,7 +1,9 @@
 """The loop of linear_cross_entropy over chunks of tokens, and what it does to a chunk's logits.
 
 A chunk's logits x W^T + bias lie in one buffer that all chunks share; their gradients are written
-over them, and enter dx, dW and dbias from there. The matrix products are the vendor's.
+over them, and enter dx, dW and dbias from there. The matrix products are the vendor's, which are
+several times slower where a side is not divisible by 8: where kernels run the head has zeros after
+its last class until it is, and so have logits, their gradients and dW.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -28,7 +31,7 @@ LEAST_TOKENS = 512
 CHUNK_BYTES = 2**30  # of logits, on a GPU
 HOST_CHUNK_BYTES = 2**26
 _SLICE_BYTES = 2**25  # of a partial weight gradient: stays in the L2 cache until it is added
-_ALIGNED = 16  # elements: rows of logits begin where wide loads and tensor cores want them
+_ALIGNED = 16  # classes: what wide loads and tensor cores want
 _WIDEST_BLOCK, _SCALE_BLOCK = 2048, 4096
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,7 +47,10 @@ class Options(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Buffers to fill, in fp32 or fp64; dx may be in x's dtype. None where nothing is wanted."""
+    """Buffers to fill, in fp32 or fp64; dx may be in x's dtype. None where nothing is wanted.
+
+    The weight's has `padded_classes` rows.
+    """
 
     input: Tensor | None
     weight: Tensor | None
@@ -69,6 +75,11 @@ def chunk_tokens(tokens: int, classes: int, x: Tensor) -> int:
     return cdiv(tokens, cdiv(tokens, most))
 
 
+def padded_classes(classes: int, x: Tensor) -> int:
+    """The classes, and those that there are none of, with zeros for weights."""
+    return cdiv(classes, _ALIGNED) * _ALIGNED if runs_kernels(x) else classes
+
+
 def run_chunks(
     x: Tensor,
     linear_weight: Tensor,
@@ -84,11 +95,15 @@ def run_chunks(
     if losses is None and not wants_gradient:
         return
     m, classes = x.shape[0], linear_weight.shape[0]
+    columns = padded_classes(classes, x)
+    more = columns - classes
     head = linear_weight.to(x.dtype)
     bias = None if linear_bias is None else linear_bias.to(x.dtype)
+    if more:
+        head = F.pad(head, (0, 0, 0, more))
+        bias = None if bias is None else F.pad(bias, (0, more))
     tokens = chunk_tokens(m, classes, x)
-    columns = cdiv(classes, _ALIGNED) * _ALIGNED
-    buffer = x.new_empty(tokens, columns)[:, :classes]
+    buffer = x.new_empty(tokens, columns)
     rows = _rows_by_kernel if runs_kernels(x) else _rows_in_plain_pytorch
     for start in range(0, m, tokens):
         part = slice(start, min(start + tokens, m))
@@ -99,13 +114,16 @@ def run_chunks(
             torch.addmm(bias, x[part], head.t(), out=logits)
         own = None if losses is None else losses[part]
         upstream = None if dloss is None else dloss[part]
-        dlogits = rows(logits, target[part], options, own, upstream, wants_gradient)
+        dlogits = rows(logits[:, :classes], target[part], options, own, upstream, wants_gradient)
+        if gradients.bias is not None:
+            gradients.bias.add_(dlogits.sum(0, dtype=gradients.bias.dtype))
+        if more:
+            dlogits = logits
+            dlogits[:, classes:].zero_()  # NaN of a bad row else, of one that is ignored too
         if gradients.input is not None:
             _product(dlogits, head, gradients.input[part])
         if gradients.weight is not None:
             _product(dlogits.t(), x[part], gradients.weight, first=start == 0)
-        if gradients.bias is not None:
-            gradients.bias.add_(dlogits.sum(0, dtype=gradients.bias.dtype))
 
 
 def _product(a: Tensor, b: Tensor, total: Tensor, first: bool = True) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from trilith.kernels._linear_cross_entropy_chunks import (
     Gradients,
     Options,
+    padded_classes,
     run_chunks,
     scaled,
     wide,
@@ -70,8 +71,7 @@ def _linear_cross_entropy_fwd(
     options = Options(weight, ignore_index, label_smoothing, z_loss, softcap)
     run_chunks(x, linear_weight, target, linear_bias, options, losses, None, gradients)
     require_labels(_OP, losses, target, ignore_index, linear_weight.shape[0])
-    made = (x.new_empty(0) if g is None else g for g in gradients)
-    return (losses if per_row else losses.sum(), *made)
+    return (losses if per_row else losses.sum(), *_made(gradients, x, linear_weight))
 
 
 def _linear_cross_entropy_fake(
@@ -87,7 +87,19 @@ def _linear_cross_entropy_fake(
     assert isinstance(needs, tuple)
     loss = x.new_empty((x.shape[0],) if per_row else (), dtype=wide(x.dtype))
     gradients = _buffers(x, linear_weight, linear_bias, () if per_row else needs)
-    return (loss, *(x.new_empty(0) if g is None else g for g in gradients))
+    return (loss, *_made(gradients, x, linear_weight))
+
+
+def _made(gradients: Gradients, x: Tensor, linear_weight: Tensor) -> Iterator[Tensor]:
+    """As outputs: an empty tensor for what is not wanted."""
+    return (x.new_empty(0) if g is None else g for g in _of_classes(gradients, linear_weight))
+
+
+def _of_classes(gradients: Gradients, linear_weight: Tensor) -> Gradients:
+    dweight = gradients.weight
+    if dweight is None or dweight.shape == linear_weight.shape:
+        return gradients
+    return gradients._replace(weight=dweight[: linear_weight.shape[0]])
 
 
 def _buffers(
@@ -98,7 +110,8 @@ def _buffers(
     if needs and needs[_INPUT]:
         dx = x.new_empty(x.shape, dtype=wide(x.dtype))
     if needs and needs[_WEIGHT]:
-        dweight = x.new_empty(linear_weight.shape, dtype=wide(x.dtype))
+        rows = padded_classes(linear_weight.shape[0], x)
+        dweight = x.new_empty((rows, linear_weight.shape[1]), dtype=wide(x.dtype))
     if needs and needs[_BIAS]:
         dbias = x.new_zeros(linear_weight.shape[0], dtype=wide(x.dtype))
     return Gradients(dx, dweight, dbias)
@@ -118,6 +131,7 @@ def _linear_cross_entropy_bwd(ctx: BackwardContext, dloss: Tensor) -> tuple[Tens
         rows = dloss if per_row else dloss.expand(x.shape[0])
         options = Options(weight, *scalars)
         run_chunks(x, linear_weight, target, linear_bias, options, None, rows, gradients)
+        gradients = _of_classes(gradients, linear_weight)
     dx, dweight, dbias = (
         _rounded(g, scale, like.dtype) if need and g is not None and like is not None else None
         for g, like, need in zip(gradients, (x, linear_weight, linear_bias), needs, strict=True)
@@ -250,7 +264,8 @@ def linear_cross_entropy(
     Memory: beside its arguments, with b bytes an element of input, w of linear_weight, if fused:
         forward   C V b + 4 M K + 4 V K       C tokens a chunk: at most 4096, and 1 GiB of logits
         backward  (4 + b) M K + (4 + w) V K   of which 4 M K + 4 V K are kept since forward
-    without the terms in M K where input is frozen, or in V K where the head is. The chunk is 64 MiB
+    without the terms in M K where input is frozen, or in V K where the head is. On a GPU b V K more
+    where V is not divisible by 16: the head with zeros after it. The chunk is 64 MiB
     where Triton doesn't run, and the terms in C count up to four times. With reduction "none"
     backward needs what forward does here, and nothing is kept.
 

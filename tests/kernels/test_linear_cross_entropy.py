@@ -408,7 +408,8 @@ SIZES = [(8192, 1024, 32000), (8192, 4096, 128256), (16384, 2048, 50257)]
 def test_peak_memory_is_as_stated_and_a_third_of_the_unfused(m, k, v):
     """Counted on fake tensors, bfloat16, at sizes of real models."""
     tokens = 4096
-    forward = tokens * v * 2 + 4 * m * k + 4 * v * k
+    padded_head = 2 * v * k if v % 16 else 0
+    forward = tokens * v * 2 + 4 * m * k + 4 * v * k + padded_head
     backward = (4 + 2) * (m + v) * k
     after_forward, most = peak(linear_cross_entropy, m, k, v, torch.bfloat16)
     small = 1.01
@@ -416,6 +417,18 @@ def test_peak_memory_is_as_stated_and_a_third_of_the_unfused(m, k, v):
     assert most <= small * max(forward, backward) + SLICES
     _, naive = peak(unfused, m, k, v, torch.bfloat16)
     assert 3 * most <= naive
+
+
+@pytest.mark.parametrize("classes", [32, 33])
+def test_an_ignored_row_has_no_gradient_whatever_it_holds(classes):
+    """Nor where the head has classes that there are none of, to be divisible by 16."""
+    x = torch.randn(5, 8, device=DEVICE)
+    x[2] = torch.inf
+    x.requires_grad_()
+    target = torch.tensor([0, 1, -100, 3, 4], device=DEVICE)
+    linear_cross_entropy(x, torch.randn(classes, 8, device=DEVICE), target).backward()
+    assert torch.equal(x.grad[2], torch.zeros(8, device=DEVICE))
+    assert x.grad.isfinite().all() and x.grad[0].any()
 
 
 @pytest.mark.parametrize("frozen, terms", [(("head",), "x"), (("x",), "head")])
