@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trilith.kernels._runtime.device import architecture
+from trilith.kernels._runtime.device import architecture, shared_bytes
 from trilith.kernels._runtime.elementwise import drop, keep_scale
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
@@ -43,7 +43,8 @@ from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 _FWD_RESIDENT_N = 16384  # 32 elements a thread in 16 warps
 _BWD_RESIDENT_N = 8192  # 16 elements a thread in 16 warps, beside two accumulators
 _BWD_DROPPING_RESIDENT_N = 4096  # with 8192 the random numbers spill up to 64 bytes on sm_90
-_BWD_SHARED_BYTES = 96 * 1024  # of the 163 KiB and more of a multiprocessor
+_BWD_SHARED_BYTES = 96 * 1024  # more would leave too few programs a multiprocessor
+_BWD_EXCHANGED_BYTES = 32 * 1024  # through which threads hand each other a row, at most
 _LOOPED_N, _LOOPED_WARPS = 8192, 16
 _DROPPING_LOOPED_N, _DROPPING_LOOPED_WARPS = 4096, 8  # with the above they spill 24 bytes
 _SPLIT_N, _SPLIT_WARPS = 4096, 8
@@ -488,9 +489,10 @@ def _bwd_tile(n: int, inputs: Sequence[Tensor], *, dropping: bool) -> tuple[RowT
         return row_tile(block_n, per_thread=16, max_warps=16), 8, 3
     warps = min(block_n // 256, max(4, block_n // 512))
     stages, per_thread, all_warps = 2, 16, 16
-    if not dropping and block_n <= 4096 and _held(32 * warps * 32, inputs) <= _BWD_SHARED_BYTES:
+    room = min(_BWD_SHARED_BYTES, shared_bytes(inputs[0].device) - _BWD_EXCHANGED_BYTES)
+    if not dropping and block_n <= 4096 and _held(32 * warps * 32, inputs) <= room:
         stages, per_thread, all_warps = 3, 32, 8
-    elif not dropping and _held(32 * warps * 16, inputs) <= _BWD_SHARED_BYTES:
+    elif not dropping and _held(32 * warps * 16, inputs) <= room:
         stages = 3
     return RowTile(32 * warps * per_thread // block_n, block_n, warps), all_warps // warps, stages
 

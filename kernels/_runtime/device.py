@@ -37,6 +37,19 @@ def _multiprocessors_of(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def shared_bytes(device: torch.device) -> int:
+    """The most shared memory that a program may take; sm_80's where there is no device to ask."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 163 * 1024
+    return _shared_bytes_of(device.index or 0)
+
+
+@lru_cache(maxsize=64)
+def _shared_bytes_of(index: int) -> int:
+    properties = torch.cuda.get_device_properties(index)
+    return getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
+
+
 class assume_architecture:
     """`with assume_architecture("sm_80"):` tiles as for that architecture; for offline compiles."""
 

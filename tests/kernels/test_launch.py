@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.support.devices import DTYPES, dtype_name
+from trilith.kernels import _norm_kernels
 from trilith.kernels._runtime import device, launch
 from trilith.kernels._runtime.sizes import next_power_of_2
 from trilith.kernels.attention import config, decode
@@ -160,3 +161,12 @@ def test_the_cost_of_causal_attention_is_half():
     whole, causal = (spec.cost(q, q, q, *terms, right) for right in (-1, 0))
     assert whole.forward_flops == 2 * causal.forward_flops == 2 * 2 * 4 * 64 * 64 * (16 + 16)
     assert whole.backward_flops == 2 * causal.backward_flops
+
+
+@pytest.mark.parametrize(("kibibytes", "stages"), [(227, 3), (163, 3), (99, 2)])
+def test_norms_hold_fewer_rows_where_shared_memory_is_small(kibibytes, stages, monkeypatch):
+    """A third stage of three bfloat16 rows of 8192 takes 131 KB, which consumer GPUs do not have."""
+    monkeypatch.setattr(_norm_kernels, "shared_bytes", lambda device: kibibytes * 1024)
+    rows = [torch.empty(1, 8192, dtype=torch.bfloat16)] * 3
+    tile, _, chosen = _norm_kernels._bwd_tile(8192, rows, dropping=False)
+    assert (tile.block_n, chosen) == (8192, stages)
