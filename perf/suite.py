@@ -67,9 +67,15 @@ def cases(
         for workload in (gpu if on_gpu else cpu)
         for dtype in (dtypes if on_gpu else (torch.float32,))
         for provider in (providers_of(workload) if on_gpu else ("trilith", "eager"))
-        for direction in (("step",) if workload.steps else DIRECTIONS)
+        for direction in _directions(workload)
     ]
     return pytest.mark.parametrize("case", rows, ids=str)
+
+
+def _directions(workload: Workload) -> tuple[str, ...]:
+    if workload.steps:
+        return ("step",)
+    return ("both",) if workload.together else DIRECTIONS
 
 
 def measure(benchmark: Any, case: Case) -> None:

@@ -56,6 +56,7 @@ class Workload:
     part: takes of each argument and result the part that the oracle computes.
     compiled: whether torch.compile of eager is a peer.
     steps: whether a call is a whole training step, with nothing to differentiate from outside.
+    together: whether some make gradients with the output, so that only both directions compare.
     autocast: whether it runs under bfloat16 autocast on a GPU.
     """
 
@@ -69,6 +70,7 @@ class Workload:
     part: Callable[[Tensor], Tensor] = whole
     compiled: bool = True
     steps: bool = False
+    together: bool = False
     autocast: bool = False
 
     @property
@@ -222,6 +224,7 @@ def linear_cross_entropy(n: int, d: int, v: int) -> Workload:
         trilith=kernels.linear_cross_entropy,
         eager=unfused,
         peers={"liger": liger},
+        together=True,
     )
 
 

@@ -165,7 +165,7 @@ def test_the_cost_of_causal_attention_is_half():
 
 @pytest.mark.parametrize(("kibibytes", "stages"), [(227, 3), (163, 3), (99, 2)])
 def test_norms_hold_fewer_rows_where_shared_memory_is_small(kibibytes, stages, monkeypatch):
-    """A third stage of three bfloat16 rows of 8192 takes 131 KB, which consumer GPUs do not have."""
+    """A third stage of three bfloat16 rows of 8192 takes 131 KB: consumer GPUs have 99."""
     monkeypatch.setattr(_norm_kernels, "shared_bytes", lambda device: kibibytes * 1024)
     rows = [torch.empty(1, 8192, dtype=torch.bfloat16)] * 3
     tile, _, chosen = _norm_kernels._bwd_tile(8192, rows, dropping=False)
