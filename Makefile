@@ -9,7 +9,7 @@ OUT ?= perf/results
 FAMILY ?=
 FAMILIES := norms bias_act fused_linear dropout cross_entropy linear_cross_entropy losses softmax batch_norm rotary attention block train_step
 HOST_FAMILIES := dispatch selection plugins
-OF_BINARIES := tests/test_aot.py tests/test_layout.py
+WITHOUT_GPU := test_aot.py test_layout.py plugins/test_sharding.py blocks/parallel examples/test_parallel_training.py
 TABLES := --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -41,7 +41,7 @@ counted: env
 mutants: env
 	$(RUN) -m tests.support.mutants $(ARGS)
 
-# First every test that runs kernels, and the benchmarks' results, on all cores, which also compiles;
+# First every test that may see the GPU, and the benchmarks' results, on all cores, which also compiles;
 # then the benchmarks' times, with nothing else running. Results are written family by family:
 # `make gpu FAMILY="attention block"` takes only those.
 gpu: env
@@ -50,7 +50,7 @@ gpu: env
 	failed=; \
 	if [ -z "$(FAMILY)" ]; then \
 	    TORCHINDUCTOR_COMPILE_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadgroup -q --junitxml=$(OUT)/tests.xml \
-	        tests $(OF_BINARIES:%=--ignore=%) $(FAMILIES:%=perf/bench_%.py) || failed="$$failed tests"; \
+	        $(FAMILIES:%=perf/bench_%.py) tests $(WITHOUT_GPU:%=--ignore=tests/%) || failed="$$failed tests"; \
 	fi; \
 	$(RUN) -m pytest $(patsubst %,perf/bench_%.py,$(or $(FAMILY),$(FAMILIES) $(HOST_FAMILIES))) \
 	    -q -rs $(TABLES) --results $(OUT) $(ARGS) || failed="$$failed benchmarks"; \
