@@ -19,6 +19,7 @@ from typing import Any
 
 from perf import gate
 from tests.support.aot import SAMPLED
+from tests.support.known import FILE
 
 Figures = dict[str, dict[str, float]]
 SPILLED, INSTRUCTIONS = "spilled bytes", "spill instructions"
@@ -26,7 +27,7 @@ NARROW, PROBLEMS = "narrow loads", "problems"
 
 
 def survey() -> list[dict[str, Any]]:
-    """Reports on the sample of each architecture, from processes that compile for real."""
+    """Reports on the sample of each architecture, from processes that compile what is not known."""
     environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     reports: list[dict[str, Any]] = []
     for arch, most in SAMPLED.items():
@@ -34,7 +35,7 @@ def survey() -> list[dict[str, Any]]:
             path = Path(folder) / "reports.json"
             command = [sys.executable, "-m", "tests.support.aot", "--arch", arch]
             answer = subprocess.run(
-                [*command, "--most", *map(str, most), "--json", str(path)],
+                [*command, "--most", *map(str, most), "--known", str(FILE), "--json", str(path)],
                 env=environ,
                 capture_output=True,
                 text=True,

@@ -231,7 +231,7 @@ def head_terms(pointers, strides, b, h):
 
 @triton.jit
 def in_base_2(dots, scale, zero, EXACT: tl.constexpr):
-    """dots * scale / ln 2, rounded before anything is subtracted from it if EXACT.
+    """dots * scale / ln 2, rounded before the lse is subtracted from it if EXACT.
 
     The lse was made of rounded scores. A GPU fuses the product with the subtraction of the lse, and
     near 1e4 a probability of 1 would be off by 3e-4, which float32 has the digits for. `zero` is 0
@@ -287,7 +287,8 @@ def scores(
         x = t * (scalars[1] * LOG2E)
         slope_of_cap *= 1.0 - t * t
     else:
-        x = in_base_2(dots, scale, scalars[1], EXACT)
+        bare: tl.constexpr = not MASKED and not FLAGS[2] and bias_ptr is None
+        x = in_base_2(dots, scale, scalars[1], EXACT and bare and key_mask_ptr is None)
     if FLAGS[2]:
         x -= (slope * LOG2E) * tl.abs(rows + diagonal - cols).to(tl.float32)
     if bias_ptr is not None:

@@ -95,6 +95,7 @@ class Report:
     variant: str = ""
     entry: str = ""
     key: str = ""  # under which Triton caches the binary
+    is_known: bool = False  # and so was not compiled
     registers: int = 0
     spilled: int = 0
     spill_instructions: int = 0
@@ -235,9 +236,9 @@ def examine(launch: Launch) -> Report:
     report = Report(launch.op, launch.sample, launch.kernel.__name__, launch.arch, _variant(launch))
     report.entry = entry_name(launch.entry) if launch.entry else ""
     if _known:
-        figures = _known.get(known.key_of(launch.kernel, launch.args, launch.options))
-        if figures is not None:
-            report = replace(report, **figures)
+        report.key = known.key_of(launch.kernel, launch.args, launch.options)
+        if report.key in _known:
+            report = replace(report, is_known=True, **_known[report.key])
             _judge(report)
             return report
     try:
@@ -483,7 +484,7 @@ def main() -> int:
     failed = [r for r in reports if r.problems]
     for r in failed:
         print(f"{r.arch} {r.kernel} [{r.variant}] of {r.op} {r.sample}: {'; '.join(r.problems)}")
-    fresh = sum(bool(r.key) for r in reports)
+    fresh = sum(not r.is_known for r in reports)
     print(
         f"{len(reports)} binaries, {fresh} of them compiled, {len(failed)} with problems, "
         f"{time.perf_counter() - start:.0f} s"

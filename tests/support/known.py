@@ -1,9 +1,10 @@
 """What is known of binaries compiled before, by the key under which Triton's own cache keeps them.
 
 The key covers the kernel's source and that of every function it calls, what its arguments are
-specialised by, options, target and compiler, so that equal keys mean equal binaries. `python -m
-perf.counted --binaries --update` compiles every launch of the sample and writes the file; `make
-test` compiles those whose key is not in it. Needs a process without TRITON_INTERPRET.
+specialised by, options, target and compiler, so that equal keys mean equal binaries. `make test`
+compiles the launches of the sample whose key is not in the file, and `python -m perf.counted
+--binaries --update` writes it anew; without the file they compile all. Needs a process without
+TRITON_INTERPRET.
 """
 
 from __future__ import annotations

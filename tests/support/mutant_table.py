@@ -245,9 +245,30 @@ MUTANTS = (
     Mutant(
         "linear_cross_entropy_labels_of_the_first_chunk",
         _LCE,
-        "dlogits = rows(logits, target[part],",
-        "dlogits = rows(logits, target[: part.stop - start],",
+        "rows(logits[:, :classes], target[part],",
+        "rows(logits[:, :classes], target[: part.stop - start],",
         _LCE_TESTS + " -k float64",
+    ),
+    Mutant(
+        "attention_dk_and_dv_of_two_launches_swapped",
+        _ATTENTION_BACKWARD,
+        "dk_ptr is not None,\n                dv_ptr is not None,",
+        "dv_ptr is not None,\n                dk_ptr is not None,",
+        _ATTENTION_TESTS + " -k launch_each",
+    ),
+    Mutant(
+        "autograds_threads_are_in_no_scope",
+        _OP,
+        "return name if name is not None else selection.scope_of_caller(self)",
+        "return name",
+        "tests/plugins/test_selection.py -k autograds_threads",
+    ),
+    Mutant(
+        "linear_cross_entropy_classes_that_there_are_none_of_keep_a_gradient",
+        _LCE,
+        "dlogits[:, classes:].zero_()",
+        "pass",
+        _LCE_TESTS + " -k ignored_row",
     ),
     Mutant(
         "linear_cross_entropy_saved_gradient_without_the_upstream",
