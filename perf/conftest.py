@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections import defaultdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--results",
         type=Path,
         metavar="DIR",
-        help="write one JSON file for each family of benchmarks as soon as its last one is done",
+        help="keep one JSON file for each family of benchmarks, written anew after each of them",
     )
 
 
@@ -28,30 +30,35 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class ResultsByFamily:
-    """Nothing that was measured is lost when a later family fails or the machine is taken away."""
+    """Nothing that was measured is lost when a later case fails or the machine is taken away."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.folder: Path = config.option.results
-        self.measured: list[Any] = []
+        self.measured: defaultdict[str, list[Any]] = defaultdict(list)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        hook = self.config.hook
+        return {
+            "machine_info": hook.pytest_benchmark_generate_machine_info(config=self.config),
+            "commit_info": hook.pytest_benchmark_generate_commit_info(config=self.config),
+        }
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    def pytest_runtest_teardown(self, item: pytest.Item) -> None:
         benchmark = getattr(item, "funcargs", {}).get("benchmark")
         if benchmark is not None and benchmark.stats is not None and not benchmark.has_error:
-            self.measured.append(benchmark.stats)
-        if self.measured and (nextitem is None or nextitem.path != item.path):
-            self._write(item.path.stem.removeprefix("bench_"))
-            self.measured = []
+            family = item.path.stem.removeprefix("bench_")
+            self.measured[family].append(benchmark.stats)
+            self._write(family)
 
     def _write(self, family: str) -> None:
-        hook = self.config.hook
-        results = hook.pytest_benchmark_generate_json(
+        results = self.config.hook.pytest_benchmark_generate_json(
             config=self.config,
-            benchmarks=self.measured,
+            benchmarks=self.measured[family],
             include_data=True,
-            machine_info=hook.pytest_benchmark_generate_machine_info(config=self.config),
-            commit_info=hook.pytest_benchmark_generate_commit_info(config=self.config),
+            **self.facts,
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self.folder / f"{family}.json.part"

@@ -165,6 +165,12 @@ def test_what_is_known_is_not_compiled_and_what_has_changed_is(tmp_path, monkeyp
     assert all(r["problems"] for r in again)
     assert [r["registers"] for r in again] == [r["registers"] for r in fresh]
 
+    broken = ("--cases", "tests.support.faulty_kernels", "--filter", "broken_kernel")
+    failed = survey("sm_90", tmp_path / "broken.json", *broken, "--known", str(file))
+    assert any("does not compile" in problem for r in failed for problem in r["problems"])
+    known.write(tmp_path / "nothing.json", failed)
+    assert known.read(tmp_path / "nothing.json") == {}
+
     called = source.replace("tl.load(x_ptr + offs, mask=offs < N)", "_loaded(x_ptr, offs, N)")
     callee = "@triton.jit\ndef _loaded(x, offs, N):\n    return tl.load(x + offs, mask=offs < N)\n"
     called += "\n\n" + callee

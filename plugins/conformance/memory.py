@@ -41,7 +41,8 @@ def input_layouts(op: Op, sample: Sample, device: torch.device, dtype: torch.dty
         if plain is not None:
             expected = both(op, plain, upstream)
         actual = both(op, moved, upstream)
-        assert_all_same(what, op, inputs, actual, expected, upstream, cancelling=args)
+        equal = [t for t in moved if isinstance(t, Tensor) and 0 in t.stride()]
+        assert_all_same(what, op, inputs, actual, expected, upstream, cancelling=equal)
 
 
 def _arrangements(

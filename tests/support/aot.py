@@ -94,7 +94,7 @@ class Report:
     arch: str
     variant: str = ""
     entry: str = ""
-    key: str = ""  # under which Triton caches the binary
+    key: str = ""  # under which Triton caches the binary; none of what does not compile
     is_known: bool = False  # and so was not compiled
     registers: int = 0
     spilled: int = 0
@@ -235,12 +235,11 @@ def examine(launch: Launch) -> Report:
     assume_target(launch.arch)
     report = Report(launch.op, launch.sample, launch.kernel.__name__, launch.arch, _variant(launch))
     report.entry = entry_name(launch.entry) if launch.entry else ""
-    if _known:
-        report.key = known.key_of(launch.kernel, launch.args, launch.options)
-        if report.key in _known:
-            report = replace(report, is_known=True, **_known[report.key])
-            _judge(report)
-            return report
+    key = known.key_of(launch.kernel, launch.args, launch.options) if _known else ""
+    if key in _known:
+        report = replace(report, key=key, is_known=True, **_known[key])
+        _judge(report)
+        return report
     try:
         with contextlib.redirect_stderr(sys.stdout):
             compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
