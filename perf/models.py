@@ -62,8 +62,10 @@ def train_step(
     def arguments(draw: Draw) -> tuple[Any, ...]:
         tokens = draw.labels(b * (t + 1), vocab_size).view(b, t + 1)
         model = build_lm(sizes).to(draw.device)
-        fused = draw.device.type == "cuda"
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
+        on_gpu = draw.device.type == "cuda"
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1e-4, fused=on_gpu, capturable=on_gpu
+        )
         return tokens[:, :-1], tokens[:, 1:], model, optimizer
 
     return Workload(

@@ -93,22 +93,28 @@ def report(benchmarks: Sequence[Benchmark], figure: str | None = None) -> str:
         "## Where a peer is faster by more than 2 %",
         "\n".join(lost) or "Nowhere.",
     ]
-    host = [b for b in benchmarks if "host_us" in b.info]
+    host = by_subject(b for b in benchmarks if "host_us" in b.info)
     if host:
-        sections += ["## Host", host_table(by_subject(host))]
+        sections += [
+            "## Host",
+            "What the host needs to issue a call, and how long a call takes from its start to its "
+            "completion, without a graph.",
+            info_table(host, "host us a call", "host_us"),
+            info_table(host, "end to end, us", "end_to_end_us"),
+        ]
     if figure is not None:
         sections.insert(4, f"![Roofline]({figure})")
     return "\n\n".join(sections) + "\n"
 
 
-def host_table(rows: Rows) -> str:
-    """Microseconds until the call returns, of each provider."""
+def info_table(rows: Rows, head: str, fact: str) -> str:
+    """A fact in microseconds, of each provider."""
     providers = sorted({p for found in rows.values() for p in found}, key=lambda p: (p != OURS, p))
     lines = [
-        [" ".join(subject), *(_host(found.get(provider)) for provider in providers)]
+        [" ".join(subject), *(_microseconds(found.get(provider), fact) for provider in providers)]
         for subject, found in rows.items()
     ]
-    return markdown(["host us a call", *providers], lines)
+    return markdown([head, *providers], lines)
 
 
 def roofline_points(benchmarks: Iterable[Benchmark]) -> list[tuple[Benchmark, float, float]]:
@@ -209,8 +215,8 @@ def _memory(benchmark: Benchmark | None) -> str:
     return "" if peak is None else f"{peak / 2**20:.0f} MiB"
 
 
-def _host(benchmark: Benchmark | None) -> str:
-    value = None if benchmark is None else benchmark.info.get("host_us")
+def _microseconds(benchmark: Benchmark | None, fact: str) -> str:
+    value = None if benchmark is None else benchmark.info.get(fact)
     return "" if value is None else f"{value:.1f}"
 
 

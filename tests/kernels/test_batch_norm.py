@@ -60,6 +60,16 @@ def test_any_strides_and_a_mean_far_from_zero(shape):
         check(view.detach().requires_grad_(), weight, bias, True)
 
 
+@pytest.mark.parametrize("rest", [(64,), (2, 1000)], ids=str)
+def test_programs_that_take_several_tiles_merge_all_of_them(rest, poison):
+    """Rows drift, so that each tile's mean is another."""
+    shares = 128 if DEVICE == "cuda" else 24  # the most there are, of 32 and of 1024 rows
+    shape = (70 * shares, *rest) if len(rest) == 1 else (2 * shares + 1, *rest)
+    x, weight, bias = draw(shape)
+    drift = torch.linspace(-3, 5, shape[0], device=DEVICE).reshape(-1, *(1,) * (len(shape) - 1))
+    check((x.detach() + drift).requires_grad_(), weight, bias, True)
+
+
 def test_one_large_first_value_does_not_spoil_the_variance():
     x, weight, bias = draw((3000, 2))
     with torch.no_grad():

@@ -51,6 +51,14 @@ def test_ratios_are_the_peers_time_over_ours(results):
     assert "2.00" in cells and "0.96" in cells
 
 
+def test_the_host_and_end_to_end_have_a_table_each(results):
+    _, tables = report(list(load([results]).values())).split("## Host")
+    host, end_to_end = tables.split("end to end, us")
+    for table, cell in ((host, "31.5"), (end_to_end, "310.0")):
+        row = next(line for line in table.splitlines() if line.startswith("| norm bf16 forward "))
+        assert row.count(cell) == 3
+
+
 def test_losses_are_told_the_worst_first(results):
     lost = losses(by_subject(load([results]).values()))
     assert lost == [

@@ -1,5 +1,6 @@
 """How regions are timed on a GPU, against a stand-in for torch.cuda that keeps a device clock."""
 
+import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -21,8 +22,9 @@ class Device:
         self.can_capture = can_capture
         self.memory = 100
 
-    def region(self, seconds):
+    def region(self, seconds, on_the_host=0.0):
         def run():
+            time.sleep(on_the_host)
             if self.capturing is not None:
                 if not self.can_capture:
                     raise RuntimeError("operation not permitted when stream is capturing\nmore")
@@ -83,12 +85,12 @@ class Device:
 
 @pytest.fixture
 def prepared(monkeypatch):
-    def prepare(seconds, can_capture=True):
+    def prepare(seconds, can_capture=True, on_the_host=0.0):
         device = Device(can_capture)
         monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=device.as_module()))
         monkeypatch.setattr(timing, "_flush", device.flush)
         timing._stream.cache_clear()
-        found = timing.prepare(device.region(seconds), GPU)
+        found = timing.prepare(device.region(seconds, on_the_host), GPU)
         device.log.clear()
         return device, found
 
@@ -108,6 +110,13 @@ def test_a_short_region_is_replayed_from_a_graph(prepared):
     assert found.sample() == pytest.approx(20e-6)
     assert device.log == ["flush", "event", "replay", "event"]
     assert found.facts["graph"] == "yes"
+
+
+def test_a_region_that_the_host_issues_more_slowly_than_the_device_works_is_replayed(prepared):
+    device, found = prepared(2e-3, on_the_host=4e-3)
+    assert found.sample() == pytest.approx(2e-3)
+    assert device.log == ["flush", "event", "replay", "event"]
+    assert found.facts["host_us"] >= 4000
 
 
 def test_a_region_that_cannot_be_captured_is_run_and_the_reason_is_kept(prepared):
