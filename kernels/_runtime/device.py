@@ -7,11 +7,16 @@ from functools import lru_cache
 import torch
 
 _INTERPRETED_MULTIPROCESSORS = 4
+_ASSUMED_SHARED_BYTES = {"sm_86": 99 << 10}
 _assumed_architecture: list[str] = []
 
 
 def architecture(device: torch.device) -> str:
-    """The class that launch tables are keyed by: sm_80, sm_90, sm_100 or gfx942."""
+    """The class that launch tables are keyed by: sm_80, sm_86, sm_90, sm_100 or gfx942.
+
+    sm_86 stands for all that have its 99 KiB of shared memory and its matrix instructions, as of
+    GeForce, RTX, L and A10 cards: 8.6, 8.9 and 12.x.
+    """
     if _assumed_architecture:
         return _assumed_architecture[-1]
     return "sm_90" if device.type != "cuda" else _architecture_of(device.index or 0)
@@ -21,7 +26,9 @@ def architecture(device: torch.device) -> str:
 def _architecture_of(index: int) -> str:
     if torch.version.hip:
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    if major == 12 or (major, minor) in ((8, 6), (8, 9)):
+        return "sm_86"
     return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100" if major >= 10 else "sm_80")
 
 
@@ -38,9 +45,9 @@ def _multiprocessors_of(index: int) -> int:
 
 
 def shared_bytes(device: torch.device) -> int:
-    """The most shared memory that a program may take; sm_80's where there is no device to ask."""
+    """The most shared memory that a program may take; without a device, of the architecture assumed."""
     if device.type != "cuda" or not torch.cuda.is_available():
-        return 163 * 1024
+        return _ASSUMED_SHARED_BYTES.get(architecture(device), 163 << 10)
     return _shared_bytes_of(device.index or 0)
 
 

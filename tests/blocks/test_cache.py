@@ -5,6 +5,7 @@ import torch
 
 from tests.support.compare import assert_fair
 from tests.support.devices import DEVICE
+from tests.support.layouts import contiguous, every_other, transposed
 from trilith.blocks import KVCache, PagedKVCache
 from trilith.kernels import attention
 from trilith.kernels.attention.cache import CACHE_APPEND
@@ -60,9 +61,11 @@ def test_attention_over_a_cache_is_attention_over_what_came(kind, dtype):
             torch.testing.assert_close(out[b : b + 1], expected)
 
 
+@pytest.mark.parametrize("layout", [contiguous, every_other, transposed])
 @by_kind
-def test_the_kernel_stores_what_the_reference_stores(kind):
-    k, v = tokens(4)
+def test_the_kernel_stores_what_the_reference_stores(kind, layout):
+    """Of tokens, and into a cache, in any layout."""
+    k, v = (layout(t) for t in tokens(4))
     lengths = torch.tensor([0, 5, 18], dtype=torch.int32, device=DEVICE)
     counts = torch.tensor([4, 2, 4], dtype=torch.int32, device=DEVICE)
     table = None
@@ -72,7 +75,8 @@ def test_the_kernel_stores_what_the_reference_stores(kind):
         table = order.to(torch.int32).to(DEVICE)
     rows = (B, ROOM) if table is None else (B * 5, PAGE)
     ours, theirs = (
-        [torch.full((*rows, HKV, n), 7.0, device=DEVICE) for n in (D, DV)] for _ in range(2)
+        [layout(torch.full((*rows, HKV, n), 7.0, device=DEVICE)) for n in (D, DV)]
+        for _ in range(2)
     )
     CACHE_APPEND(*ours, k, v, lengths, counts, table)
     CACHE_APPEND.reference(*theirs, k, v, lengths, counts, table)

@@ -15,7 +15,17 @@ from trilith.kernels.attention.launchers import AttentionCall
 from trilith.kernels.attention.tables import TABLES
 from trilith.plugins import manager, registry
 
-ARCHITECTURES = {(8, 0): "sm_80", (8, 9): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}
+ARCHITECTURES = {
+    (8, 0): "sm_80",
+    (8, 6): "sm_86",
+    (8, 7): "sm_80",
+    (8, 9): "sm_86",
+    (9, 0): "sm_90",
+    (10, 0): "sm_100",
+    (10, 3): "sm_100",
+    (12, 0): "sm_86",
+    (12, 1): "sm_86",
+}
 
 
 class Kernel:

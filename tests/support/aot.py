@@ -37,22 +37,42 @@ from tests.support.entries import Entry, entry_name, looked_up
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
+    "sm_86": ("cuda", 86, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+LAUNCHED_AS = {"sm_120": "sm_86"}  # whose launch tables an architecture takes, if not its own
+KIB = 1024
 SHARED_LIMIT = {
-    "sm_80": 163 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
+    "sm_80": 163 * KIB,
+    "sm_86": 99 * KIB,
+    "sm_90": 227 * KIB,
+    "sm_100": 227 * KIB,
+    "sm_120": 99 * KIB,
+    "gfx942": 64 * KIB,
 }
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
-MMA = {"sm_80": r"HMMA", "sm_90": r"HGMMA", "sm_100": r"UTC\w*MMA", "gfx942": r"v_mfma\w*"}
+MULTIPROCESSORS = {
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+    "gfx942": 304,
+}
+MMA = {
+    "sm_80": r"HMMA",
+    "sm_86": r"HMMA",
+    "sm_90": r"HGMMA",
+    "sm_100": r"UTC\w*MMA",
+    "sm_120": r"HMMA",
+    "gfx942": r"v_mfma\w*",
+}
 # Launches that CI compiles, and the baseline has, beside one of each entry of attention's tables:
 # so many of each kernel with dots, and of each without, whose code hardly depends on the
 # architecture. The command above compiles all.
-SAMPLED = {"sm_80": (6, 2), "sm_90": (12, 6), "sm_100": (6, 2), "gfx942": (6, 2)}
+SAMPLED = {arch: (12, 6) if arch == "sm_90" else (6, 2) for arch in TARGETS}
 KERNEL_TESTS = Path(__file__).parents[1] / "kernels"
 
 
@@ -173,7 +193,8 @@ def captured(arch: str, name: str = "", source: str = "") -> tuple[list[Launch],
     device._INTERPRETED_MULTIPROCESSORS = MULTIPROCESSORS[arch]
     launch.observers.append(observe)
     try:
-        with FakeTensorMode(), device.assume_architecture(arch), looked_up(entries):
+        tables = LAUNCHED_AS.get(arch, arch)
+        with FakeTensorMode(), device.assume_architecture(tables), looked_up(entries):
             for op_name, sample in cases(source):
                 try:
                     _run(registry.op(op_name), sample)

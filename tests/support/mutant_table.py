@@ -707,6 +707,13 @@ MUTANTS = (
         "tests/kernels/test_launch.py",
     ),
     Mutant(
+        "tiles_of_large_shared_memory_on_cards_with_99_kib",
+        "trilith.kernels._runtime.device",
+        "(major, minor) in ((8, 6), (8, 9))",
+        "(major, minor) == (8, 6)",
+        "tests/kernels/test_launch.py",
+    ),
+    Mutant(
         "tensors_of_another_device_let_through",
         "trilith.kernels._runtime.checks",
         "tensor.device != lead.device",
@@ -881,6 +888,13 @@ MUTANTS = (
         "var = tl.sum(squares + count * apart * apart, axis=0) / R",
         "var = tl.sum(squares, axis=0) / R",
         "tests/kernels/test_batch_norm.py -k float64",
+    ),
+    Mutant(
+        "batch_norm_tiles_merged_without_their_distance",
+        "trilith.kernels._batch_norm_kernels",
+        "change = tile_mean - mean",
+        "change = tile_mean",
+        "tests/kernels/test_batch_norm.py -k several_tiles",
     ),
     Mutant(
         "batch_norm_running_variance_biased",

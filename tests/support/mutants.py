@@ -39,6 +39,9 @@ _WARM = ("torch._dynamo", "triton.runtime.interpreter", "numpy", "hypothesis.str
 _BROKEN = re.compile(r"^E +\S*(SyntaxError|NameError|CompilationError|StaleMutant)", re.M)
 
 
+beside_the_table: list[Mutant] = []  # of this process, and of its forks
+
+
 class StaleMutant(Exception):
     """The text that a mutant replaces is not in the source exactly once."""
 
@@ -108,7 +111,7 @@ def install(name: str) -> None:
 def _by_name() -> dict[str, Mutant]:
     from tests.support.mutant_table import MUTANTS
 
-    return {mutant.name: mutant for mutant in MUTANTS}
+    return {mutant.name: mutant for mutant in (*MUTANTS, *beside_the_table)}
 
 
 def stale(mutant: Mutant) -> str | None:
