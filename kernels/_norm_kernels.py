@@ -479,8 +479,8 @@ def _bwd_tile(n: int, inputs: Sequence[Tensor], *, dropping: bool) -> tuple[RowT
     Measured on an H200 in bf16. Rows of up to 4096 do best with 32 elements a thread and 8 warps on
     a multiprocessor: several rows a tile, whose sums are taken together, and few partial sums.
     Longer rows, and dropout, leave registers for 16 elements in 16 warps. Three stages hold two
-    tiles of the inputs in shared memory; with dropout they spill 16 bytes on sm_90. 256 columns a
-    warp give each thread 8 of its own.
+    tiles of the inputs in shared memory, two hold one; with dropout three spill 16 bytes on sm_90.
+    256 columns a warp give each thread 8 of its own.
     """
     block_n = next_power_of_2(max(n, _QUAD if dropping else 1))
     if n > (_BWD_DROPPING_RESIDENT_N if dropping else _BWD_RESIDENT_N):
@@ -489,18 +489,21 @@ def _bwd_tile(n: int, inputs: Sequence[Tensor], *, dropping: bool) -> tuple[RowT
         return row_tile(block_n, per_thread=16, max_warps=16), 8, 3
     warps = min(block_n // 256, max(4, block_n // 512))
     stages, per_thread, all_warps = 2, 16, 16
-    room = min(_BWD_SHARED_BYTES, shared_bytes(inputs[0].device) - _BWD_EXCHANGED_BYTES)
-    if not dropping and block_n <= 4096 and _held(32 * warps * 32, inputs) <= room:
+    there_is = shared_bytes(inputs[0].device) - _BWD_EXCHANGED_BYTES
+    room = min(_BWD_SHARED_BYTES, there_is)
+    if not dropping and block_n <= 4096 and _held(2, 32 * warps * 32, inputs) <= room:
         stages, per_thread, all_warps = 3, 32, 8
-    elif not dropping and _held(32 * warps * 16, inputs) <= room:
+    elif not dropping and _held(2, 32 * warps * 16, inputs) <= room:
         stages = 3
+    elif _held(1, 32 * warps * 16, inputs) > there_is:
+        stages = 1
     return RowTile(32 * warps * per_thread // block_n, block_n, warps), all_warps // warps, stages
 
 
-def _held(elements: int, inputs: Sequence[Tensor]) -> int:
-    """Bytes of shared memory for two tiles of the inputs; threads exchange those of mixed types."""
+def _held(tiles: int, elements: int, inputs: Sequence[Tensor]) -> int:
+    """Bytes of shared memory for tiles of the inputs; threads exchange those of mixed types."""
     sizes = [t.element_size() for t in inputs]
-    return elements * (2 * sum(sizes) + (0 if min(sizes) == max(sizes) else 8))
+    return elements * (tiles * sum(sizes) + (0 if min(sizes) == max(sizes) else 8))
 
 
 def _stride(vector: Tensor | None) -> int:

@@ -63,9 +63,7 @@ def train_step(
         tokens = draw.labels(b * (t + 1), vocab_size).view(b, t + 1)
         model = build_lm(sizes).to(draw.device)
         on_gpu = draw.device.type == "cuda"
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=1e-4, fused=on_gpu, capturable=on_gpu
-        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=on_gpu, capturable=on_gpu)
         return tokens[:, :-1], tokens[:, 1:], model, optimizer
 
     return Workload(

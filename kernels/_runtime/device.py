@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 _INTERPRETED_MULTIPROCESSORS = 4
-_ASSUMED_SHARED_BYTES = {"sm_86": 99 << 10}
+_ASSUMED_SHARED_BYTES = {"sm_86": 99 << 10, "gfx942": 64 << 10}
 _assumed_architecture: list[str] = []
 
 
@@ -45,7 +45,7 @@ def _multiprocessors_of(index: int) -> int:
 
 
 def shared_bytes(device: torch.device) -> int:
-    """The most shared memory that a program may take; without a device, of the architecture assumed."""
+    """The most shared memory that a program may take; of what is assumed where there is no device."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return _ASSUMED_SHARED_BYTES.get(architecture(device), 163 << 10)
     return _shared_bytes_of(device.index or 0)

@@ -75,8 +75,7 @@ def test_the_kernel_stores_what_the_reference_stores(kind, layout):
         table = order.to(torch.int32).to(DEVICE)
     rows = (B, ROOM) if table is None else (B * 5, PAGE)
     ours, theirs = (
-        [layout(torch.full((*rows, HKV, n), 7.0, device=DEVICE)) for n in (D, DV)]
-        for _ in range(2)
+        [layout(torch.full((*rows, HKV, n), 7.0, device=DEVICE)) for n in (D, DV)] for _ in range(2)
     )
     CACHE_APPEND(*ours, k, v, lengths, counts, table)
     CACHE_APPEND.reference(*theirs, k, v, lengths, counts, table)

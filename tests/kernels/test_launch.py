@@ -173,10 +173,14 @@ def test_the_cost_of_causal_attention_is_half():
     assert whole.backward_flops == 2 * causal.backward_flops
 
 
-@pytest.mark.parametrize(("kibibytes", "stages"), [(227, 3), (163, 3), (99, 2)])
-def test_norms_hold_fewer_rows_where_shared_memory_is_small(kibibytes, stages, monkeypatch):
-    """A third stage of three bfloat16 rows of 8192 takes 131 KB: consumer GPUs have 99."""
+@pytest.mark.parametrize(
+    ("kibibytes", "dtype", "stages"),
+    [(227, "bfloat16", 3), (163, "bfloat16", 3), (99, "bfloat16", 2)]
+    + [(227, "float32", 2), (163, "float32", 2), (99, "float32", 1)],
+)
+def test_norms_hold_fewer_rows_where_shared_memory_is_small(kibibytes, dtype, stages, monkeypatch):
+    """Three rows of 8192 take 49 KB in bfloat16, 98 in float32, beside 32 that threads exchange."""
     monkeypatch.setattr(_norm_kernels, "shared_bytes", lambda device: kibibytes * 1024)
-    rows = [torch.empty(1, 8192, dtype=torch.bfloat16)] * 3
+    rows = [torch.empty(1, 8192, dtype=getattr(torch, dtype))] * 3
     tile, _, chosen = _norm_kernels._bwd_tile(8192, rows, dropping=False)
     assert (tile.block_n, chosen) == (8192, stages)
