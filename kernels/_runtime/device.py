@@ -45,7 +45,7 @@ def _multiprocessors_of(index: int) -> int:
 
 
 def shared_bytes(device: torch.device) -> int:
-    """The most shared memory that a program may take; of what is assumed where there is no device."""
+    """The most shared memory that a program may take; without a device, as assumed."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return _ASSUMED_SHARED_BYTES.get(architecture(device), 163 << 10)
     return _shared_bytes_of(device.index or 0)
