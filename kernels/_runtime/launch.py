@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from trilith.kernels._runtime.keys import settle_keys
 from trilith.plugins.spec import INTERPRETING
 
 Grid = tuple[int, ...]
@@ -47,6 +48,7 @@ def launch(kernel: Any, grid: Grid, *args: Any, **options: Any) -> None:
         observe(kernel, grid, args, options)
     if isinstance(first, FakeTensor):
         return
+    settle_keys((kernel, *options.values()))
     recorder = here.recorder
     if recorder is not None:
         recorder.busy = True

@@ -34,6 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.support import known
 from tests.support.entries import Entry, entry_name, looked_up
+from trilith.kernels._runtime.keys import settle_keys
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -256,6 +257,7 @@ def examine(launch: Launch) -> Report:
     assume_target(launch.arch)
     report = Report(launch.op, launch.sample, launch.kernel.__name__, launch.arch, _variant(launch))
     report.entry = entry_name(launch.entry) if launch.entry else ""
+    settle_keys((launch.kernel, *launch.options.values()))
     key = known.key_of(launch.kernel, launch.args, launch.options) if _known else ""
     if key in _known:
         report = replace(report, key=key, is_known=True, **_known[key])
