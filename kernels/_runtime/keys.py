@@ -1,8 +1,8 @@
 """One key for a binary, whatever was compiled before it.
 
-Triton keeps a binary under a hash of the kernel, of the functions that it calls and of the constants
-that these read; but those that a callee reads count only if the callee was hashed earlier. Processes
-that start with other kernels would not find each other's binaries.
+Triton keeps a binary under a hash of the kernel, of the functions that it calls and of the
+constants that these read; but those that a callee reads count only if the callee was hashed
+earlier. Processes that start with other kernels would not find each other's binaries.
 """
 
 from __future__ import annotations

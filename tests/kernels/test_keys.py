@@ -1,4 +1,4 @@
-"""The keys of Triton's cache: a binary is found again by a process that started with other kernels."""
+"""Keys of Triton's cache: a process finds binaries of one that started with other kernels."""
 
 import importlib.util
 import json
