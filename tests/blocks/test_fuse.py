@@ -317,6 +317,26 @@ def test_a_norm_before_a_linear_layer_is_not_kept(norm, follows, launches):
     torch.testing.assert_close(results(sequence, x), expected, **CLOSE)
 
 
+def hooked(activation):
+    activation.register_forward_hook(lambda module, args, out: 2 * out)
+    return activation
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.LeakyReLU(0.3), lambda: nn.ELU(0.5), lambda: hooked(nn.ReLU())],
+    ids=["slope", "alpha", "hook"],
+)
+def test_an_activation_within_a_sequence_or_a_layer_keeps_its_options_and_hooks(make):
+    sequence = nn.Sequential(nn.Linear(12, 64), make(), nn.Linear(64, 12))
+    layer = nn.TransformerEncoderLayer(12, 2, 64, 0.0, batch_first=True)
+    layer.activation = make()
+    model, x = nn.Sequential(sequence, layer).to(DEVICE), torch.randn(2, 5, 12, device=DEVICE)
+    expected = results(model, x)
+    trilith.fuse(model)
+    torch.testing.assert_close(results(model, x), expected, **CLOSE)
+
+
 def test_dropout_within_a_sequence_acts_in_training_only():
     sequence = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 4))
     sequence.to(DEVICE)

@@ -302,11 +302,12 @@ def test_gradients_of_shared_gradients_are_right(mirrored):
         (lambda x: dropout(x, 1.5), ValueError, "dropout: p must be a probability between 0 and 1"),
         (lambda x: dropout(x.int()), TypeError, "input must be a floating-point tensor"),
         (lambda x: DROPOUT(x, None, 0.5), ValueError, "seed must be given where p > 0"),
+        (lambda x: bias_dropout_add(x.int(), x), TypeError, "x must be a floating-point tensor"),
         (lambda x: bias_dropout_add(x, x[:1]), ValueError, r"residual must have shape \(2, 8\)"),
         (lambda x: bias_dropout_add(x, x, x), ValueError, r"bias must have shape \(8,\)"),
         (lambda x: bias_dropout_add(x, x, p=-0.1), ValueError, "p must be a probability"),
     ],
-    ids=["p", "dtype", "no-seed", "residual", "bias", "negative-p"],
+    ids=["p", "dtype", "no-seed", "sum-dtype", "residual", "bias", "negative-p"],
 )
 def test_wrong_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):

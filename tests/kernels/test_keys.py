@@ -5,12 +5,17 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 # Starts every kernel up to where Triton would look for its binary, in one order or the other.
 SCRIPT = """
-import json, sys
+import json, os, sys
+if "TRILITH_MUTANT" in os.environ:
+    from tests.support import mutants
+    mutants.install(os.environ["TRILITH_MUTANT"])
 from triton.runtime.jit import JITFunction
 import trilith.kernels
 from trilith.kernels._runtime.launch import launch
@@ -36,6 +41,7 @@ def test_keys_do_not_depend_on_what_ran_before():
         json.loads(
             subprocess.run(
                 [sys.executable, "-c", SCRIPT, order],
+                cwd=ROOT,
                 env=environment,
                 check=True,
                 capture_output=True,

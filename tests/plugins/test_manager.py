@@ -111,6 +111,12 @@ def test_a_plugins_op_runs_and_has_a_gradient(manager, registry):
     assert manager.loaded == ["acme:layers"]
 
 
+def test_an_op_that_is_not_there_yet_is_looked_for_among_plugins(manager, registry):
+    entry = Entry("acme", "layers", Plugin(ops=[_spec("acme_late::double")]))
+    registry.before_lookup = lambda: manager.load([entry])
+    assert registry.op("acme_late::double").spec.name == "acme_late::double"
+
+
 def test_ten_broken_plugins_of_fifty_leave_forty(manager, registry):
     entries = []
     for i in range(50):

@@ -707,6 +707,13 @@ MUTANTS = (
         "tests/kernels/test_launch.py",
     ),
     Mutant(
+        "keys_of_triton_by_what_ran_before",
+        "trilith.kernels._runtime.keys",
+        "for name in function.fn.__code__.co_names:",
+        "for name in ():",
+        "tests/kernels/test_keys.py",
+    ),
+    Mutant(
         "tiles_of_large_shared_memory_on_cards_with_99_kib",
         "trilith.kernels._runtime.device",
         "(major, minor) in ((8, 6), (8, 9))",
@@ -779,8 +786,8 @@ MUTANTS = (
     Mutant(
         "attention_masked_tiles_across_borders",
         "trilith.kernels.attention.tables",
-        '("dkdv", 64): ((64, 64, 32, 8, 2)',
-        '("dkdv", 64): ((64, 64, 128, 8, 2)',
+        '("dkdv", 64): ((64, 64, 32, 8, 2), (32, 128, 32',
+        '("dkdv", 64): ((64, 64, 128, 8, 2), (32, 128, 32',
         "tests/kernels/test_launch.py -k fit_each_other",
     ),
     Mutant(
