@@ -545,8 +545,12 @@ class TestImplementations:
         assert "test_op (priority 0): runs on cuda, not cpu" in text
         assert "takes: the reference" in text
         text = registry.explain(op.spec.name, torch.device("cpu"), torch.float16)
-        assert "other (priority 1): can run" in text
+        assert "other (priority 1): can run [" in text
         assert text.endswith("takes: other")
+        picky = replace(self.other(op), provider="picky", priority=2, supports=lambda *_: True)
+        registry.add_implementation(picky)
+        text = registry.explain(op.spec.name, torch.device("cpu"), torch.float16)
+        assert "picky (priority 2): can run where its supports() agrees [" in text
 
 
 class TestRegistration:
