@@ -18,8 +18,9 @@ import random
 import shlex
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from tqdm import tqdm
 
@@ -49,12 +50,8 @@ class Fault(Mutant):
         return source[: self.start] + self.new + source[end:]
 
 
-def replacements(node: ast.AST, source: str) -> Iterator[tuple[ast.AST, str]]:
+def replacements(node: ast.AST, text: Callable[[ast.AST], str]) -> Iterator[tuple[ast.AST, str]]:
     """Other texts for a node or a part of it."""
-
-    def text(part: ast.AST) -> str:
-        return ast.get_source_segment(source, part) or ""
-
     match node:
         case ast.Compare(left=left, ops=[operator], comparators=[right]):
             if type(operator) in _OTHER_OPERATOR:
@@ -84,32 +81,32 @@ def faults_in(module: str, tests: str) -> list[Fault]:
     """Every fault that there is in a module's functions for Triton."""
     path = module.removeprefix("trilith.").replace(".", "/")  # to ask for it would import it
     source = (mutants.ROOT / f"{path}.py").read_text()
-    starts = [0]
-    for line in source.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
+    lines = [0, *accumulate(map(len, source.splitlines(keepends=True)))]
+
+    def text(node: ast.AST) -> str:
+        start = lines[node.lineno - 1] + node.col_offset
+        return source[start : lines[node.end_lineno - 1] + node.end_col_offset]
+
     faults = []
     for function in ast.parse(source).body:
-        decorators = getattr(function, "decorator_list", [])
-        if not any("triton.jit" in ast.unparse(decorator) for decorator in decorators):
-            continue
-        for statement in function.body:
-            for inner in ast.walk(statement):
-                for node, new in replacements(inner, source):
-                    name = f"{module.removeprefix('trilith.')}:{node.lineno}:{node.col_offset}"
-                    start = starts[node.lineno - 1] + node.col_offset
-                    old = ast.get_source_segment(source, node)
-                    faults.append(Fault(f"{name} {new}", module, old, new, tests, start))
+        if any("triton.jit" in text(d) for d in getattr(function, "decorator_list", [])):
+            inner = (node for statement in function.body for node in ast.walk(statement))
+            for node, new in (change for part in inner for change in replacements(part, text)):
+                name = f"{path}:{node.lineno}:{node.col_offset} {new}"
+                start = lines[node.lineno - 1] + node.col_offset
+                faults.append(Fault(name, module, text(node), new, tests, start))
     return faults
 
 
 def tests_of_modules() -> dict[str, str]:
-    """The test files that the table's mutants of a module are found by."""
+    """The test files that the table's mutants of a module are found by, but conformance, which is
+    every op's."""
     from tests.support.mutant_table import MUTANTS
 
     files: defaultdict[str, dict[str, None]] = defaultdict(dict)
     for mutant in MUTANTS:
         words = shlex.split(mutant.tests)
-        own = [w.partition("::")[0] for w in words if w.startswith("tests/kernels/test_")]
+        own = [w.partition("::")[0] for w in words if "/test_" in w and "conformance" not in w]
         files[mutant.module].update(dict.fromkeys(own))
     return {module: " ".join(paths) for module, paths in files.items() if paths}
 

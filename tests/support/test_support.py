@@ -1,5 +1,6 @@
 """The harness itself: comparison rules, layouts, poison, the interpreter's bfloat16 and tf32."""
 
+import ast
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.support import mutants
+from tests.support import mutants, random_faults
 from tests.support.compare import assert_like_eager, assert_one_rounding, ulp
 from tests.support.devices import DEVICE, DTYPES, INTERPRETING, dtype_name
 from tests.support.forks import Finished, run_all
@@ -268,6 +269,22 @@ class TestMutants:
 
     def test_names_differ(self):
         assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 28
+
+    def test_random_faults_are_of_every_kernel_file_and_change_one_place_each(self):
+        files = (mutants.ROOT / "kernels").rglob("*.py")
+        compiled = {path for path in files if "@triton.jit" in path.read_text()}
+        faults = random_faults.drawn([], 10**9, seed=0)
+        paths = {f.module: mutants.ROOT / f"{f.module[8:].replace('.', '/')}.py" for f in faults}
+        assert set(paths.values()) == compiled
+        sources = {module: path.read_text() for module, path in paths.items()}
+        for fault in random_faults.drawn([], 100, seed=0):
+            changed = fault.applied_to(sources[fault.module])
+            ast.parse(changed)
+            assert len(changed) == len(sources[fault.module]) + len(fault.new) - len(fault.old)
+            assert changed != sources[fault.module]
+        assert (
+            random_faults.drawn([], 9, seed=1) == random_faults.drawn([], 9, seed=1) != faults[:9]
+        )
 
     @pytest.mark.parametrize("text", ["no such text", "import"], ids=["none", "several"])
     def test_a_text_that_is_not_there_once_is_told(self, text):
