@@ -904,6 +904,13 @@ MUTANTS = (
         "tests/kernels/test_batch_norm.py -k several_tiles",
     ),
     Mutant(
+        "batch_norm_mean_read_past_the_last_channel",
+        "trilith.kernels._batch_norm_kernels",
+        "mean = tl.load(mean_ptr + cols * vector_strides[0], mask=inside, other=0.0)",
+        "mean = tl.load(mean_ptr + cols * vector_strides[0])",
+        "tests/kernels/test_reads.py -k batch_norm",
+    ),
+    Mutant(
         "batch_norm_running_variance_biased",
         "trilith.kernels.batch_norm",
         "var.detach() * (count / max(1, count - 1))",
