@@ -37,15 +37,15 @@ def guard_bands(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype
         return
     bands = _Bands()
     torch.manual_seed(2)
-    actual = _run(op, [bands.around(a) if _is_dense(a) else a for a in args], bands)
+    actual = forward_and_backward(op, [bands.around(a) if _is_dense(a) else a for a in args], bands)
     bands.check()  # first: without bands a stray store may end the process
     torch.manual_seed(2)
-    expected = _run(op, args)
+    expected = forward_and_backward(op, args)
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert_same(f"result {i} between guard bands", a, e)
 
 
-def _run(op: Op, args: Sequence[Any], bands: _Bands | None = None) -> list[Tensor]:
+def forward_and_backward(op: Op, args: Sequence[Any], bands: _Bands | None = None) -> list[Tensor]:
     """Results of forward and backward without the dispatcher between."""
     provider = provider_of(op, args)
     assert provider is not None
@@ -164,7 +164,7 @@ def writes_are_disjoint(op: Op, sample: Sample, device: torch.device, dtype: tor
     if provider_of(op, args) is None:
         return
     with recorded() as launches:
-        _run(op, args)
+        forward_and_backward(op, args)
     for launch in launches:
         assert not launch.contested, (
             f"{launch.kernel} writes {len(launch.contested)} elements by more than one program"

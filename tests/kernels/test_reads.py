@@ -12,13 +12,8 @@ import torch
 from torch import Tensor
 
 from trilith.plugins import TRITON_DEVICES, registry
-from trilith.plugins.conformance.support import (
-    backward_arguments,
-    bound,
-    has_gradient,
-    provider_of,
-    samples_of,
-)
+from trilith.plugins.conformance.launches import forward_and_backward
+from trilith.plugins.conformance.support import bound, provider_of, samples_of
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in TRITON_DEVICES, reason="only Triton's interpreter shows each address"
@@ -73,16 +68,9 @@ def strays():
 @pytest.mark.parametrize("name", registry.op_names("trilith:trilith"))
 def test_kernels_read_within_their_tensors(name, strays):
     op = registry.op(name)
-    for sample in samples_of(op, torch.device("cpu"), torch.float32):
-        args = bound(op, sample)
-        provider = provider_of(op, args)
-        if provider is None:
-            continue
-        results = op.torch_ops.run_forward(*args, provider)
-        if has_gradient(op, args):
-            outputs = results[: op.spec.outputs]
-            grads = [torch.randn_like(o) if o.is_floating_point() else None for o in outputs]
-            call = backward_arguments(op, args, provider, results, grads)
-            if any(call[-1]):
-                op.torch_ops.run_backward(*call)
-        assert not strays, f"{sample}: {set(strays)}"
+    samples = samples_of(op, torch.device("cpu"), torch.float32)
+    calls = [args for args in (bound(op, s) for s in samples) if provider_of(op, args) is not None]
+    assert calls
+    for args in calls:
+        forward_and_backward(op, args)
+    assert not strays, set(strays)

@@ -83,9 +83,12 @@ def faults_in(module: str, tests: str) -> list[Fault]:
     source = (mutants.ROOT / f"{path}.py").read_text()
     lines = [0, *accumulate(map(len, source.splitlines(keepends=True)))]
 
+    def at(line: int, column: int) -> int:
+        return lines[line - 1] + column
+
     def text(node: ast.AST) -> str:
-        start = lines[node.lineno - 1] + node.col_offset
-        return source[start : lines[node.end_lineno - 1] + node.end_col_offset]
+        start = at(node.lineno, node.col_offset)
+        return source[start : at(node.end_lineno, node.end_col_offset)]
 
     faults = []
     for function in ast.parse(source).body:
@@ -93,7 +96,7 @@ def faults_in(module: str, tests: str) -> list[Fault]:
             inner = (node for statement in function.body for node in ast.walk(statement))
             for node, new in (change for part in inner for change in replacements(part, text)):
                 name = f"{path}:{node.lineno}:{node.col_offset} {new}"
-                start = lines[node.lineno - 1] + node.col_offset
+                start = at(node.lineno, node.col_offset)
                 faults.append(Fault(name, module, text(node), new, tests, start))
     return faults
 
