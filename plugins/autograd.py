@@ -13,6 +13,9 @@ from trilith.plugins.library import are_plain, as_tuple, is_watched
 if TYPE_CHECKING:
     from trilith.plugins.op import Op
 
+# A name of this module is found faster than one of torch's, in what every call does.
+_autocast_is_enabled = torch._C._is_any_autocast_enabled
+
 
 def autograd_function(op: Op) -> type[torch.autograd.Function]:
     """Forward and backward through the op's torch ops, keeping what its spec says."""
@@ -50,6 +53,11 @@ def autograd_function(op: Op) -> type[torch.autograd.Function]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
+            if _autocast_is_enabled():  # the caller's; forward ran without it
+                lead = next((g for g in grads if g is not None), None)
+                if lead is not None and torch.is_autocast_enabled(lead.device.type):
+                    with torch.autocast(lead.device.type, enabled=False):
+                        return Function.backward(ctx, *grads)
             needs = ctx.needs_input_grad[2:]
             kept = ctx.saved_tensors
             provider, is_ordinary, given, facts = ctx.call

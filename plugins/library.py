@@ -48,6 +48,7 @@ class TorchOps:
         self._spec = op.spec
         self._parameters = op.parameters
         self._arity, self._asks_needs = len(op.parameters), op.parameters.asks_needs
+        self._tensors = op.parameters.tensors
         self._plain: dict[tuple[type, ...], bool] = {}
         namespace, _, name = op.spec.name.partition("::")
         self._library = torch.library.Library(namespace, "FRAGMENT")
@@ -73,6 +74,11 @@ class TorchOps:
         found = self._plain.get(types)
         if found is None:
             found = self._plain[types] = self._takes_as_they_are(types)
+        if found:
+            for i in self._tensors:
+                tensor = args[i]
+                if tensor is not None and tensor.is_neg():  # the dispatcher negates it in memory
+                    return False
         return found
 
     def _takes_as_they_are(self, types: tuple[type, ...]) -> bool:
@@ -184,7 +190,11 @@ def is_watched() -> bool:
 
 
 def are_plain(tensors: Sequence[Tensor | None]) -> bool:
-    return all(map(PLAIN.__contains__, map(type, tensors)))
+    """Whether an op's body can take them as they are."""
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in PLAIN or tensor.is_neg()):
+            return False
+    return True
 
 
 def as_tuple(results: Any, name: str, part: str) -> tuple[Any, ...]:

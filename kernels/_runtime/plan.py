@@ -20,6 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trilith.kernels._runtime.launch import here, observers
 from trilith.plugins import BackwardContext
 
+# A name of this module is found faster than one of torch's, in what every call does.
+_autocast_is_enabled = torch._C._is_any_autocast_enabled
+
 Launcher = TypeVar("Launcher", bound=Callable[..., tuple[Any, ...]])
 
 _ALIGNED = 16  # bytes: what Triton looks at in a pointer
@@ -56,7 +59,7 @@ def planned(launcher: Launcher) -> Launcher:
     It takes tensors, numbers, strings, tuples of them and a BackwardContext by position, returns a
     tuple of tensors, starts kernels by `launch` alone, and depends on its arguments' shapes,
     strides, dtypes and alignment and on nothing else. Where it does what a plan cannot tell, as
-    reading a number from the device, it is run each time.
+    reading a number from the device, it is run each time, and so it is under autocast.
     """
     plans: dict[tuple[Any, ...], Plan | str] = {}
 
@@ -65,7 +68,7 @@ def planned(launcher: Launcher) -> Launcher:
         kind: list[Any] = []
         tensors: list[Tensor] = []
         watched = bool(observers) or here.recorder is not None
-        if watched or not _describe(args, kind, tensors) or not tensors:
+        if watched or _autocast_is_enabled() or not _describe(args, kind, tensors) or not tensors:
             return launcher(*args)
         index = tensors[0].get_device()
         key = (index, *kind)

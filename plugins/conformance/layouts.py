@@ -70,7 +70,23 @@ def expanded_rows(tensor: Tensor) -> Tensor:
     return tensor.detach()[:1].clone().expand(tensor.shape)
 
 
-LAYOUTS = (contiguous, transposed, every_other, padded_rows, misaligned, packed, odd_unit_strides)
+def negated(tensor: Tensor) -> Tensor:
+    """The negatives in memory, and torch's negative bit: so come imaginary parts of a conjugate."""
+    if not tensor.is_floating_point():
+        return contiguous(tensor)
+    return torch._neg_view(contiguous(-tensor))
+
+
+LAYOUTS = (
+    contiguous,
+    transposed,
+    every_other,
+    padded_rows,
+    misaligned,
+    packed,
+    odd_unit_strides,
+    negated,
+)
 EXPANDED = (expanded, expanded_rows)
 
 

@@ -151,6 +151,21 @@ def test_who_observes_sees_every_launch():
     assert len(seen) == 1
 
 
+def test_autocast_is_neither_noted_nor_passed_over():
+    launcher, runs = counted(lambda x, w: (scale((x @ w).view(-1), 1.0), None))
+    x, w = torch.randn(2, 40, device=DEVICE), torch.randn(40, 20, device=DEVICE)
+
+    def lowered():
+        with torch.autocast(DEVICE, torch.float16):
+            return launcher(x, w)[0].dtype
+
+    assert [lowered() for _ in range(3)] == [torch.float16] * 3
+    for _ in range(3):  # noted now
+        torch.testing.assert_close(launcher(x, w)[0], (x @ w).view(-1))
+    assert len(runs) == 5
+    assert lowered() == torch.float16
+
+
 def test_an_error_leaves_nothing_behind():
     calls = []
 

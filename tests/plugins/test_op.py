@@ -461,6 +461,50 @@ class TestAutocast:
         assert seen == [(torch.bfloat16, torch.int64, torch.float64)]
 
 
+    def test_backward_is_under_none_as_forward_was(self, make):
+        def product(x: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
+            return (x @ x.mT * scale,)
+
+        def gradient(ctx, dy):
+            x, scale = ctx.inputs
+            return ((dy + dy.mT) @ x * scale,)
+
+        op = make(RELU2, forward=product, backward=gradient, reference=lambda x, s: x @ x.mT * s)
+        x, dy = randn(5, 7), randn(5, 5, grad=False)
+        y = op(x, 2.0)
+        (expected,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            (actual,) = torch.autograd.grad(y, x, dy)
+            assert torch.is_autocast_enabled(DEVICE)
+        assert torch.equal(actual, expected)
+
+
+def test_a_negative_bit_is_resolved_before_a_kernel_reads_memory(make):
+    """Imaginary parts of a conjugate have it; the launcher here reads what lies in memory."""
+
+    def memory(x: Tensor) -> Tensor:
+        return torch.empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+    def read(x: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
+        return (memory(x) * scale,)
+
+    op = make(
+        RELU2,
+        forward=read,
+        backward=lambda ctx, dy: (memory(dy) * ctx.inputs[1],),
+        reference=lambda x, scale: x * scale,
+        devices=("cpu",),
+    )
+    z = torch.randn(4, 3, dtype=torch.complex64).conj()
+    assert z.imag.is_neg()
+    for grad in (False, True):
+        x = z.imag.detach().requires_grad_(grad)
+        assert torch.equal(op(x, 2.0), 2 * x)
+    x = torch.randn(4, 3, requires_grad=True)
+    (dx,) = torch.autograd.grad(op(x, 2.0), x, z.imag)
+    assert torch.equal(dx, 2 * z.imag)
+
+
 class TestImplementations:
     def other(self, op, factor=10.0, **changes):
         def forward(x: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
