@@ -78,7 +78,7 @@ def takes(model: Any, given: dict[str, Any]) -> bool:
         and as_dict is not False
         and isinstance(keep, int)
         and keep == 0
-        and model.loss_function.__name__ == "ForCausalLMLoss"
+        and getattr(model.loss_function, "__name__", "") == "ForCausalLMLoss"
         and plain_linear(model.lm_head)
     )
 

@@ -63,8 +63,8 @@ class LMConfig:
     checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "max_len"):
-            if getattr(self, name) < 1:
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "mlp_hidden", "max_len"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"LMConfig: {name} must be positive, got {getattr(self, name)}")
         if self.dim % self.n_heads:
             raise ValueError(f"LMConfig: n_heads must divide dim={self.dim}, got {self.n_heads}")

@@ -66,6 +66,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if args.tokens is not None and args.tokens < 1:
+        raise BadInput(f"--tokens must be positive, got {args.tokens}")
     if not args.prompt:
         raise BadInput("--prompt is empty; give at least one character")
     return args

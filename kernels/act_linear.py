@@ -29,7 +29,7 @@ from trilith.kernels._runtime.matrix import (
     room_for,
 )
 from trilith.kernels._runtime.plan import planned
-from trilith.kernels._runtime.random import draw_seed
+from trilith.kernels._runtime.random import run_seeded
 from trilith.kernels._runtime.sharding import Strategy, by_rows, split
 from trilith.kernels.activations import (
     BIAS_ACT,
@@ -188,17 +188,13 @@ def bias_act_linear(
     """
     op = "bias_act_linear"
     require_activation(op, activation)
-    checks.require_floating(op, x=x, bias=bias)
-    checks.require_same_device(op, x, bias=bias)
-    checks.require_shape(op, "bias", bias, x.shape[-1:])
+    checks.require_floating(op, x=x)
+    checks.require_bias(op, x, bias)
     checks.require_probability(op, "p", p)
     require_linear(op, x, weight=weight, bias=out_bias)
     _require_dtype(op, x, weight)
     p = p if training else 0.0
-    given = (x, bias, weight, out_bias)
-    provider = BIAS_ACT_LINEAR.choose(*given, None, activation, p)
-    seed = draw_seed(x) if p > 0.0 and provider is not None else None
-    return BIAS_ACT_LINEAR.run(provider, *given, seed, activation, p)
+    return run_seeded(BIAS_ACT_LINEAR, (x, bias, weight, out_bias), p, (activation, p))
 
 
 def _require_dtype(op: str, x: Tensor, weight: Tensor) -> None:

@@ -37,7 +37,7 @@ from trilith.kernels._runtime.functors import ACTIVATIONS, require_activation
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.plan import planned
-from trilith.kernels._runtime.random import draw_seed
+from trilith.kernels._runtime.random import run_seeded
 from trilith.kernels._runtime.reduce import column_sum
 from trilith.kernels._runtime.sharding import Strategy, elementwise
 from trilith.kernels._runtime.sizes import cdiv
@@ -393,16 +393,11 @@ def bias_act(
         torch.Size([2, 8])
     """
     require_activation("bias_act", activation)
-    checks.require_floating("bias_act", x=x, bias=bias)
-    if bias is not None:
-        checks.require_same_device("bias_act", x, bias=bias)
-        checks.require_shape("bias_act", "bias", bias, x.shape[-1:])
+    checks.require_floating("bias_act", x=x)
+    checks.require_bias("bias_act", x, bias)
     checks.require_probability("bias_act", "p", p)
-    if not training or p == 0.0:
-        return BIAS_ACT(x, bias, None, activation, 0.0)
-    provider = BIAS_ACT.choose(x, bias, None, activation, p)
-    seed = None if provider is None else draw_seed(x)
-    return BIAS_ACT.run(provider, x, bias, seed, activation, p)
+    p = p if training else 0.0
+    return run_seeded(BIAS_ACT, (x, bias), p, (activation, p))
 
 
 def _gated_act_out(gate: Tensor, *_: object) -> tuple[Tensor]:

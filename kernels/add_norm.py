@@ -26,12 +26,13 @@ from torch import Tensor
 from trilith.kernels._norm_kernels import Added, AddedGradients, norm_backward, norm_forward
 from trilith.kernels._runtime import checks
 from trilith.kernels._runtime.elementwise import require_seed
+from trilith.kernels._runtime.lead import as_lead
 from trilith.kernels._runtime.matrix import room_for
 from trilith.kernels._runtime.plan import planned
-from trilith.kernels._runtime.random import draw_seed
+from trilith.kernels._runtime.random import run_seeded
 from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.kernels.dropout import BIAS_DROPOUT_ADD
-from trilith.kernels.norms import norm_reference
+from trilith.kernels.norms import norm_reference, rms_eps
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 __all__ = ["add_layer_norm", "add_rms_norm"]
@@ -273,15 +274,11 @@ def add_rms_norm(
     return _call(x, residual, weight, None, eps, p if training else 0.0, False)
 
 
-def rms_eps(x: Tensor) -> float:
-    """torch's default: the machine epsilon of the arithmetic."""
-    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-
-
 def check_sum(
-    op: str, x: Tensor, residual: Tensor | None, parameters: dict[str, Tensor | None], p: float
+    op: str, x: Tensor, residual: Tensor, parameters: dict[str, Tensor | None], p: float
 ) -> None:
-    checks.require_floating(op, x=x, residual=residual, **parameters)
+    checks.require_floating(op, x=x, residual=residual)
+    checks.require_floating_if_given(op, **parameters)
     checks.require_same_device(op, x, residual=residual, **parameters)
     checks.require(x.ndim > 0, op, "x", "have a dimension to normalise over", tuple(x.shape))
     checks.require_shape(op, "residual", residual, x.shape)
@@ -299,9 +296,8 @@ def _call(
     p: float,
     centred: bool,
 ) -> tuple[Tensor, Tensor]:
+    x = as_lead(x, residual.dtype)
     x_dtype = None if x.dtype == residual.dtype else x.dtype
     rest = (weight, bias, eps, p, centred, x_dtype)
-    provider = ADD_NORM.choose(x, residual, None, *rest)
-    seed = draw_seed(x) if p > 0.0 and provider is not None else None
-    normed, summed = ADD_NORM.run(provider, x, residual, seed, *rest)
+    normed, summed = run_seeded(ADD_NORM, (x, residual), p, rest)
     return normed, summed

@@ -29,7 +29,12 @@ from trilith.kernels._batch_norm_kernels import (
     batch_norm_gradients,
     batch_norm_statistics,
 )
-from trilith.kernels._runtime.checks import require, require_floating, require_same_device
+from trilith.kernels._runtime.checks import (
+    require,
+    require_floating,
+    require_floating_if_given,
+    require_same_device,
+)
 from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
@@ -261,6 +266,7 @@ def batch_norm(
         "weight": weight,
         "bias": bias,
     }
+    require_floating("batch_norm", input=input)
     if input.dim() == 1 and not input.numel():
         return input.clone()  # torch takes nothing in any shape
     require(eps > 0, "batch_norm", "eps", "be positive", eps)
@@ -285,7 +291,7 @@ def batch_norm(
 
 def _check(input: Tensor, vectors: dict[str, Tensor | None], training: bool) -> None:
     op = "batch_norm"
-    require_floating(op, input=input, **vectors)
+    require_floating_if_given(op, **vectors)
     require_same_device(op, input, **vectors)
     if input.dim() < 2:
         raise ValueError(f"{op}: input must be (N, C, ...), got {tuple(input.shape)}")

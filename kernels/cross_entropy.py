@@ -35,7 +35,9 @@ from trilith.kernels._cross_entropy_kernels import (
 from trilith.kernels._runtime.checks import (
     require,
     require_floating,
+    require_floating_if_given,
     require_same_device,
+    require_tensors,
 )
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.plan import planned
@@ -300,7 +302,9 @@ def _check(
     softcap: float | None,
 ) -> None:
     op = _OP
-    require_floating(op, input=input, weight=weight)
+    require_floating(op, input=input)
+    require_floating_if_given(op, weight=weight)
+    require_tensors(op, target=target)
     require(input.dim() > 0, op, "input", "have a class dimension", "a scalar")
     class_dim = min(input.dim() - 1, 1)
     classes, shape = input.shape[class_dim], list(input.shape)
@@ -322,7 +326,7 @@ def _check(
 
 def _require_target_shape(input: Tensor, target: Tensor, shape: tuple[int, ...]) -> None:
     """As torch: another number of rows is a ValueError, any other shape a RuntimeError."""
-    if tuple(target.shape) == shape or (input.dim() == 1 and target.shape == (1,)):
+    if tuple(target.shape) == shape or (input.dim() == 1 and not shape and target.shape == (1,)):
         return
     as_many = input.dim() > 1 and target.shape[:1] == input.shape[:1]
     kind = RuntimeError if as_many else ValueError

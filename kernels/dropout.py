@@ -35,8 +35,9 @@ from trilith.kernels._runtime.elementwise import (
 )
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.lead import as_lead
 from trilith.kernels._runtime.plan import planned
-from trilith.kernels._runtime.random import draw_seed
+from trilith.kernels._runtime.random import run_seeded
 from trilith.kernels._runtime.reduce import column_sum
 from trilith.kernels._runtime.sharding import Strategy, elementwise
 from trilith.kernels._runtime.sizes import cdiv
@@ -241,9 +242,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     checks.require_probability("dropout", "p", p)
     if not training or p == 0.0:
         return input
-    provider = DROPOUT.choose(input, None, p)
-    seed = None if provider is None else draw_seed(input)
-    return DROPOUT.run(provider, input, seed, p)
+    return run_seeded(DROPOUT, (input,), p, (p,))
 
 
 def _bias_dropout_add_out(x: Tensor, residual: Tensor, *_: object) -> tuple[Tensor]:
@@ -409,14 +408,10 @@ def bias_dropout_add(
         >>> bias_dropout_add(torch.randn(2, 8), torch.zeros(2, 8), torch.ones(8), p=0.1).shape
         torch.Size([2, 8])
     """
-    checks.require_floating("bias_dropout_add", x=x, residual=residual, bias=bias)
-    checks.require_same_device("bias_dropout_add", x, residual=residual, bias=bias)
+    checks.require_floating("bias_dropout_add", x=x, residual=residual)
+    checks.require_same_device("bias_dropout_add", x, residual=residual)
     checks.require_shape("bias_dropout_add", "residual", residual, x.shape)
-    if bias is not None:
-        checks.require_shape("bias_dropout_add", "bias", bias, x.shape[-1:])
+    checks.require_bias("bias_dropout_add", x, bias)
     checks.require_probability("bias_dropout_add", "p", p)
-    if not training or p == 0.0:
-        return BIAS_DROPOUT_ADD(x, residual, bias, None, 0.0, x.dtype)
-    provider = BIAS_DROPOUT_ADD.choose(x, residual, bias, None, p, x.dtype)
-    seed = None if provider is None else draw_seed(x)
-    return BIAS_DROPOUT_ADD.run(provider, x, residual, bias, seed, p, x.dtype)
+    x, p = as_lead(x, residual.dtype), p if training else 0.0
+    return run_seeded(BIAS_DROPOUT_ADD, (x, residual, bias), p, (p, x.dtype))

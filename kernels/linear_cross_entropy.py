@@ -32,8 +32,10 @@ from trilith.kernels._linear_cross_entropy_chunks import (
 from trilith.kernels._runtime.checks import (
     require,
     require_floating,
+    require_floating_if_given,
     require_same_device,
     require_shape,
+    require_tensors,
 )
 from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.kernels.cross_entropy import (
@@ -359,9 +361,9 @@ def _check(
     ignore_index: int,
     num_items: int | Tensor | None,
 ) -> None:
-    require_floating(
-        _OP, input=input, linear_weight=linear_weight, linear_bias=linear_bias, weight=weight
-    )
+    require_floating(_OP, input=input, linear_weight=linear_weight)
+    require_floating_if_given(_OP, linear_bias=linear_bias, weight=weight)
+    require_tensors(_OP, target=target)
     require(input.dim() > 0, _OP, "input", "have at least one dimension", "a scalar")
     rule = "be (V, K), or (V, d1, ..., K) with an input (N, K)"
     fits = linear_weight.dim() == 2 or (linear_weight.dim() > 2 and input.dim() == 2)

@@ -23,11 +23,17 @@ from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
 from trilith.kernels._cross_entropy_kernels import log1p
-from trilith.kernels._runtime.checks import require, require_floating, require_same_device
+from trilith.kernels._runtime.checks import (
+    require,
+    require_floating,
+    require_floating_if_given,
+    require_same_device,
+)
 from trilith.kernels._runtime.elementwise import NUM_WARPS, Plane, as_plane, offsets, tile_rows
 from trilith.kernels._runtime.functors import ACTIVATIONS, exp
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.lead import as_lead
 from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.reduce import column_sum
 from trilith.kernels._runtime.sharding import Strategy, split
@@ -443,7 +449,8 @@ def binary_cross_entropy_with_logits(
     """
     op = "binary_cross_entropy_with_logits"
     reduction = _reduction(op, size_average, reduce, reduction)
-    require_floating(op, input=input, target=target, weight=weight, pos_weight=pos_weight)
+    require_floating(op, input=input, target=target)
+    require_floating_if_given(op, weight=weight, pos_weight=pos_weight)
     if target.shape != input.shape:
         raise ValueError(
             f"{op}: target must have input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
@@ -453,7 +460,7 @@ def binary_cross_entropy_with_logits(
         for name, w in (("weight", weight), ("pos_weight", pos_weight))
     ]
     dtype = _loss_dtype(input, target)
-    given = (_lead(input, dtype), target, *constants)
+    given = (as_lead(input, dtype), target, *constants)
     if reduction == "mean" and is_dtensor(input):
         return _mean_by_sum(BCE_WITH_LOGITS, given, input.numel(), dtype)
     return BCE_WITH_LOGITS(*given, reduction, dtype)
@@ -494,7 +501,8 @@ def mse_loss(
     """
     op = "mse_loss"
     reduction = _reduction(op, size_average, reduce, reduction)
-    require_floating(op, input=input, target=target, weight=weight)
+    require_floating(op, input=input, target=target)
+    require_floating_if_given(op, weight=weight)
     require_same_device(op, input, target=target, weight=weight)
     if target.shape != input.shape:
         warnings.warn(
@@ -508,7 +516,7 @@ def mse_loss(
         )
     dtype = _loss_dtype(input, target, weight)
     input, target = torch.broadcast_tensors(input, target)
-    x = _lead(input, dtype)
+    x = as_lead(input, dtype)
     given = (x, target, None if weight is None else weight.expand(x.shape))
     if reduction == "mean" and weight is not None:
         wide = torch.promote_types(dtype, torch.float32)
@@ -549,8 +557,3 @@ def _loss_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype:
         dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
     autocast = torch.is_autocast_enabled(input.device.type)
     return torch.promote_types(dtype, torch.float32) if autocast else dtype
-
-
-def _lead(input: Tensor, dtype: torch.dtype) -> Tensor:
-    """The input that decides who runs the call: float64 if anything is."""
-    return input.double() if dtype == torch.float64 else input

@@ -31,6 +31,7 @@ from torch import Tensor
 from trilith.kernels._norm_kernels import Added, AddedGradients, norm_backward, norm_forward
 from trilith.kernels._runtime import checks
 from trilith.kernels._runtime.elementwise import require_seed
+from trilith.kernels._runtime.lead import as_lead
 from trilith.kernels._runtime.matrix import (
     input_gradient,
     parameter_gradients,
@@ -38,17 +39,16 @@ from trilith.kernels._runtime.matrix import (
     room_for,
 )
 from trilith.kernels._runtime.plan import planned
-from trilith.kernels._runtime.random import draw_seed
+from trilith.kernels._runtime.random import run_seeded
 from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.kernels.add_norm import (
     ADD_NORM,
     check_sum,
     residual_sum,
-    rms_eps,
     shared_with_residual,
     statistics,
 )
-from trilith.kernels.norms import norm_reference
+from trilith.kernels.norms import norm_reference, rms_eps
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 __all__ = ["layer_norm_linear", "rms_norm_linear"]
@@ -453,7 +453,6 @@ def rms_norm_linear(
         >>> x, gate, up = torch.randn(8, 512), torch.randn(64, 512), torch.randn(64, 512)
         >>> a, b = rms_norm_linear(x, torch.ones(512), (gate, up))
     """
-    eps = rms_eps(x if residual is None else residual) if eps is None else eps
     norm = {"norm_weight": norm_weight}
     return _call("rms_norm_linear", x, norm, weight, bias, eps, residual, p, training)
 
@@ -464,34 +463,45 @@ def _call(
     norm: dict[str, Tensor | None],
     weight: Weights,
     bias: Biases,
-    eps: float,
+    eps: float | None,
     residual: Tensor | None,
     p: float,
     training: bool,
 ) -> Results | tuple[Results, Tensor]:
+    rows = x if residual is None else residual
+    check_sum(op, x, rows, norm, p)
     if torch.is_autocast_enabled(x.device.type):
         weight, bias = _lowered(weight, x.device.type), _lowered(bias, x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             return _call(op, x, norm, weight, bias, eps, residual, p, training)
-    check_sum(op, x, residual, norm, p)
     is_pair = isinstance(weight, tuple)
-    weights = weight if isinstance(weight, tuple) else (weight, None)
-    biases = bias if isinstance(bias, tuple) else (bias, None)
-    for w, b in zip(weights, biases, strict=True):
-        require_linear(op, x, w, b)
+    linear = _layers(op, x, weight, bias)
     centred = "norm_bias" in norm
-    linear = (weights[0], biases[0], weights[1], biases[1])
+    eps = rms_eps(rows) if eps is None else eps
     given = (norm["norm_weight"], norm.get("norm_bias"), *linear, eps)
     if residual is None:
         checks.require(p == 0.0, op, "p", "be 0 where there is no residual", p)
         y, y2 = NORM_LINEAR(x, *given, centred)
         return (y, y2) if is_pair else y
-    p = p if training else 0.0
+    x, p = as_lead(x, residual.dtype), p if training else 0.0
     rest = (*given, p, centred, None if x.dtype == residual.dtype else x.dtype)
-    provider = ADD_NORM_LINEAR.choose(x, residual, None, *rest)
-    seed = draw_seed(x) if p > 0.0 and provider is not None else None
-    y, y2, summed = ADD_NORM_LINEAR.run(provider, x, residual, seed, *rest)
+    y, y2, summed = run_seeded(ADD_NORM_LINEAR, (x, residual), p, rest)
     return (y, y2) if is_pair else y, summed
+
+
+def _layers(op: str, x: Tensor, weight: Weights, bias: Biases) -> tuple[Tensor | None, ...]:
+    """Weight and bias of the first layer, and of the second, None where there is none."""
+    if not isinstance(weight, tuple):
+        checks.require(not isinstance(bias, tuple), op, "bias", "be one, as weight is", "a pair")
+        require_linear(op, x, weight, bias)
+        return weight, bias, None, None
+    checks.require(len(weight) == 2, op, "weight", "be one or a pair", f"{len(weight)} of them")
+    biases = (None, None) if bias is None else bias
+    is_pair = isinstance(biases, tuple) and len(biases) == 2
+    checks.require(is_pair, op, "bias", "be a pair, as weight is, or None", type(bias).__name__)
+    for w, b in zip(weight, biases, strict=True):
+        require_linear(op, x, w, b)
+    return weight[0], biases[0], weight[1], biases[1]
 
 
 def _lowered(operands: Any, device_type: str) -> Any:

@@ -18,7 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trilith.kernels._norm_kernels import norm_backward, norm_forward
-from trilith.kernels._runtime.checks import require_floating, require_same_device
+from trilith.kernels._runtime.checks import (
+    require_floating,
+    require_floating_if_given,
+    require_same_device,
+)
 from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.sharding import by_rows
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
@@ -259,20 +263,30 @@ def rms_norm(
         torch.Size([8, 512])
     """
     dims = _checked_dims("rms_norm", input, normalized_shape, weight=weight)
-    if eps is None:
-        eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
+    eps = rms_eps(input) if eps is None else eps
     y = RMS_NORM(input.flatten(-dims), _flat(weight), eps)
     return y if dims == 1 else y.reshape(input.shape)
+
+
+def rms_eps(x: Tensor) -> float:
+    """torch's default: the machine epsilon of the arithmetic."""
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
 
 
 def _checked_dims(
     op: str, input: Tensor, normalized_shape: Sequence[int], **parameters: Tensor | None
 ) -> int:
     """How many dimensions are normalised, once the arguments are known to fit."""
+    if isinstance(normalized_shape, int):
+        raise TypeError(
+            f"{op}: normalized_shape must be a sequence of sizes, got {normalized_shape}; "
+            f"write ({normalized_shape},)"
+        )
     shape = tuple(normalized_shape)
     if not shape:
         raise RuntimeError(f"{op}: normalized_shape must have at least one dimension, got {shape}")
-    require_floating(op, input=input, **parameters)
+    require_floating(op, input=input)
+    require_floating_if_given(op, **parameters)
     require_same_device(op, input, **parameters)
     if input.shape[-len(shape) :] != shape:
         raise RuntimeError(

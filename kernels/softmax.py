@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trilith.kernels._runtime.checks import require_floating
+from trilith.kernels._runtime.checks import require_floating, require_tensors
 from trilith.kernels._runtime.functors import exp
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
@@ -353,6 +353,7 @@ def log_softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) 
 
 
 def _over_dim(op: Op, name: str, input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+    require_tensors(name, input=input)
     dims = max(1, input.dim())
     if not -dims <= dim < dims:
         raise IndexError(f"{name}: dim must be in [{-dims}, {dims - 1}], got {dim}")

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from trilith.blocks.transformer import Projection
 from trilith.kernels import LINEAR_CROSS_ENTROPY, cross_entropy
+from trilith.kernels._runtime.checks import require, require_shape, require_tensors
+from trilith.kernels.cross_entropy import require_label_dtype, require_options
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -61,7 +63,7 @@ def vocab_parallel_linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     num_items: int | Tensor | None = None,
 ) -> Tensor:
     """`linear_cross_entropy` with a head that is split over ranks by classes.
@@ -78,8 +80,10 @@ def vocab_parallel_linear_cross_entropy(
         The loss, a plain tensor, the same on all ranks.
 
     Raises:
-        ValueError: linear_weight is not so sharded, or there are fewer classes than ranks.
+        ValueError: linear_weight is not so sharded, there are fewer classes than ranks, shapes
+            don't fit, or an option is none of its values.
         IndexError: a label is out of range, on CPU; on a GPU its loss is NaN.
+        RuntimeError: target is of another dtype than labels'.
 
     Memory: no more logits than `linear_cross_entropy` has of this rank's classes. Backward computes
         them again.
@@ -88,10 +92,15 @@ def vocab_parallel_linear_cross_entropy(
         >>> weight = distribute_tensor(head.weight, mesh, [Shard(0)])
         >>> loss = vocab_parallel_linear_cross_entropy(hidden, weight, labels)
     """
+    ignore_index = -100 if ignore_index is None else ignore_index
+    op = "vocab_parallel_linear_cross_entropy"
     mesh, start = _split(linear_weight)
+    _check(op, target, input.shape[:-1], reduction)
+    rule = "be None unless reduction is 'mean'"
+    require(num_items is None or reduction == "mean", op, "num_items", rule, num_items)
     weight = _own(linear_weight)
     bias = None if linear_bias is None else _own(linear_bias)
-    x, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    x, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1).to(torch.int64)
     _require_in_range(labels, linear_weight.shape[0], ignore_index)
     own = (labels - start).clamp(0, weight.shape[0] - 1)
     autocast = torch.is_autocast_enabled(x.device.type)
@@ -126,16 +135,19 @@ def vocab_parallel_cross_entropy(
         The loss, a plain tensor, the same on all ranks.
 
     Raises:
-        ValueError: input is not so sharded, or there are fewer classes than ranks.
+        ValueError: input is not so sharded, there are fewer classes than ranks, shapes don't fit,
+            or reduction is none of its values.
         IndexError: a label is out of range, on CPU; on a GPU its loss is NaN.
+        RuntimeError: target is of another dtype than labels'.
 
     Example:
         >>> logits = DTensor.from_local(own_logits, mesh, [Shard(-1)])
         >>> loss = vocab_parallel_cross_entropy(logits, labels)
     """
     mesh, start = _split(input, dim=input.ndim - 1)
+    _check("vocab_parallel_cross_entropy", target, input.shape[:-1], reduction)
     local = _own(input)
-    logits, labels = local.flatten(0, -2), target.reshape(-1)
+    logits, labels = local.flatten(0, -2), target.reshape(-1).to(torch.int64)
     _require_in_range(labels, input.shape[-1], ignore_index)
     own = (labels - start).clamp(0, local.shape[-1] - 1)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -153,10 +165,7 @@ def shared(x: Tensor, mesh: DeviceMesh, layout: Placement) -> Tensor:
 
 def _split(tensor: Tensor, dim: int = 0) -> tuple[DeviceMesh, int]:
     """The mesh and this rank's first class."""
-    if not isinstance(tensor, DTensor) or list(tensor.placements) not in (
-        [Shard(dim)],
-        [Shard(-1)],
-    ):
+    if not isinstance(tensor, DTensor) or list(tensor.placements) != [Shard(dim)]:
         found = tensor.placements if isinstance(tensor, DTensor) else "a plain tensor"
         raise ValueError(
             f"vocab parallel: the classes must be Shard({dim}) of a mesh of one dimension, "
@@ -173,6 +182,13 @@ def _split(tensor: Tensor, dim: int = 0) -> tuple[DeviceMesh, int]:
 
 def _own(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _check(op: str, target: Tensor, shape: torch.Size, reduction: str) -> None:
+    require_tensors(op, target=target)
+    require_label_dtype(op, target)
+    require_shape(op, "target", target, shape)
+    require_options(op, reduction, label_smoothing=0.0, softcap=None)
 
 
 def _require_in_range(labels: Tensor, classes: int, ignore_index: int) -> None:
@@ -206,10 +222,6 @@ def _reduced(
     loss = torch.where(labels == ignore_index, 0.0, loss)
     if reduction == "none":
         return loss.reshape(shape)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(
-            f"vocab parallel: reduction must be 'mean', 'sum' or 'none', got {reduction!r}"
-        )
     if reduction == "sum":
         return loss.sum()
     return loss.sum() / ((labels != ignore_index).sum() if num_items is None else num_items)

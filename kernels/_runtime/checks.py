@@ -19,12 +19,29 @@ def require_tensors(op: str, **given: Any) -> None:
             raise TypeError(f"{op}: {arg} must be a tensor, got {type(tensor).__name__}")
 
 
-def require_floating(op: str, **tensors: Tensor | None) -> None:
-    for arg, tensor in tensors.items():
+def require_floating(op: str, **given: Any) -> None:
+    for arg, tensor in given.items():
         is_tensor = isinstance(tensor, Tensor)
-        if tensor is not None and not (is_tensor and tensor.is_floating_point()):
+        if not (is_tensor and tensor.is_floating_point()):
             kind = tensor.dtype if is_tensor else type(tensor).__name__
             raise TypeError(f"{op}: {arg} must be a floating-point tensor, got {kind}")
+
+
+def require_floating_if_given(op: str, **given: Any) -> None:
+    """As `require_floating`, of those that are not None."""
+    for arg, tensor in given.items():
+        if tensor is not None:
+            require_floating(op, **{arg: tensor})
+
+
+def require_bias(op: str, x: Tensor, bias: Tensor | None) -> None:
+    """One number for each element of x's last dimension; or None."""
+    if bias is None:
+        return
+    require_floating(op, bias=bias)
+    require_same_device(op, x, bias=bias)
+    require(x.ndim > 0, op, "x", "have a dimension where there is a bias", "a scalar")
+    require_shape(op, "bias", bias, x.shape[-1:])
 
 
 def require_same_device(op: str, lead: Tensor, **tensors: Tensor | None) -> None:

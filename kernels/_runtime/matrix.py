@@ -49,12 +49,11 @@ def room_for(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Te
     )
 
 
-def require_linear(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Whether a linear layer takes x; one that is left out does."""
-    checks.require_floating(op, weight=weight, bias=bias)
+def require_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """That a linear layer takes x."""
+    checks.require_floating(op, weight=weight)
+    checks.require_floating_if_given(op, bias=bias)
     checks.require_same_device(op, x, weight=weight, bias=bias)
-    if weight is None:
-        return
     fits = weight.ndim == 2 and weight.shape[1] == x.shape[-1]
     shape = tuple(weight.shape)
     checks.require(fits, op, "weight", f"have shape (K, {x.shape[-1]})", shape)

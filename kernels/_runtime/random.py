@@ -10,10 +10,13 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from trilith.kernels._runtime.language import tl, triton
+from trilith.plugins import Op
 from trilith.plugins.sharding import replicated
 
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -27,6 +30,18 @@ def draw_seed(like: Tensor) -> Tensor:
     """A (1,) int64 seed on `like`'s device from torch's generator there; no synchronisation."""
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=like.device)
     return replicated(seed, like)
+
+
+def run_seeded(op: Op, before: tuple[Any, ...], p: float, after: tuple[Any, ...]) -> Any:
+    """Call an op whose parameters are `before`, a seed, and `after`.
+
+    A seed is drawn where a kernel will drop elements; the reference draws its own mask.
+    """
+    if p == 0.0:
+        return op(*before, None, *after)
+    provider = op.choose(*before, None, *after)
+    seed = None if provider is None else draw_seed(before[0])
+    return op.run(provider, *before, seed, *after)
 
 
 @triton.jit

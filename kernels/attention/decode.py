@@ -22,6 +22,7 @@ from torch import Tensor
 from trilith.kernels._runtime.checks import (
     require,
     require_floating,
+    require_floating_if_given,
     require_same_device,
     require_shape,
     require_tensors,
@@ -282,7 +283,8 @@ def _check(
             kind = type(given).__name__
             raise TypeError(f"{_NAME}: {arg} must be an integer tensor, got {kind}")
     require_tensors(_NAME, q=q, k_cache=k, v_cache=v)
-    require_floating(_NAME, q=q, k_cache=k, v_cache=v, sinks=sinks)
+    require_floating(_NAME, q=q, k_cache=k, v_cache=v)
+    require_floating_if_given(_NAME, sinks=sinks)
     rest = {"cache_lengths": lengths, "block_table": table, "sinks": sinks}
     require_same_device(_NAME, q, k_cache=k, v_cache=v, **rest)
     for arg, tensor in (("q", q), ("k_cache", k), ("v_cache", v)):

@@ -11,6 +11,7 @@ from torch import Tensor
 from trilith.kernels._runtime.checks import (
     require,
     require_floating,
+    require_floating_if_given,
     require_probability,
     require_same_device,
     require_shape,
@@ -105,7 +106,7 @@ def attention(
     alignment, left, right = score_window(_NAME, causal, window)
     cap = known_softcap(_NAME, softcap)
     bias, slopes = _score_terms(q, k, bias, alibi_slopes)
-    require_floating(_NAME, sinks=sinks)
+    require_floating_if_given(_NAME, sinks=sinks)
     if key_padding_mask is not None:
         require_tensors(_NAME, key_padding_mask=key_padding_mask)
     require_same_device(

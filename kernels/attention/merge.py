@@ -294,6 +294,8 @@ def _stacked(name: str, parts: Sequence[Tensor] | Tensor) -> Tensor:
     if isinstance(parts, Tensor):
         require_floating(_NAME, **{name: parts})
         return parts
+    if parts is None:
+        raise TypeError(f"{_NAME}: {name} must be tensors, got None")
     parts = list(parts)
     require(len(parts) > 0, _NAME, name, "have at least one part", 0)
     require_floating(_NAME, **{f"{name}[{i}]": part for i, part in enumerate(parts)})

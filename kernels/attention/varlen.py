@@ -21,6 +21,7 @@ from torch import Tensor
 from trilith.kernels._runtime.checks import (
     require,
     require_floating,
+    require_floating_if_given,
     require_probability,
     require_same_device,
     require_shape,
@@ -385,7 +386,7 @@ def _check_terms(
     H = q.shape[1]
     if bias is not None:
         require_tensors(_NAME, bias=bias)
-    require_floating(_NAME, alibi_slopes=slopes, sinks=sinks)
+    require_floating_if_given(_NAME, alibi_slopes=slopes, sinks=sinks)
     require_same_device(_NAME, q, bias=bias, alibi_slopes=slopes, sinks=sinks)
     require_shape(_NAME, "sinks", sinks, (H,))
     if bias is not None:

@@ -162,6 +162,7 @@ def test_unknown_name_says_which_exist(slot, names):
         ({"n_heads": 3}, "n_heads must divide dim=16, got 3"),
         ({"n_kv_heads": 3}, "n_kv_heads must divide n_heads=2, got 3"),
         ({"n_layers": 0}, "n_layers must be positive, got 0"),
+        ({"mlp_hidden": 0}, "mlp_hidden must be positive, got 0"),
         ({"residual": "sideways"}, "residual must be one of .*, got 'sideways'"),
         ({"stochastic_depth": -0.1}, "stochastic_depth must be a probability .*, got -0.1"),
         ({"dropout": 1.5}, "dropout must be a probability between 0 and 1, got 1.5"),

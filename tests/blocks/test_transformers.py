@@ -4,6 +4,7 @@
 """
 
 import copy
+import functools
 import pickle
 import re
 import sys
@@ -178,9 +179,13 @@ def test_a_head_that_must_be_called_and_a_loss_of_ones_own_are():
     assert model(**given).logits is not None
     assert seen
     hook.remove()
-    model.loss_function = lambda logits, labels, vocab_size, **_: logits.sum()
-    out = model(**given)
-    torch.testing.assert_close(out.loss, out.logits.sum())
+    own = model.loss_function
+    for loss in (functools.partial(own), lambda logits, labels, vocab_size, **_: logits.sum()):
+        model.loss_function = loss
+        out = model(**given)
+        vocab_size = model.config.vocab_size
+        expected = loss(logits=out.logits, labels=given["labels"], vocab_size=vocab_size)
+        torch.testing.assert_close(out.loss, expected)
 
 
 def test_fused_causal_models_copy_pickle_and_keep_their_name(tmp_path):

@@ -39,6 +39,7 @@ def test_bad_input_gives_one_line(checkpoint, tmp_path, capsys):
         (["--checkpoint", str(checkpoint), "--prompt", "x" * 40], "has 40 bytes"),
         (["--checkpoint", str(checkpoint), "--tokens", "400"], "must fit the positions' max_len"),
         (["--prompt", ""], "--prompt is empty"),
+        (["--tokens", "0"], "--tokens must be positive, got 0"),
     ):
         assert generate.main(options) == 2
         printed = capsys.readouterr()

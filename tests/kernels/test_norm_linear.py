@@ -135,5 +135,13 @@ def test_errors_name_what_is_wrong():
         layer_norm_linear(x, None, None, weight, randn(4))
     with pytest.raises(ValueError, match=r"rms_norm_linear: norm_weight must have shape \(6,\)"):
         rms_norm_linear(x, randn(4), weight)
+    for layers, wrong in (
+        (((weight, weight), randn(3)), "bias must be a pair, as weight is, or None, got Tensor"),
+        ((weight, (None, randn(3))), "bias must be one, as weight is, got a pair"),
+        (((weight,) * 3, None), "weight must be one or a pair, got 3 of them"),
+        (((weight, weight), (randn(3),) * 3), "bias must be a pair, as weight is, or None"),
+    ):
+        with pytest.raises(ValueError, match=f"layer_norm_linear: {wrong}"):
+            layer_norm_linear(x, None, None, *layers)
     with pytest.raises(ValueError, match=r"p must be 0 where there is no residual"):
         rms_norm_linear(x, None, weight, p=0.5)

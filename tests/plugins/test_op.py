@@ -460,7 +460,6 @@ class TestAutocast:
             make(RELU2, forward=forward, autocast="low")(x, index, x.double())
         assert seen == [(torch.bfloat16, torch.int64, torch.float64)]
 
-
     def test_backward_is_under_none_as_forward_was(self, make):
         def product(x: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
             return (x @ x.mT * scale,)

@@ -198,6 +198,35 @@ def vocabulary_parallel_losses():
         torch.testing.assert_close(whole(dlogits), theirs)
 
 
+@check(worlds=(2,))
+def vocabulary_parallel_losses_refuse_what_the_plain_ones_do():
+    mesh, x, labels = mesh_of(2), torch.randn(4, 6), torch.tensor([0, 1, 2, -100])
+    head = distribute_tensor(torch.randn(5, 6), mesh, [Shard(0)])
+    logits = distribute_tensor(torch.randn(4, 5), mesh, [Shard(1)])
+
+    def of_head(labels=labels, **options):
+        return vocab_parallel_linear_cross_entropy(x, head, labels, **options)
+
+    torch.testing.assert_close(of_head(ignore_index=None), of_head())
+    few = labels[[0, 1, 2, 0]]
+    torch.testing.assert_close(of_head(few.byte()), of_head(few))
+    for error, message, options in (
+        (ValueError, "num_items must be None unless", {"reduction": "sum", "num_items": 5}),
+        (ValueError, "reduction must be one of", {"reduction": "median"}),
+        (ValueError, r"target must have shape \(4,\)", {"labels": labels[:3]}),
+        (RuntimeError, "target must be int64", {"labels": labels.int()}),
+        (TypeError, "target must be a tensor", {"labels": [0, 1, 2, 3]}),
+    ):
+        with pytest.raises(error, match=message):
+            of_head(**options)
+    for error, message, given in (
+        (ValueError, r"target must have shape \(4,\)", labels[:3]),
+        (RuntimeError, "target must be int64", labels.int()),
+    ):
+        with pytest.raises(error, match=message):
+            vocab_parallel_cross_entropy(logits, given)
+
+
 @check(style=["llama", "gpt"])
 def data_parallel(style):
     """DDP: each rank has its rows of the batch."""

@@ -1,0 +1,133 @@
+"""What every public function asks of its arguments: each tensor that must be there, by name."""
+
+import inspect
+
+import pytest
+import torch
+
+from tests.support.devices import DEVICE
+from trilith import kernels
+
+NO_FUNCTIONS_OF_TENSORS = {"launch", "planned"}
+
+
+def randn(*shape):
+    return torch.randn(shape, device=DEVICE)
+
+
+def integers(*values):
+    return torch.tensor(values, device=DEVICE)
+
+
+HEADS = {name: randn(1, 2, 4, 16) for name in "qkv"}
+CALLS = {
+    "add_layer_norm": {"x": randn(2, 4), "residual": randn(2, 4)},
+    "add_rms_norm": {"x": randn(2, 4), "residual": randn(2, 4)},
+    "attention": HEADS,
+    "batch_norm": {
+        "input": randn(3, 4),
+        "running_mean": None,
+        "running_var": None,
+        "training": True,
+    },
+    "bias_act": {"x": randn(2, 4)},
+    "bias_act_linear": {"x": randn(2, 4), "bias": None, "weight": randn(3, 4)},
+    "bias_dropout_add": {"x": randn(2, 4), "residual": randn(2, 4)},
+    "binary_cross_entropy_with_logits": {"input": randn(2, 4), "target": randn(2, 4).sigmoid()},
+    "cross_entropy": {"input": randn(2, 4), "target": integers(1, 3)},
+    "decode_attention": {
+        "q": randn(1, 2, 1, 16),
+        "k_cache": randn(1, 2, 8, 16),
+        "v_cache": randn(1, 2, 8, 16),
+        "cache_lengths": integers(5),
+    },
+    "dropout": {"input": randn(2, 4)},
+    "gated_act": {"gate": randn(2, 4), "up": randn(2, 4)},
+    "gated_act_linear": {"gate": randn(2, 4), "up": randn(2, 4), "weight": randn(3, 4)},
+    "layer_norm": {"input": randn(2, 4), "normalized_shape": (4,)},
+    "layer_norm_linear": {
+        "x": randn(2, 4),
+        "norm_weight": None,
+        "norm_bias": None,
+        "weight": randn(3, 4),
+    },
+    "linear_cross_entropy": {
+        "input": randn(2, 4),
+        "linear_weight": randn(3, 4),
+        "target": integers(1, 2),
+    },
+    "log_softmax": {"input": randn(2, 4)},
+    "merge_attention": {"outputs": randn(2, 3, 4), "lses": randn(2, 3)},
+    "mse_loss": {"input": randn(2, 4), "target": randn(2, 4)},
+    "rms_norm": {"input": randn(2, 4), "normalized_shape": (4,)},
+    "rms_norm_linear": {"x": randn(2, 4), "norm_weight": None, "weight": randn(3, 4)},
+    "rotary": {"x": randn(1, 2, 4, 16), "cos": randn(4, 8), "sin": randn(4, 8)},
+    "scaled_dot_product_attention": {
+        "query": randn(2, 4, 16),
+        "key": randn(2, 4, 16),
+        "value": randn(2, 4, 16),
+    },
+    "softmax": {"input": randn(2, 4)},
+    "varlen_attention": {
+        **{name: randn(4, 2, 16) for name in "qkv"},
+        "cu_seqlens_q": integers(0, 4),
+        "cu_seqlens_k": integers(0, 4),
+    },
+}
+
+
+def test_every_public_function_is_here():
+    functions = {n for n in kernels.__all__ if inspect.isfunction(getattr(kernels, n))}
+    assert functions - NO_FUNCTIONS_OF_TENSORS == set(CALLS)
+
+
+REQUIRED = [
+    (name, argument)
+    for name, given in CALLS.items()
+    for argument, value in given.items()
+    if isinstance(value, torch.Tensor)
+]
+
+
+@pytest.mark.parametrize("value", [None, [1.0, 2.0]], ids=["None", "list"])
+@pytest.mark.parametrize(("name", "argument"), REQUIRED)
+def test_what_is_no_tensor_is_named(name, argument, value):
+    function, given = getattr(kernels, name), CALLS[name]
+    function(**given)
+    if name == "merge_attention" and value is not None:
+        pytest.skip("takes a list of tensors")
+    with pytest.raises(TypeError, match=rf"^{name}.*{argument}\b.* must be .*[tT]ensor"):
+        function(**{**given, argument: value})
+
+
+def test_a_bias_needs_a_dimension():
+    scalar = torch.tensor(1.0, device=DEVICE)
+    for call in (
+        lambda: kernels.bias_act(scalar, scalar),
+        lambda: kernels.bias_dropout_add(scalar, scalar, scalar),
+    ):
+        with pytest.raises(ValueError, match="x must have a dimension where there is a bias"):
+            call()
+
+
+WIDE = torch.float64
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_float64_residual_is_added_in_float64(p):
+    x, weight = randn(3, 4), randn(5, 4)
+    residual = randn(3, 4).to(WIDE).requires_grad_()
+    x.requires_grad_()
+    for call in (
+        lambda: kernels.bias_dropout_add(x, residual, p=p),
+        lambda: kernels.add_layer_norm(x, residual, p=p)[1],
+        lambda: kernels.add_rms_norm(x, residual, p=p)[1],
+        lambda: kernels.rms_norm_linear(x, None, weight, residual=residual, p=p)[1],
+    ):
+        summed = call()
+        assert summed.dtype == WIDE
+        branch = summed - residual
+        scale = x.to(WIDE) / (1 - p)
+        assert (((branch - scale).abs() < 1e-14) | ((branch.abs() < 1e-14) & (p > 0))).all()
+        dx, dresidual = torch.autograd.grad(summed.sum(), (x, residual))
+        assert (dx.dtype, dresidual.dtype) == (x.dtype, WIDE)
