@@ -7,10 +7,12 @@ WORKERS ?= auto
 ARGS ?=
 OUT ?= perf/results
 FAMILY ?=
+MINUTES ?= 10
 FAMILIES := norms bias_act fused_linear dropout cross_entropy linear_cross_entropy losses softmax batch_norm rotary attention block train_step
 HOST_FAMILIES := dispatch selection plugins
 WITHOUT_GPU := test_aot.py test_layout.py plugins/test_sharding.py blocks/parallel examples/test_parallel_training.py
 TABLES := --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
+RESUME := -p tests.support.resume
 VENV := .venv
 RUN := $(VENV)/bin/python
 
@@ -42,20 +44,23 @@ mutants: env
 	$(RUN) -m tests.support.mutants $(ARGS)
 
 # First every test that may see the GPU, and the benchmarks' results, on all cores, which also compiles;
-# then the benchmarks' times, with nothing else running. Results are written family by family:
-# `make gpu FAMILY="attention block"` takes only those.
+# then the benchmarks' times, with nothing else running. After MINUTES nothing new is started, tests
+# having half of them; what is left then, or after a kill, is what the next `make gpu` does. Results are
+# written family by family: `make gpu FAMILY="attention block"` takes only those, from the first case.
 gpu: env
 	$(RUN) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU'"
 	mkdir -p $(OUT)
-	failed=; \
+	start=$$(date +%s); unfinished=; \
 	if [ -z "$(FAMILY)" ]; then \
-	    TORCHINDUCTOR_COMPILE_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadgroup -q --junitxml=$(OUT)/tests.xml \
-	        $(FAMILIES:%=perf/bench_%.py) tests $(WITHOUT_GPU:%=--ignore=tests/%) || failed="$$failed tests"; \
+	    TORCHINDUCTOR_COMPILE_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadgroup -q \
+	        $(RESUME) --until $$((start + 30 * $(MINUTES))) --passed $(OUT)/tests.passed --junitxml=$(OUT)/tests-$$start.xml \
+	        $(FAMILIES:%=perf/bench_%.py) tests $(WITHOUT_GPU:%=--ignore=tests/%) || unfinished="$$unfinished tests"; \
 	fi; \
-	$(RUN) -m pytest $(patsubst %,perf/bench_%.py,$(or $(FAMILY),$(FAMILIES) $(HOST_FAMILIES))) \
-	    -q -rs $(TABLES) --results $(OUT) $(ARGS) || failed="$$failed benchmarks"; \
+	$(RUN) -m pytest $(patsubst %,perf/bench_%.py,$(or $(FAMILY),$(FAMILIES) $(HOST_FAMILIES))) -q -rs $(TABLES) \
+	    $(RESUME) --until $$((start + 57 * $(MINUTES))) $(if $(FAMILY),,--passed $(OUT)/times.passed) \
+	    --results $(OUT) $(ARGS) || unfinished="$$unfinished benchmarks"; \
 	$(RUN) -m perf.report $(OUT) --out $(OUT); \
-	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+	test -z "$$unfinished" || { echo "failed or left for the next run:$$unfinished"; exit 1; }
 
 env: $(VENV)/.ready
 

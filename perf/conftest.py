@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.resume import PASSED_BEFORE
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -36,6 +38,7 @@ class ResultsByFamily:
         self.config = config
         self.folder: Path = config.option.results
         self.measured: defaultdict[str, list[Any]] = defaultdict(list)
+        self.before: dict[str, list[Any]] = {}
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -60,7 +63,17 @@ class ResultsByFamily:
             include_data=True,
             **self.facts,
         )
+        if family not in self.before:
+            self.before[family] = self._measured_before(family)
+        results["benchmarks"] = self.before[family] + results["benchmarks"]
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self.folder / f"{family}.json.part"
         unfinished.write_text(json.dumps(results, indent=1, default=str))
         unfinished.replace(self.folder / f"{family}.json")
+
+    def _measured_before(self, family: str) -> list[Any]:
+        """Rows of an unfinished run, where this one goes on from it."""
+        file = self.folder / f"{family}.json"
+        passed = self.config.stash.get(PASSED_BEFORE, frozenset())
+        rows = json.loads(file.read_text())["benchmarks"] if passed and file.exists() else []
+        return [row for row in rows if row["fullname"] in passed]

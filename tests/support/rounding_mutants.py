@@ -77,8 +77,8 @@ ROUNDING = (
     Mutant(
         "rms_norm_default_eps_of_16_bits",
         "trilith.kernels.norms",
-        "torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps",
-        "torch.finfo(input.dtype).eps",
+        "torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps",
+        "torch.finfo(x.dtype).eps",
         _NORM_TESTS + " -k eps_none",
     ),
     Mutant(
