@@ -18,6 +18,7 @@ from trilith.plugins.conformance import (
     compare,
     covering,
     dtypes_of_check,
+    guard_bands,
     samples_of,
 )
 from trilith.plugins.conformance.modules import MODULE_CHECKS, ModuleCheck
@@ -49,6 +50,7 @@ HINTS = {
     "upstream_layouts": "grad may be stride-0 (sum().backward()): use its strides",
     "offsets_beyond_32_bits": "cast program ids and indices to tl.int64 before times a stride",
     "guard_bands": "mask every load and store to the tensor's own elements; no fixed multiples",
+    "reads_stay_inside": "mask every load to the tensor's own elements, whoever uses the value",
     "writes_are_disjoint": "give each element one program; sum by partials and a second kernel",
     "nothing_is_written_to": "never write to inputs, gradients or ctx.outputs; allocate",
     "backward_twice": "backward must be linear in grad, and keep no state",
@@ -195,11 +197,15 @@ def run_check(
 
 
 def check_op(op: Op, device: torch.device | None = None) -> Iterator[Row]:
-    """Every check of every provider that can run there."""
+    """Every check of every provider that can run there; no more of one that writes outside of its
+    tensors, which may end the process."""
     device = default_device() if device is None else device
     for provider in providers_here(op, device):
         for check in CHECKS:
-            yield _row(op, provider, check, device)
+            row = _row(op, provider, check, device)
+            yield row
+            if row.reason and check is guard_bands:
+                break
 
 
 def check_score_mod(

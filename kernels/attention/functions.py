@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from trilith.kernels._runtime.checks import (
     require,
@@ -148,6 +149,7 @@ def scaled_dot_product_attention(
         key: (..., H, S, D).
         value: (..., H, S, Dv).
         attn_mask: broadcasts to (..., H, T, S). Boolean: True where the key takes part. Else added.
+            Or torch's `CausalBias`, which says where the diagonal lies.
         dropout_p: the probability that a weight is dropped.
         is_causal: no key after the query's own position, counted from the first of each.
         scale: 1 / sqrt(D) if None.
@@ -168,17 +170,22 @@ def scaled_dot_product_attention(
         >>> scaled_dot_product_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 8, 128, 64])
     """
-    batch = _common_batch(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    mask, causal, alignment = attn_mask, is_causal, "top_left"
+    if isinstance(attn_mask, CausalBias) and not is_causal:
+        mask, causal = None, True
+        if attn_mask.variant is CausalVariant.LOWER_RIGHT:
+            alignment = "bottom_right"
+    batch = _common_batch(query, key, value, mask, dropout_p, causal, enable_gqa)
     if batch is not None:
         heads = key.shape[-3:-2] if enable_gqa else batch[-1:]
         q = _as_4d(query, batch)
         k = _as_4d(key, (*batch[:-1], *heads))
         v = _as_4d(value, (*batch[:-1], *heads))
-        bias = None if attn_mask is None else _mask_as_4d(attn_mask, batch)
+        bias = None if mask is None else _mask_as_4d(mask, batch)
         softmax_scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         tensors = (q, k, v, bias, None, None, None)
-        right = 0 if is_causal else -1
-        rest = (softmax_scale, 0.0, dropout_p, "top_left", -1, right, "", "ieee")
+        right = 0 if causal else -1
+        rest = (softmax_scale, 0.0, dropout_p, alignment, -1, right, "", "ieee")
         provider = OP.choose(*tensors, None, *rest)
         if provider is not None or is_dtensor(query):
             seed = draw_seed(q) if dropout_p > 0 and provider is not None else None

@@ -18,7 +18,11 @@ from collections.abc import Sequence
 import torch
 
 from trilith.plugins.conformance.declarations import cost_is_sound
-from trilith.plugins.conformance.launches import guard_bands, writes_are_disjoint
+from trilith.plugins.conformance.launches import (
+    guard_bands,
+    reads_stay_inside,
+    writes_are_disjoint,
+)
 from trilith.plugins.conformance.memory import (
     every_element_is_written,
     input_layouts,
@@ -69,6 +73,7 @@ __all__ = [
     "covering",
     "dtypes_of_check",
     "floating",
+    "guard_bands",
     "samples_of",
 ]
 
@@ -79,6 +84,7 @@ NUMERIC_CHECKS: tuple[Check, ...] = (
 )
 
 CHECKS: tuple[Check, ...] = (
+    guard_bands,  # what fails it may end the process in any other
     *NUMERIC_CHECKS,
     mixed_dtypes,
     regimes,
@@ -88,7 +94,7 @@ CHECKS: tuple[Check, ...] = (
     input_layouts,
     upstream_layouts,
     offsets_beyond_32_bits,
-    guard_bands,
+    reads_stay_inside,
     writes_are_disjoint,
     nothing_is_written_to,
     backward_twice,
@@ -115,8 +121,8 @@ PER_TENSOR: frozenset[Check] = frozenset(
 
 
 def dtypes_of_check(check: Check, dtypes: Sequence[torch.dtype]) -> tuple[torch.dtype, ...]:
-    """In which of an op's dtypes a check is run: numbers in all, the rest in the first."""
-    if check in NUMERIC_CHECKS:
+    """In which of an op's dtypes a check is run: numbers and fakes in all, others in the first."""
+    if check in NUMERIC_CHECKS or check is fakes_are_exact:
         return tuple(dtypes)
     if check is regimes_in_16_bits:
         return tuple(dtype for dtype in dtypes if dtype.itemsize == 2)

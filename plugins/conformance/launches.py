@@ -117,11 +117,39 @@ class Launch:
     tensors: list[Tensor]
     writers: dict[int, tuple[int, ...]] = field(default_factory=dict)
     contested: set[int] = field(default_factory=set)
+    strays: int = 0  # elements read outside of the tensors
+
+    def __post_init__(self) -> None:
+        self._starts, self._ends = _extents(self.tensors)
+
+    def read(self, addresses: np.ndarray) -> None:
+        at = np.searchsorted(self._starts, addresses, side="right") - 1
+        self.strays += int((~((at >= 0) & (addresses < self._ends[at]))).sum())
 
     def wrote(self, addresses: np.ndarray, program: tuple[int, ...]) -> None:
         for address in addresses.tolist():
             if self.writers.setdefault(address, program) != program:
                 self.contested.add(address)
+
+
+def _extents(tensors: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and ends of the memory that tensors span, ascending and apart; never empty."""
+    apart: list[list[int]] = [[0, 0]]
+    for start, end in sorted((t.data_ptr(), t.data_ptr() + _extent(t)) for t in tensors):
+        if start <= apart[-1][1]:
+            apart[-1][1] = max(end, apart[-1][1])
+        else:
+            apart.append([start, end])
+    starts, ends = zip(*apart, strict=True)
+    return np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if not tensor.numel():
+        return 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((n - 1) * s for n, s in steps)) * tensor.element_size()
 
 
 @contextmanager
@@ -133,7 +161,9 @@ def recorded() -> Iterator[list[Launch]]:
         yield []
         return
     launches: list[Launch] = []
-    start, store = GridExecutor.__call__, InterpreterBuilder.create_masked_store
+    start = GridExecutor.__call__
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    atomic = InterpreterBuilder.create_atomic_rmw
 
     def call(executor: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
@@ -141,22 +171,52 @@ def recorded() -> Iterator[list[Launch]]:
         launches.append(Launch(executor.fn.__name__, grid, tensors))
         return start(executor, *args, **kwargs)
 
-    def masked_store(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def touched(ptrs: Any, mask: Any) -> np.ndarray:
         addresses = np.asarray(ptrs.data, dtype=np.int64)
-        inside = np.broadcast_to(mask.data, addresses.shape).astype(bool)
-        launches[-1].wrote(addresses[inside], tuple(builder.grid_idx))
+        return addresses[np.broadcast_to(mask.data, addresses.shape).astype(bool)]
+
+    def masked_load(builder: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        launches[-1].read(touched(ptrs, mask))
+        return load(builder, ptrs, mask, *rest)
+
+    def masked_store(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        launches[-1].wrote(touched(ptrs, mask), tuple(builder.grid_idx))
         return store(builder, ptrs, value, mask, *rest)
+
+    def atomic_rmw(builder: Any, op: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
+        launches[-1].wrote(touched(ptr, mask), tuple(builder.grid_idx))
+        return atomic(builder, op, ptr, val, mask, *rest)
 
     with (
         patch.object(GridExecutor, "__call__", call),
+        patch.object(InterpreterBuilder, "create_masked_load", masked_load),
         patch.object(InterpreterBuilder, "create_masked_store", masked_store),
+        patch.object(InterpreterBuilder, "create_atomic_rmw", atomic_rmw),
     ):
         yield launches
 
 
 @named_check
+def reads_stay_inside(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+    """No kernel reads outside of its tensors, also where nobody uses what it reads.
+
+    Seen where Triton's interpreter runs the kernels: on a GPU it is an illegal access, some day.
+    """
+    args = bound(op, sample)
+    if provider_of(op, args) is None:
+        return
+    with recorded() as launches:
+        forward_and_backward(op, args)
+    for launch in launches:
+        assert not launch.strays, (
+            f"{launch.kernel} reads {launch.strays} elements outside of its tensors"
+        )
+
+
+@named_check
 def writes_are_disjoint(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
-    """No element is written by two programs, nor is part of two arguments and written.
+    """No element is written by two programs, by atomics neither, nor is part of two arguments and
+    written.
 
     Seen where Triton's interpreter runs the kernels: on a GPU such a race may pass by luck.
     """

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from tests.kernels.eager_attention import eager
 from tests.support.compare import assert_like_eager
@@ -513,6 +514,29 @@ def test_drop_in_equals_torch(case, masks):
     pulled = torch.autograd.grad((actual * weight).sum(), inputs)
     for a, e in zip(pulled, torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("T", "S"), [(32, 32), (20, 33)])
+@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
+def test_drop_in_takes_torchs_causal_biases(bias, T, S, compiled):
+    q, k, v = (t.requires_grad_() for t in qkv(T, S))
+    function = scaled_dot_product_attention
+    if compiled:
+        function = torch.compile(function, backend="aot_eager", fullgraph=True)
+    out = function(q, k, v, bias(T, S))
+    assert type(out) is torch.Tensor
+    expected = F.scaled_dot_product_attention(
+        *(t.double() for t in (q, k, v)), bias(T, S)._materialize(q.device)
+    )
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    weight = randn(*out.shape)
+    pulled = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    for a, e in zip(pulled, wanted, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="causal"):
+        scaled_dot_product_attention(q, k, v, bias(T, S), is_causal=True)
 
 
 def wide(mask):

@@ -111,6 +111,51 @@ def written_by_two_programs(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return y, mean
 
 
+@triton.jit
+def _read_kernel(x_ptr, N: tl.constexpr):
+    tl.load(x_ptr + tl.arange(0, N))
+
+
+def reads_beyond_its_input(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    if INTERPRETING:
+        _read_kernel[(1,)](x, N=32)
+    return forward(x, weight)
+
+
+@triton.jit
+def _count_kernel(y_ptr):
+    tl.atomic_add(y_ptr, 0.0)
+
+
+def adds_by_atomics(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    y, mean = forward(x, weight)
+    if INTERPRETING:
+        _count_kernel[(2,)](y)
+    return y, mean
+
+
+_buffers: dict[torch.Size, Tensor] = {}
+
+
+def output_in_a_buffer(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    y, mean = forward(x, weight)
+    return _buffers.setdefault(y.shape, torch.empty_like(y)).copy_(y), mean
+
+
+def gradient_in_a_buffer(ctx, dy, dmean):
+    dx, dweight = backward(ctx, dy, dmean)
+    return _buffers.setdefault(dx.shape, torch.empty_like(dx)).copy_(dx), dweight
+
+
+def gradient_in_float32(ctx, dy, dmean):
+    dx, dweight = backward(ctx, dy, dmean)
+    return None if dx is None else dx.float(), dweight
+
+
+def fake_in_float32(x, weight):
+    return tuple(t.float() for t in fake(x, weight))
+
+
 def writes_input(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     results = forward(x, weight)
     x.data.relu_()
@@ -289,6 +334,9 @@ FAULTS = {
         ("forward", overflows, ["regimes"]),
         ("forward", intermediate_in_the_dtype_of_x, ["regimes_in_16_bits"]),
         ("forward", weight_taken_for_the_dtype_of_x, ["mixed_dtypes"]),
+        ("forward", reads_beyond_its_input, ["reads_stay_inside"]),
+        ("forward", adds_by_atomics, ["writes_are_disjoint"]),
+        ("forward", output_in_a_buffer, ["runs_are_bit_equal"]),
         ("forward", writes_input, ["nothing_is_written_to"]),
         ("forward", noisy, ["runs_are_bit_equal"]),
         ("forward", input_read_as_dense, ["input_layouts"]),
@@ -297,6 +345,8 @@ FAULTS = {
         ("forward", counts_calls, ["runs_are_bit_equal", "inference_mode", "autocast"]),
         ("backward", wrong_factor, ["gradients_match_reference", "functorch_transforms"]),
         ("backward", ignores_upstream, ["gradients_match_reference", "backward_twice"]),
+        ("backward", gradient_in_a_buffer, ["backward_twice"]),
+        ("backward", gradient_in_float32, ["fakes_are_exact"]),
         ("backward", offset, ["gradients_match_reference", "backward_twice"]),
         ("backward", weight_gradient_in_dtype_of_x, ["fakes_are_exact"]),
         ("backward", writes_upstream, ["nothing_is_written_to"]),
@@ -312,6 +362,7 @@ FAULTS = {
         ("cost", cost_in_elements, ["cost_is_sound"]),
         ("sharding", mean_as_a_sum, ["shards_agree"]),
         ("sharding", weight_whole_beside_split_columns, ["shards_agree"]),
+        ("fake", fake_in_float32, ["fakes_are_exact"]),
         ("fake", fake_transposed, ["fakes_are_exact", *OPCHECK_OF_STRIDES]),
         ("fake", fake_of_another_shape, ["fakes_are_exact", "opcheck"]),
         ("fake", fake_with_sizes_fixed, ["compiles_dynamic"]),

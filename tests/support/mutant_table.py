@@ -908,7 +908,7 @@ MUTANTS = (
         "trilith.kernels._batch_norm_kernels",
         "mean = tl.load(mean_ptr + cols * vector_strides[0], mask=inside, other=0.0)",
         "mean = tl.load(mean_ptr + cols * vector_strides[0])",
-        "tests/kernels/test_reads.py -k batch_norm",
+        "tests/plugins/test_conformance.py -k batch_norm-fp32-reads_stay",
     ),
     Mutant(
         "batch_norm_running_variance_biased",
