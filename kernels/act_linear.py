@@ -38,6 +38,7 @@ from trilith.kernels.activations import (
     gated_act_backward,
 )
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
+from trilith.plugins.autocast import autocasts
 
 __all__ = ["bias_act_linear", "gated_act_linear"]
 
@@ -198,7 +199,7 @@ def bias_act_linear(
 
 
 def _require_dtype(op: str, x: Tensor, weight: Tensor) -> None:
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasts(x):
         rule = f"have the input's dtype {x.dtype}"
         checks.require(weight.dtype == x.dtype, op, "weight", rule, weight.dtype)
 

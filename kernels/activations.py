@@ -308,8 +308,7 @@ def _bias_act_reference(
     """dropout(act(x + bias)) in float32 (float64 for float64), rounded once to x's dtype."""
     z = x if bias is None and p == 0.0 else x.to(torch.promote_types(x.dtype, torch.float32))
     y = ACTIVATIONS[activation].torch(z if bias is None else z + bias)
-    y = reference_dropout(y, seed, p).to(x.dtype)
-    return y.clone() if y is x else y
+    return reference_dropout(y, seed, p).to(x.dtype)
 
 
 def _bias_act_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -370,7 +369,7 @@ def bias_act(
     Args:
         x: (..., N), any floating dtype, any strides.
         bias: (N,), any floating dtype.
-        activation: identity, relu, leaky_relu (slope 0.01), elu, sigmoid, tanh, gelu (erf),
+        activation: identity, relu, relu2, leaky_relu (slope 0.01), elu, sigmoid, tanh, gelu (erf),
             gelu_tanh or silu.
         p: probability that an element is dropped; those kept are divided by 1 - p.
         training: False switches dropout off.

@@ -64,7 +64,7 @@ def _train_bwd(
     ctx: BackwardContext, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     x, weight, bias, eps = ctx.inputs
-    _, mean, var = ctx.outputs
+    mean, var = ctx.outputs
     dy = torch.zeros_like(x) if dy is None else dy
     needs = ctx.needs_input_grad[:3]
     return batch_norm_gradients(dy, x, mean, var, weight, bias, eps, needs, (dmean, dvar), True)
@@ -201,6 +201,7 @@ BATCH_NORM = Op(
         reference=_train_reference,
         samples=_train_samples,
         outputs=3,
+        save_outputs=(1, 2),
         fake=_train_out,
         cost=_train_cost,
         sharding=_train_sharding,

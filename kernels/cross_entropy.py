@@ -46,6 +46,7 @@ from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.kernels._runtime.sizes import cdiv
 from trilith.kernels._soft_cross_entropy import SOFT_CROSS_ENTROPY
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
+from trilith.plugins.autocast import autocasts
 from trilith.plugins.sharding import is_dtensor
 
 _WIDEST_BLOCK = 4096
@@ -289,7 +290,7 @@ def cross_entropy(
     else:
         options = (ignore_index, label_smoothing, softcap)
         loss = _in_plain_pytorch(input, target, weight, reduction, *options)
-    return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
+    return loss if autocasts(input) else loss.to(input.dtype)
 
 
 def _check(

@@ -48,6 +48,7 @@ from trilith.kernels.cross_entropy import (
     require_options,
 )
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
+from trilith.plugins.autocast import autocasts
 
 _OP = "linear_cross_entropy"
 _DEVICES = ("cuda", "cpu")
@@ -69,7 +70,7 @@ def _linear_cross_entropy_fwd(
 ) -> tuple[Tensor, ...]:
     losses = x.new_empty(x.shape[0], dtype=wide(x.dtype))
     needs = () if per_row else needs_input_grad
-    gradients = _buffers(x, linear_weight, linear_bias, needs)
+    gradients = _buffers(x, linear_weight, needs)
     options = Options(weight, ignore_index, label_smoothing, z_loss, softcap)
     run_chunks(x, linear_weight, target, linear_bias, options, losses, None, gradients)
     require_labels(_OP, losses, target, ignore_index, linear_weight.shape[0])
@@ -88,7 +89,7 @@ def _linear_cross_entropy_fake(
     needs = options[-1]
     assert isinstance(needs, tuple)
     loss = x.new_empty((x.shape[0],) if per_row else (), dtype=wide(x.dtype))
-    gradients = _buffers(x, linear_weight, linear_bias, () if per_row else needs)
+    gradients = _buffers(x, linear_weight, () if per_row else needs)
     return (loss, *_made(gradients, x, linear_weight))
 
 
@@ -104,9 +105,7 @@ def _of_classes(gradients: Gradients, linear_weight: Tensor) -> Gradients:
     return gradients._replace(weight=dweight[: linear_weight.shape[0]])
 
 
-def _buffers(
-    x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, needs: Sequence[bool]
-) -> Gradients:
+def _buffers(x: Tensor, linear_weight: Tensor, needs: Sequence[bool]) -> Gradients:
     """Nothing is allocated for what wants no gradient, such as a frozen head."""
     dx = dweight = dbias = None
     if needs and needs[_INPUT]:
@@ -129,7 +128,7 @@ def _linear_cross_entropy_bwd(ctx: BackwardContext, dloss: Tensor) -> tuple[Tens
     if not per_row and all(g.numel() for g, need in zip(ctx.aux, needs, strict=True) if need):
         gradients, scale = Gradients(*ctx.aux), dloss
     else:
-        gradients, scale = _buffers(x, linear_weight, linear_bias, ctx.needs_input_grad), None
+        gradients, scale = _buffers(x, linear_weight, ctx.needs_input_grad), None
         rows = dloss if per_row else dloss.expand(x.shape[0])
         options = Options(weight, *scalars)
         run_chunks(x, linear_weight, target, linear_bias, options, None, rows, gradients)
@@ -283,11 +282,10 @@ def linear_cross_entropy(
     ignore_index = -100 if ignore_index is None else ignore_index
     _check(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, num_items)
     require_options(_OP, reduction, label_smoothing, softcap)
-    device = input.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = autocasts(input)
     x = input.reshape(-1, input.shape[-1])
     if autocast and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+        x = x.to(torch.get_autocast_dtype(input.device.type))
     if target.is_floating_point() or linear_weight.dim() > 2:
         scalars = (ignore_index, label_smoothing, z_loss, softcap)
         loss = _of_all_logits(
@@ -370,7 +368,7 @@ def _check(
     require(fits, _OP, "linear_weight", rule, tuple(linear_weight.shape))
     classes, *positions, width = linear_weight.shape
     require(input.shape[-1] == width, _OP, "input", f"end in {width}", tuple(input.shape))
-    if not torch.is_autocast_enabled(input.device.type):
+    if not autocasts(input):
         for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
             if tensor is not None and tensor.dtype != input.dtype:
                 raise TypeError(

@@ -28,6 +28,7 @@ from trilith.kernels._runtime.checks import (
     require_floating,
     require_floating_if_given,
     require_same_device,
+    require_tensors,
 )
 from trilith.kernels._runtime.elementwise import NUM_WARPS, Plane, as_plane, offsets, tile_rows
 from trilith.kernels._runtime.functors import ACTIVATIONS, exp
@@ -38,6 +39,7 @@ from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.reduce import column_sum
 from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
+from trilith.plugins.autocast import autocasts
 from trilith.plugins.sharding import is_dtensor
 
 __all__ = ["binary_cross_entropy_with_logits", "mse_loss"]
@@ -353,7 +355,6 @@ def _draws(
 
 def _bce_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     for i, (x, target, weight, *rest) in enumerate(_draws(device, dtype)):
-        weight = None if weight is None else weight.detach()
         q = torch.rand(x.shape[-1], device=device) + 0.5
         yield Sample(x, target, weight, q.expand(x.shape) if i % 2 else None, *rest)
 
@@ -477,7 +478,8 @@ def mse_loss(
     """Squared error between predictions and targets, as torch.nn.functional's.
 
     Args:
-        input, target: of shapes that broadcast to each other; a warning if they differ.
+        input, target: of shapes that broadcast to each other; a warning if they differ. A target
+            of integers or booleans is taken as of input's dtype.
         size_average, reduce: torch's deprecated spelling of `reduction`.
         reduction: "none", "sum", or "mean": over all elements, or weighted by `weight`.
         weight: of input's shape, multiplies the errors; differentiable.
@@ -501,7 +503,11 @@ def mse_loss(
     """
     op = "mse_loss"
     reduction = _reduction(op, size_average, reduce, reduction)
-    require_floating(op, input=input, target=target)
+    require_floating(op, input=input)
+    require_tensors(op, target=target)
+    if not (target.is_floating_point() or target.is_complex()):
+        target = target.to(input.dtype)
+    require_floating(op, target=target)
     require_floating_if_given(op, weight=weight)
     require_same_device(op, input, target=target, weight=weight)
     if target.shape != input.shape:
@@ -555,5 +561,5 @@ def _loss_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype:
     dtype = input.dtype
     for other in others:
         dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = autocasts(input)
     return torch.promote_types(dtype, torch.float32) if autocast else dtype

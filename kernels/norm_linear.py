@@ -50,6 +50,7 @@ from trilith.kernels.add_norm import (
 )
 from trilith.kernels.norms import norm_reference, rms_eps
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
+from trilith.plugins.autocast import autocasts
 
 __all__ = ["layer_norm_linear", "rms_norm_linear"]
 
@@ -470,7 +471,7 @@ def _call(
 ) -> Results | tuple[Results, Tensor]:
     rows = x if residual is None else residual
     check_sum(op, x, rows, norm, p)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         weight, bias = _lowered(weight, x.device.type), _lowered(bias, x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             return _call(op, x, norm, weight, bias, eps, residual, p, training)

@@ -29,6 +29,7 @@ from trilith.kernels._runtime.rows import Rows, as_rows, row_offsets, row_tile
 from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
+from trilith.plugins.autocast import autocasts
 
 __all__ = ["log_softmax", "softmax"]
 
@@ -360,7 +361,7 @@ def _over_dim(op: Op, name: str, input: Tensor, dim: int, dtype: torch.dtype | N
     if dtype is None:
         require_floating(name, input=input)
         dtype = input.dtype
-        if torch.is_autocast_enabled(input.device.type):
+        if autocasts(input):
             dtype = torch.promote_types(dtype, torch.float32)
     widens = input.is_floating_point() and dtype == torch.float32 != input.dtype
     if not widens or input.dtype == torch.float64:  # else the kernel converts as it loads

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from perf.attention_workloads import attention
 from perf.suite import Case, cases, measure
 from perf.timing import CLOCK
-from perf.workloads import attention
 
 GPU = [
     attention(4, 16, 4096, 128),

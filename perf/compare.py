@@ -192,15 +192,28 @@ def judge(options: argparse.Namespace, run: Runner) -> tuple[list[Comparison], l
             return pairs(before, after, tests, options.rounds, run)
 
     else:
-        rounds = [(load([before]), load([after]))]
+        rounds = [(_loaded(before), _loaded(after))]
 
         def rerun(tests: Sequence[str]) -> Rounds:
             return [(rounds[0][0], run(_ROOT, tests))]
 
     found, alone = compare(rounds)
     if options.rerun:
-        found = confirmed(found, rounds[0][1], lambda tests: _only_shared(rerun(tests)))
+        try:
+            found = confirmed(found, rounds[0][1], lambda tests: _only_shared(rerun(tests)))
+        except Incomparable as why:
+            raise Incomparable(f"{why}\n--no-rerun judges by these results alone") from why
     return found, alone
+
+
+def _loaded(path: Path) -> Results:
+    try:
+        results = load([path])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Incomparable(f"cannot read results from {path}: {error!r}") from error
+    if not results:
+        raise Incomparable(f"cannot compare: no results in {path}")
+    return results
 
 
 def _only_shared(rounds: Rounds) -> Rounds:

@@ -13,7 +13,7 @@ from typing import Any
 
 Figures = Mapping[str, Mapping[str, float]]
 
-_TOLERANCE = 1e-3
+_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)

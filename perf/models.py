@@ -48,7 +48,7 @@ def block_workload(kind: str, b: int, t: int, dim: int, n_heads: int) -> Workloa
     return Workload(
         name=f"{kind}_block-B{b}-T{t}-d{dim}",
         arguments=arguments,
-        cost=lambda x, made: _block_cost(x, made, n_heads),
+        cost=_block_cost,
         trilith=lambda x, made: made(x),
         eager=eager_block,
     )
@@ -77,7 +77,7 @@ def train_step(
     )
 
 
-def _block_cost(x: Tensor, made: nn.Module, n_heads: int) -> Cost:
+def _block_cost(x: Tensor, made: nn.Module) -> Cost:
     """FLOPs of the matrix products; bytes of the block's input, output and parameters."""
     tokens, length = x.shape[0] * x.shape[1], x.shape[1]
     weights = sum(p.numel() for p in made.parameters() if p.dim() == 2)

@@ -6,7 +6,6 @@ Where it drops elements, the oracle is told which branch to take: `drop` stands 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -239,12 +238,18 @@ def softmax(m: int, n: int, *, log: bool = False) -> Workload:
     )
 
 
-def bce_with_logits(m: int, n: int) -> Workload:
+def bce_with_logits(m: int, n: int, *, weighted: bool = False) -> Workload:
+    """`weighted`: each element has a weight of its own."""
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        weight = (draw.constant(m, n).abs(),) if weighted else ()
+        return draw(m, n), draw.constant(m, n).sigmoid(), *weight
+
     return Workload(
-        name=f"bce_with_logits-M{m}-N{n}",
-        arguments=lambda draw: (draw(m, n), draw.constant(m, n).sigmoid()),
-        cost=lambda x, t: declared_cost("binary_cross_entropy_with_logits")(
-            x, t, None, None, "mean", x.dtype
+        name=f"bce_with_logits{'-weighted' if weighted else ''}-M{m}-N{n}",
+        arguments=arguments,
+        cost=lambda x, t, weight=None: declared_cost("binary_cross_entropy_with_logits")(
+            x, t, weight, None, "mean", x.dtype
         ),
         trilith=kernels.binary_cross_entropy_with_logits,
         eager=F.binary_cross_entropy_with_logits,
@@ -271,154 +276,41 @@ def batch_norm(n: int, c: int) -> Workload:
     )
 
 
-def rotary(b: int, h: int, t: int, d: int) -> Workload:
+def rotary(
+    b: int, h: int, t: int, d: int, turned: int | None = None, *, interleaved: bool = False
+) -> Workload:
+    """The first `turned` channels, or all: halves paired, or neighbours if interleaved."""
+    turned = d if turned is None else turned
+
     def arguments(draw: Draw) -> tuple[Any, ...]:
-        angles = torch.rand(t, d // 2, device=draw.device) * 2 * math.pi
+        angles = torch.rand(t, turned // 2, device=draw.device) * 2 * math.pi
         return draw(b, h, t, d), angles.cos(), angles.sin()
 
+    def eager(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if not interleaved:
+            y = rotated(x[..., :turned], cos, sin)
+        else:
+            first, second = _widened(x[..., :turned]).unflatten(-1, (-1, 2)).unbind(-1)
+            y = torch.stack(_turned(first, second, cos, sin), dim=-1).flatten(-2).to(x.dtype)
+        return torch.cat([y, x[..., turned:]], dim=-1) if turned < d else y
+
+    some = f"-R{turned}" if turned < d else ""
     return Workload(
-        name=f"rotary-B{b}-H{h}-T{t}-D{d}",
+        name=f"rotary{'-interleaved' if interleaved else ''}-B{b}-H{h}-T{t}-D{d}{some}",
         arguments=arguments,
-        cost=declared_cost("rotary", False),
-        trilith=kernels.rotary,
-        eager=rotated,
+        cost=declared_cost("rotary", interleaved),
+        trilith=lambda x, cos, sin: kernels.rotary(x, cos, sin, interleaved=interleaved),
+        eager=eager,
     )
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x (B, H, T, D), halves paired, as models write it."""
-    first, second = _widened(x).chunk(2, dim=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    return torch.cat(_turned(*_widened(x).chunk(2, dim=-1), cos, sin), dim=-1).to(x.dtype)
 
 
-def attention(b: int, h: int, t: int, d: int, causal: bool = True) -> Workload:
-    constants = (None, None, None, None, None, 1 / math.sqrt(d), 0.0, 0.0, "top_left", -1)
-
-    def flash() -> Function:
-        from flash_attn import flash_attn_func
-
-        def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return flash_attn_func(q, k, v, causal=causal).transpose(1, 2)
-
-        return function
-
-    def flex() -> Function:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        mask = create_block_mask(_sees_no_later_key, None, None, t, t) if causal else None
-        compiled = torch.compile(flex_attention, dynamic=False)
-        return lambda q, k, v: compiled(q, k, v, block_mask=mask)
-
-    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-    return Workload(
-        name=f"attention-{'causal-' if causal else ''}B{b}-H{h}-T{t}-D{d}",
-        arguments=lambda draw: (draw(b, h, t, d), draw(b, h, t, d), draw(b, h, t, d)),
-        cost=declared_cost("attention", *constants, 0 if causal else -1),
-        trilith=lambda q, k, v: kernels.attention(q, k, v, causal=causal),
-        eager=sdpa,
-        peers={
-            "sdpa-flash": lambda: _with_backend("FLASH_ATTENTION", sdpa),
-            "sdpa-cudnn": lambda: _with_backend("CUDNN_ATTENTION", sdpa),
-            "flex": flex,
-            "flash-attn": flash,
-        },
-        part=lambda x: x[:1, :1],
-        compiled=False,
-    )
-
-
-def _sees_no_later_key(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return query >= key
-
-
-def varlen_attention(lengths: tuple[int, ...], h: int, d: int) -> Workload:
-    """Causal self-attention of packed sequences; eager pads nothing either, one after the other."""
-    bounds = [0, *itertools.accumulate(lengths)]
-    constants = (None, None, None, None, 1 / math.sqrt(d), 0.0, 0.0, "top_left", -1, 0)
-
-    def arguments(draw: Draw) -> tuple[Any, ...]:
-        starts = torch.tensor(bounds, dtype=torch.int32, device=draw.device)
-        return *(draw(bounds[-1], h, d) for _ in range(3)), starts
-
-    def eager(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
-        parts = []
-        for begin, end in itertools.pairwise(bounds):
-            q_, k_, v_ = (x[begin:end].transpose(0, 1) for x in (q, k, v))
-            parts.append(F.scaled_dot_product_attention(q_, k_, v_, is_causal=True))
-        return torch.cat(parts, 1).transpose(0, 1)
-
-    def flash() -> Function:
-        from flash_attn import flash_attn_varlen_func
-
-        longest = max(lengths)
-        return lambda q, k, v, starts: flash_attn_varlen_func(
-            q, k, v, starts, starts, longest, longest, causal=True
-        )
-
-    return Workload(
-        name=f"varlen_attention-L{'+'.join(map(str, lengths))}-H{h}-D{d}",
-        arguments=arguments,
-        cost=lambda q, k, v, starts: declared_cost("varlen_attention", *constants)(
-            q, k, v, starts, starts
-        ),
-        trilith=lambda q, k, v, starts: kernels.varlen_attention(
-            q, k, v, starts, starts, causal=True
-        ),
-        eager=eager,
-        peers={"flash-attn": flash},
-        compiled=False,
-    )
-
-
-def merge_attention(parts: int, b: int, h: int, t: int, d: int) -> Workload:
-    def arguments(draw: Draw) -> tuple[Any, ...]:
-        return draw(parts, b, h, t, d), torch.randn(parts, b, h, t, device=draw.device)
-
-    return Workload(
-        name=f"merge_attention-P{parts}-B{b}-H{h}-T{t}-D{d}",
-        arguments=arguments,
-        cost=declared_cost("merge_attention"),
-        trilith=lambda outs, lses: kernels.merge_attention(outs, lses)[0],
-        eager=lambda outs, lses: (_widened(outs) * lses.softmax(0)[..., None]).sum(0).to(outs),
-    )
-
-
-def decode_attention(b: int, h: int, hkv: int, s: int, d: int) -> Workload:
-    """One new token of each sequence over a full cache; there is no backward."""
-
-    def arguments(draw: Draw) -> tuple[Any, ...]:
-        caches = (draw.constant(b, hkv, s, d), draw.constant(b, hkv, s, d))
-        return draw.constant(b, h, 1, d), *caches, torch.full((b,), s, device=draw.device)
-
-    def sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-    def cost(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Cost:
-        return declared_cost("decode_attention")(
-            q, k.transpose(1, 2), v.transpose(1, 2), lengths, None
-        )
-
-    return Workload(
-        name=f"decode_attention-B{b}-H{h}-Hkv{hkv}-S{s}-D{d}",
-        arguments=arguments,
-        cost=cost,
-        trilith=kernels.decode_attention,
-        eager=sdpa,
-    )
-
-
-def _with_backend(name: str, sdpa: Function) -> Function:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def function(*args: Tensor) -> Tensor:
-        with sdpa_kernel(getattr(SDPBackend, name)):
-            return sdpa(*args)
-
-    return function
+def _turned(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return first * cos - second * sin, second * cos + first * sin
 
 
 def head(draw: Draw, k: int, n: int) -> Tensor:

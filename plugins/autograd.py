@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trilith.plugins.library import are_plain, as_tuple, is_watched
+from trilith.plugins.autocast import autocasts, is_any_autocast_enabled
+from trilith.plugins.library import are_plain, as_tuple, is_watched, outputs_of
 
 if TYPE_CHECKING:
     from trilith.plugins.op import Op
-
-# A name of this module is found faster than one of torch's, in what every call does.
-_autocast_is_enabled = torch._C._is_any_autocast_enabled
 
 
 def autograd_function(op: Op) -> type[torch.autograd.Function]:
@@ -39,13 +37,13 @@ def autograd_function(op: Op) -> type[torch.autograd.Function]:
                 results = as_tuple(torch_ops.start(provider, args, *wanted), spec.name, "forward")
             else:
                 results = tuple(torch_ops.forward(*args, provider, *wanted))
+            outputs = outputs_of(results, n_outputs, spec.name)
             kept = [results[i] for i in saved_outputs] if saved_outputs else ()
             ctx.save_for_backward(*[args[i] for i in saved], *kept, *results[n_outputs:])
             facts = [(i, _meta(args[i])) for i in unsaved if args[i] is not None] if unsaved else ()
             ctx.call = provider, is_ordinary, [args[i] for i in constants], facts
             if not spec.materialize_grads:
                 ctx.set_materialize_grads(False)
-            outputs = results[:n_outputs]
             integers = [o for o in outputs if not o.is_floating_point()]
             if integers:
                 ctx.mark_non_differentiable(*integers)
@@ -53,9 +51,9 @@ def autograd_function(op: Op) -> type[torch.autograd.Function]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            if _autocast_is_enabled():  # the caller's; forward ran without it
+            if is_any_autocast_enabled():  # the caller's; forward ran without it
                 lead = next((g for g in grads if g is not None), None)
-                if lead is not None and torch.is_autocast_enabled(lead.device.type):
+                if lead is not None and autocasts(lead):
                     with torch.autocast(lead.device.type, enabled=False):
                         return Function.backward(ctx, *grads)
             needs = ctx.needs_input_grad[2:]

@@ -1,4 +1,4 @@
-"""An op's forward and backward in torch's dispatcher. The only file that touches torch.library.
+"""An op's forward and backward in torch's dispatcher.
 
     ns::name_fwd(parameters..., str provider) -> outputs + aux
     ns::name_bwd(grad_i..., parameters..., Tensor[] kept, str provider, bool[] needs) -> gradients
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from trilith.plugins.sharding import PLAIN
 from trilith.plugins.spec import BackwardContext
@@ -61,12 +62,31 @@ class TorchOps:
             self._library.impl(f"{name}_{suffix}", body, _KEY)
             torch.library.register_fake(f"{namespace}::{name}_{suffix}", fake, lib=self._library)
         ops = getattr(torch.ops, namespace)
-        self.forward = getattr(ops, f"{name}_fwd").default
-        self.backward = getattr(ops, f"{name}_bwd").default
+        self._packets = getattr(ops, f"{name}_fwd"), getattr(ops, f"{name}_bwd")
+        self.forward, self.backward = (packet.default for packet in self._packets)
+        if self._spec.cost is not None:
+            for packet, flops in zip(self._packets, (self._flops, self._flops_back), strict=True):
+                register_flop_formula(packet, get_raw=True)(flops)
 
     def destroy(self) -> None:
         """Take the ops out of torch's dispatcher, so that their names are free again."""
+        for packet in self._packets:
+            flop_registry.pop(packet, None)
         self._library._destroy()
+
+    def _flops(self, *args: Any, **_: Any) -> int:
+        """For torch's FlopCounterMode: what the spec's cost says."""
+        assert self._spec.cost is not None
+        return self._spec.cost(*args[: self._arity]).forward_flops
+
+    def _flops_back(self, *args: Any, **_: Any) -> int:
+        """The same of backward; what is not saved is taken to be as the first gradient."""
+        assert self._spec.cost is not None
+        grads, context = self._backward_arguments(args)
+        like = next(g for g in grads if g is not None)
+        dropped = set(self._tensors) - set(self._parameters.saved)
+        inputs = (like if i in dropped else x for i, x in enumerate(context.inputs))
+        return self._spec.cost(*inputs).backward_flops
 
     def is_plain(self, args: tuple[Any, ...]) -> bool:
         """Whether the body, called with these arguments, is what the dispatcher would call."""
@@ -195,6 +215,15 @@ def are_plain(tensors: Sequence[Tensor | None]) -> bool:
         if tensor is not None and (type(tensor) not in PLAIN or tensor.is_neg()):
             return False
     return True
+
+
+def outputs_of(results: tuple[Any, ...], count: int, name: str) -> tuple[Any, ...]:
+    """Of what forward returned, without the aux tensors."""
+    if len(results) < count:
+        raise RuntimeError(
+            f"{name}: forward must return {count} outputs, and then aux, got {len(results)} tensors"
+        )
+    return results[:count]
 
 
 def as_tuple(results: Any, name: str, part: str) -> tuple[Any, ...]:

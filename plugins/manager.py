@@ -163,6 +163,9 @@ class Manager:
         unmarked = sorted(named - marked)
         if unmarked:
             raise ValueError(f"{', '.join(unmarked)} must be marked @trilith.plugins.hookimpl")
+        wrappers = sorted(c.name for c in own for i in c.get_hookimpls() if _wraps(i, plugin))
+        if wrappers:
+            raise ValueError(f"{', '.join(wrappers)} must answer for the plugin, not wrap others")
         if not marked:
             raise ValueError(f"no hook found; hooks are {', '.join(sorted(_HOOKS))}")
 
@@ -256,6 +259,11 @@ def _guarded(stage: str, call: Callable[..., Any], *args: Any) -> Any:
         raise
     except BaseException as error:  # SystemExit, and what a plugin calls its own
         raise PluginError(stage, error) from error
+
+
+def _wraps(implementation: Any, plugin: Any) -> bool:
+    is_own = implementation.plugin is plugin
+    return is_own and (implementation.wrapper or implementation.hookwrapper)
 
 
 def _check_contract(plugin: Any) -> None:

@@ -1,6 +1,6 @@
 """Ops that write into their arguments, as torch ops that torch.compile knows how to order.
 
-Beside op.py the only file that touches torch.library. Such an op returns nothing and has no
+Such an op returns nothing and has no
 gradient; what it means is its reference, which writes in place too.
 """
 

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from trilith.plugins import selection, sharding
+from trilith.plugins.autocast import autocasts, is_any_autocast_enabled
 from trilith.plugins.autograd import autograd_function
-from trilith.plugins.library import TorchOps, as_tuple, is_watched
+from trilith.plugins.library import TorchOps, as_tuple, is_watched, outputs_of
 from trilith.plugins.parameters import Parameters
 from trilith.plugins.selection import Selection, SelectionKey, Vote
 from trilith.plugins.spec import Implementation, OpSpec
 
 # A name of this module is found faster than one of torch's, in what every call does.
 _transforms_are_active = torch._C._are_functorch_transforms_active
-_autocast_is_enabled = torch._C._is_any_autocast_enabled
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
@@ -89,7 +89,7 @@ class Op:
             if type(args[i]) not in sharding.PLAIN and self._is_dtensor(i, args[i]):
                 return sharding.call(self, args)
         lead = self.parameters.lead(args)
-        if _autocast_is_enabled() and torch.is_autocast_enabled(lead.device.type):
+        if autocasts(lead):
             return self._call_in_autocast(lead.device.type, args)
         return self._run(self.provider(lead, args), args, is_ordinary=False)
 
@@ -115,9 +115,10 @@ class Op:
         for i in self._tensors:
             if type(args[i]) not in sharding.PLAIN and sharding.is_dtensor(args[i]):
                 return sharding.call(self, args)
-        device_type = self.parameters.lead(args).device.type
-        if not (_autocast_is_enabled() and torch.is_autocast_enabled(device_type)):
+        lead = self.parameters.lead(args)
+        if not autocasts(lead):
             return self._run(provider, args, is_ordinary=False)
+        device_type = lead.device.type
         if self.spec.autocast == "low":
             return self._call_in_autocast(device_type, args)
         with torch.autocast(device_type, enabled=False):
@@ -125,7 +126,7 @@ class Op:
 
     def _is_ordinary(self, args: tuple[Any, ...]) -> bool:
         """Whether no mode, transform, tracer, profiler or tensor subclass has a say in the call."""
-        if _is_dynamo_compiling() or _transforms_are_active() or _autocast_is_enabled():
+        if _is_dynamo_compiling() or _transforms_are_active() or is_any_autocast_enabled():
             return False
         return not is_watched() and self.torch_ops.is_plain(args)
 
@@ -162,10 +163,9 @@ class Op:
         return self._outputs(self.torch_ops.forward(*args, provider))
 
     def _outputs(self, results: Any) -> Any:
-        """Of what forward returned, without the aux tensors."""
-        if self.spec.outputs == 1:
-            return as_tuple(results, self.spec.name, "forward")[0]
-        return as_tuple(results, self.spec.name, "forward")[: self.spec.outputs]
+        name, count = self.spec.name, self.spec.outputs
+        found = outputs_of(as_tuple(results, name, "forward"), count, name)
+        return found[0] if count == 1 else found
 
     def __reduce__(self) -> tuple[Callable[[str], Op], tuple[str]]:
         """A copy, or a pickle read in another process, is the op of that name there."""

@@ -59,7 +59,7 @@ HINTS = {
     "empty_tensors": "the reference must accept empty tensors",
     "double_backward": "the reference must be differentiable twice; save all nonlinear inputs",
     "functorch_transforms": "no branching on values in the reference",
-    "fakes_are_exact": "give `fake=`, and let the launcher call it to allocate",
+    "fakes_are_exact": "give `fake=` (`fake_backward=`), and let the launcher allocate by it",
     "autocast": "autocast='low' casts inputs; 'keep' leaves them",
     "checkpointing": "the same inputs must give the same bits: take seeds as arguments",
     "inference_mode": "nothing in forward may need autograd",
@@ -73,6 +73,7 @@ HINTS = {
 
 MODULE_HINTS = {
     "shapes_are_kept": "README's table of slots says what each is called with, and must return",
+    "nothing_is_foreseen": "language models are causal: attend to no later token, nor mix it in",
     "gradients_reach_all": "register no parameter that forward leaves out; detach nothing",
     "builds_are_apart": "make a new module, with parameters of its own, in each build(config)",
     "copies_agree": "no lambda, handle or lock as an attribute; state in parameters and buffers",

@@ -179,8 +179,8 @@ class OpSpec:
             the input's. All replicated is taken without saying, and is the default. Any other
             placement is refused: nothing is gathered unasked.
         parts: names of the ops whose work it does in one pass, as add_norm does rms_norm's. Blocks
-            ask `Op.may_fuse` before they call it in their place, so that whoever was chosen to run
-            a part runs it.
+            ask `trilith.plugins.may_fuse` before they call it in their place, so that whoever was
+            chosen to run a part runs it.
         autocast: "keep" leaves dtypes alone; "low" casts floating inputs to the autocast dtype.
         rounds_inside: whether it rounds to 16 bits on the way, as matrix products of what it made
             do, so that the conformance checks grant it that. None says so where autocast is "low".

@@ -4,9 +4,8 @@ from trilith.blocks.drop_in.activations import ELU, GELU, LeakyReLU, ReLU, Sigmo
 from trilith.blocks.drop_in.attention import MultiheadAttention
 from trilith.blocks.drop_in.batch_norm import BatchNorm1d
 from trilith.blocks.drop_in.dropout import Dropout
-from trilith.blocks.drop_in.losses import CrossEntropyLoss
+from trilith.blocks.drop_in.losses import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 from trilith.blocks.drop_in.norms import LayerNorm, RMSNorm
-from trilith.blocks.drop_in.pointwise_losses import BCEWithLogitsLoss, MSELoss
 from trilith.blocks.drop_in.softmax import LogSoftmax, Softmax
 from trilith.blocks.drop_in.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +20,7 @@ from trilith.kernels import (
     rms_norm_linear,
 )
 from trilith.plugins import may_fuse
+from trilith.plugins.autocast import autocasts
 
 
 class LayerNorm(nn.LayerNorm):
@@ -61,7 +61,7 @@ def plain_norm(module: nn.Module) -> bool:
 def may_join_linear(x: Tensor, weight: Tensor, norm: nn.Module) -> bool:
     """Whether the norm of x and its product with `weight` may be one call."""
     op = LAYER_NORM if isinstance(norm, nn.LayerNorm) else RMS_NORM
-    as_torch = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+    as_torch = x.dtype == weight.dtype or autocasts(x)
     return kernels_run(x) and as_torch and not x.is_nested and may_fuse(NORM_LINEAR, x, op)
 
 

@@ -12,7 +12,7 @@ class Softmax(nn.Softmax):
     """torch.nn.Softmax."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.dim is None or input.is_cpu and SOFTMAX.is_reference_on_cpu:
+        if self.dim is None or input.is_nested or input.is_cpu and SOFTMAX.is_reference_on_cpu:
             return F.softmax(input, self.dim, _stacklevel=5)
         return softmax(input, self.dim)
 
@@ -21,6 +21,6 @@ class LogSoftmax(nn.LogSoftmax):
     """torch.nn.LogSoftmax."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.dim is None or input.is_cpu and LOG_SOFTMAX.is_reference_on_cpu:
+        if self.dim is None or input.is_nested or input.is_cpu and LOG_SOFTMAX.is_reference_on_cpu:
             return F.log_softmax(input, self.dim, _stacklevel=5)
         return log_softmax(input, self.dim)

@@ -19,6 +19,7 @@ from trilith.blocks.transformer import Projection
 from trilith.kernels import LINEAR_CROSS_ENTROPY, cross_entropy
 from trilith.kernels._runtime.checks import require, require_shape, require_tensors
 from trilith.kernels.cross_entropy import require_label_dtype, require_options
+from trilith.plugins.autocast import autocasts
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -103,7 +104,7 @@ def vocab_parallel_linear_cross_entropy(
     x, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1).to(torch.int64)
     _require_in_range(labels, linear_weight.shape[0], ignore_index)
     own = (labels - start).clamp(0, weight.shape[0] - 1)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocasts(x)
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     options = (-1, 0.0, 0.0, None)  # of a class here none is ignored

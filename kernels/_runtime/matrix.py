@@ -50,7 +50,7 @@ def room_for(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Te
 
 
 def require_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """That a linear layer takes x."""
+    """Refuse what no linear layer is for x."""
     checks.require_floating(op, weight=weight)
     checks.require_floating_if_given(op, bias=bias)
     checks.require_same_device(op, x, weight=weight, bias=bias)

@@ -19,9 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trilith.kernels._runtime.launch import here, observers
 from trilith.plugins import BackwardContext
-
-# A name of this module is found faster than one of torch's, in what every call does.
-_autocast_is_enabled = torch._C._is_any_autocast_enabled
+from trilith.plugins.autocast import is_any_autocast_enabled
 
 Launcher = TypeVar("Launcher", bound=Callable[..., tuple[Any, ...]])
 
@@ -67,8 +65,8 @@ def planned(launcher: Launcher) -> Launcher:
     def follow(*args: Any) -> tuple[Any, ...]:
         kind: list[Any] = []
         tensors: list[Tensor] = []
-        watched = bool(observers) or here.recorder is not None
-        if watched or _autocast_is_enabled() or not _describe(args, kind, tensors) or not tensors:
+        watched = bool(observers) or here.recorder is not None or is_any_autocast_enabled()
+        if watched or not _describe(args, kind, tensors) or not tensors:
             return launcher(*args)
         index = tensors[0].get_device()
         key = (index, *kind)

@@ -65,7 +65,7 @@ def entry_for(kernel: str, q: Tensor, precision: str, head_dim: int, is_plain: b
 
 
 def tiles_for(kernel: str, q: Tensor, precision: str, head_dim: int, is_plain: bool) -> Tiles:
-    """The tiles of `kernel` (fwd, dkdv, dq, dbias, decode) for q's device and dtype."""
+    """The tiles of `kernel` (fwd, dkdv, dk, dv, dq, dbias, decode) for q's device and dtype."""
     if INTERPRETING and q.device.type == "cpu":
         return _INTERPRETED
     return entry_for(kernel, q, precision, head_dim, is_plain).tiles()

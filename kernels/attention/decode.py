@@ -43,6 +43,7 @@ from trilith.kernels.attention.decode_reference import (
 )
 from trilith.kernels.attention.merge import merge_partials
 from trilith.plugins import Cost, Op, OpSpec, Sample
+from trilith.plugins.autocast import autocasts
 
 _NAME = "decode_attention"
 _PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -289,7 +290,7 @@ def _check(
     require_same_device(_NAME, q, k_cache=k, v_cache=v, **rest)
     for arg, tensor in (("q", q), ("k_cache", k), ("v_cache", v)):
         require(tensor.ndim == 4, _NAME, arg, "be 4-D", tuple(tensor.shape))
-    if not torch.is_autocast_enabled(q.device.type):
+    if not autocasts(q):
         _require_one_dtype(q, k, v)
     for arg, indices in (("cache_lengths", lengths), ("block_table", table)):
         if indices is not None and indices.dtype not in (torch.int32, torch.int64):

@@ -60,7 +60,7 @@ def decode_reference(
 
 def host_lengths(lengths: Tensor) -> list[int] | None:
     """The lengths, where one may look at them: not on a device, nor while a program is recorded."""
-    plain = type(lengths) is Tensor and lengths.device.type == "cpu"
+    plain = type(lengths) is Tensor and lengths.is_cpu
     recorded = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return lengths.tolist() if plain and not recorded else None
 

@@ -27,6 +27,7 @@ from trilith.kernels.attention.arguments import (
 )
 from trilith.kernels.attention.config import LARGEST_HEAD_DIM
 from trilith.kernels.attention.op import OP
+from trilith.plugins.autocast import autocasts
 from trilith.plugins.sharding import is_dtensor
 
 _NAME = "attention"
@@ -261,7 +262,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     require_same_device(_NAME, q, k=k, v=v)
     for arg, tensor in (("q", q), ("k", k), ("v", v)):
         require(tensor.ndim == 4, _NAME, arg, "be 4-D (batch, heads, length, dim)", tensor.shape)
-    if not (q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)):
+    if not (q.dtype == k.dtype == v.dtype or autocasts(q)):
         raise TypeError(
             f"{_NAME}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
         )
@@ -317,7 +318,7 @@ def _common_batch(
     tensors = (query, key, value)
     if not all(isinstance(t, Tensor) and t.ndim >= 2 and not t.is_nested for t in tensors):
         return None
-    autocast = torch.is_autocast_enabled(query.device.type)
+    autocast = autocasts(query)
     dtypes = {t.dtype for t in tensors}
     shapes_fit = query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2]
     if (len(dtypes) > 1 and not autocast) or not shapes_fit or not 0.0 <= p <= 1.0:

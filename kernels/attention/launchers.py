@@ -1,4 +1,4 @@
-"""Starts the attention kernels: what they share is gathered once in a `_Call`."""
+"""Starts the attention kernels: what they share is gathered once in an `AttentionCall`."""
 
 from __future__ import annotations
 

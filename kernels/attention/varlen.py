@@ -41,6 +41,7 @@ from trilith.kernels.attention.decode_reference import host_lengths
 from trilith.kernels.attention.launchers import AttentionCall, Packed, sink_gradient
 from trilith.kernels.attention.reference import attend
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
+from trilith.plugins.autocast import autocasts
 
 _NAME = "varlen_attention"
 
@@ -136,6 +137,11 @@ def _varlen_bwd(
     return dq, dk, dv, None, None, dbias, dslopes, dsinks
 
 
+def _starts(cu_seqlens: Tensor, total: int) -> list[int]:
+    """Where sequences start, and the last ends; without data one of all rows, for its shapes."""
+    return [0, total] if cu_seqlens.is_meta else cu_seqlens.tolist()
+
+
 def varlen_reference(
     q: Tensor,
     k: Tensor,
@@ -156,7 +162,7 @@ def varlen_reference(
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
     """Attention of each sequence by itself, one after the other; reads the lengths on the host."""
-    begin, end = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    begin, end = _starts(cu_seqlens_q, len(q)), _starts(cu_seqlens_k, len(k))
     kept = None
     if seed is not None and p > 0:
         kept = reference_keep_mask(seed, (q.shape[1], q.shape[0], k.shape[0]), p)
@@ -359,7 +365,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
     require_same_device(_NAME, q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
     for arg, tensor in (("q", q), ("k", k), ("v", v)):
         require(tensor.ndim == 3, _NAME, arg, "be 3-D (total, heads, dim)", tuple(tensor.shape))
-    if not (q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)):
+    if not (q.dtype == k.dtype == v.dtype or autocasts(q)):
         raise TypeError(
             f"{_NAME}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
         )

@@ -87,6 +87,22 @@ def shapes_are_kept(spec: ModuleSpec, config: Any, device: torch.device) -> None
 
 
 @_named
+def nothing_is_foreseen(spec: ModuleSpec, config: Any, device: torch.device) -> None:
+    """Outputs do not depend on later tokens."""
+    module = _built(spec, config, device)
+    given = _inputs(module, spec, config, device)
+    others = [torch.cat([t[..., :-1, :], torch.randn_like(t[..., :1, :])], -2) for t in given]
+    if not given:
+        return
+    with torch.no_grad():
+        pairs = zip(as_tuple(module(*given)), as_tuple(module(*others)), strict=True)
+    for before, after in pairs:
+        earlier = before[..., : _TIME - 1, :], after[..., : _TIME - 1, :]
+        wrong = before.shape[-2] == _TIME and not torch.allclose(*earlier, rtol=1e-3, atol=1e-4)
+        assert not wrong, "an output changes with a later token"
+
+
+@_named
 def gradients_reach_all(spec: ModuleSpec, config: Any, device: torch.device) -> None:
     """Inputs and parameters get gradients, finite ones."""
     module = _built(spec, config, device)
@@ -125,6 +141,7 @@ def copies_agree(spec: ModuleSpec, config: Any, device: torch.device) -> None:
 
 MODULE_CHECKS: tuple[ModuleCheck, ...] = (
     shapes_are_kept,
+    nothing_is_foreseen,
     gradients_reach_all,
     builds_are_apart,
     copies_agree,

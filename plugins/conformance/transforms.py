@@ -79,17 +79,19 @@ def fakes_are_exact(op: Op, sample: Sample, device: torch.device, dtype: torch.d
         return
     _require_fresh_tensors(op, args, op.torch_ops.run_forward(*args, provider))
     results = op.torch_ops.forward(*args, provider)
-    _compare_with_fake("forward result", op.torch_ops.forward, (*args, provider), results)
+    names = [f"forward result {i}" for i in range(len(results))]
+    _compare_with_fake(names, op.torch_ops.forward, (*args, provider), results)
     if not has_gradient(op, args):
         return
     outputs = results[: op.spec.outputs]
     grads = [torch.randn_like(o) if o.is_floating_point() else None for o in outputs]
     call = backward_arguments(op, args, provider, results, grads)
     gradients = op.torch_ops.backward(*call)
-    _compare_with_fake("gradient", op.torch_ops.backward, call, gradients)
     asked = [i for i, ask in enumerate(call[-1]) if ask]
-    for i, gradient in zip(asked, gradients, strict=True):
-        what, like = f"gradient of {name_of(op, i)}", args[i]
+    names = [f"gradient of {name_of(op, i)}" for i in asked]
+    _compare_with_fake(names, op.torch_ops.backward, call, gradients)
+    for what, i, gradient in zip(names, asked, gradients, strict=True):
+        like = args[i]
         assert gradient.dtype == like.dtype, f"{what}: dtype {gradient.dtype}, not {like.dtype}"
         assert gradient.shape == like.shape, f"{what}: shape {gradient.shape}, not {like.shape}"
 
@@ -107,18 +109,18 @@ def _require_fresh_tensors(op: Op, args: Sequence[Any], results: Sequence[Any]) 
 
 
 def _compare_with_fake(
-    what: str, function: Any, args: Sequence[Any], real: Sequence[Tensor]
+    names: Sequence[str], function: Any, args: Sequence[Any], real: Sequence[Tensor]
 ) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = function(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, tuple(args)))
-    assert len(fake) == len(real), f"{what}s: {len(real)}, the fake says {len(fake)}"
-    for i, (f, r) in enumerate(zip(fake, real, strict=True)):
+    kind = names[0].partition(" ")[0] if names else "forward"
+    assert len(fake) == len(real), f"{kind} gives {len(real)}, the fake says {len(fake)}"
+    for what, f, r in zip(names, fake, real, strict=True):
         for aspect in ("shape", "dtype", "device"):
             said, is_ = getattr(f, aspect), getattr(r, aspect)
-            assert said == is_, f"{what} {i}: {aspect} {is_}, the fake says {said}"
+            assert said == is_, f"{what}: {aspect} {is_}, the fake says {said}"
         assert f.stride() == r.stride(), (
-            f"{what} {i} of shape {tuple(r.shape)}: strides {r.stride()}, the fake says "
-            f"{f.stride()}"
+            f"{what} of shape {tuple(r.shape)}: strides {r.stride()}, the fake says {f.stride()}"
         )
 
 

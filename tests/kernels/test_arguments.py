@@ -131,3 +131,17 @@ def test_a_float64_residual_is_added_in_float64(p):
         assert (((branch - scale).abs() < 1e-14) | ((branch.abs() < 1e-14) & (p > 0))).all()
         dx, dresidual = torch.autograd.grad(summed.sum(), (x, residual))
         assert (dx.dtype, dresidual.dtype) == (x.dtype, WIDE)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_shapes_on_the_meta_device_are_those_of_real_results(name):
+    def on_meta(value):
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    def results(given):
+        found = getattr(kernels, name)(**given)
+        return [found] if isinstance(found, torch.Tensor) else list(found)
+
+    empty = results({argument: on_meta(value) for argument, value in CALLS[name].items()})
+    for e, r in zip(empty, results(CALLS[name]), strict=True):
+        assert e.is_meta and (e.shape, e.dtype) == (r.shape, r.dtype)

@@ -55,6 +55,17 @@ def test_the_same_samples_give_the_same_answer():
     assert compared("norm", before, after) == compared("norm", before, after)
 
 
+def test_what_cannot_be_read_is_told(tmp_path, capsys):
+    whole, broken, empty = (tmp_path / name for name in ("whole.json", "broken.json", "empty"))
+    write(whole, [entry("a", samples(1e-4))])
+    broken.write_text("{")
+    empty.mkdir()
+    for wrong in (tmp_path / "nowhere.json", broken, empty):
+        assert main([str(whole), str(wrong)]) == 2
+        printed = capsys.readouterr().out
+        assert wrong.name in printed and printed.startswith("cannot ")
+
+
 def benchmark(name, data, environment=H200):
     return Benchmark(name, data, 0.0, {"environment": environment}, f"perf/bench.py::{name}")
 

@@ -7,7 +7,7 @@ BASELINE = {"norm": {"bytes": 1.0, "launches": 2}, "loss": {"bytes": 1.5}}
 
 def test_equal_figures_change_nothing():
     assert (
-        changes(BASELINE, {"norm": {"bytes": 1.0004, "launches": 2}, "loss": {"bytes": 1.5}}) == []
+        changes(BASELINE, {"norm": {"bytes": 1.00004, "launches": 2}, "loss": {"bytes": 1.5}}) == []
     )
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from perf.attention_workloads import attention
 from perf.models import block_workload, train_step
 from perf.oracle import Wrong, check, seeded_arguments
 from perf.providers import Unavailable, function_of, providers_of
 from perf.suite import launched
 from perf.timing import VirtualClock, prepare
-from perf.workloads import attention, bias_act, cross_entropy, dropout, layer_norm, rotary
+from perf.workloads import bias_act, cross_entropy, dropout, layer_norm, rotary
 from tests.plugins.negative import SOUND, Bringing
 from tests.support.devices import INTERPRETING
 from trilith.plugins import Cost, Manager, Registry

@@ -328,6 +328,10 @@ def test_an_implementation_of_no_op_says_which_there_are(manager):
         manager.load([Entry("a", "implements", Plugin(implementations=[other]))])
 
 
+def _wraps():
+    return (yield)
+
+
 @pytest.mark.parametrize(
     ("plugin", "reason"),
     [
@@ -335,6 +339,7 @@ def test_an_implementation_of_no_op_says_which_there_are(manager):
         (SimpleNamespace(trilith_register_ops=lambda: []), "trilith_register_ops must be marked"),
         (SimpleNamespace(register=hookimpl(lambda: [])), "unknown hook register"),
         (SimpleNamespace(trilith_register_ops=hookimpl(lambda what: [])), "what"),
+        (SimpleNamespace(trilith_register_ops=hookimpl(_wraps, wrapper=True)), "not wrap others"),
     ],
 )
 def test_hooks_that_pluggy_would_pass_over_are_refused(manager, plugin, reason):

@@ -42,6 +42,11 @@ class Transposes(Gain):
         return super().forward(x).mT
 
 
+class Mixes(Gain):
+    def forward(self, x):
+        return super().forward(x - x.mean(1, keepdim=True))
+
+
 class Detaches(Gain):
     def forward(self, x):
         return x * self.gain.detach()
@@ -70,6 +75,7 @@ class KeepsStateBeside(Gain):
 ONE = Gain(16)
 WRONG = {
     "transposes": (lambda config: Transposes(config.dim), "shapes_are_kept"),
+    "mixes": (lambda config: Mixes(config.dim), "nothing_is_foreseen"),
     "detaches": (lambda config: Detaches(config.dim), "gradients_reach_all"),
     "one_for_all": (lambda config: ONE, "builds_are_apart"),
     "holds_a_lambda": (lambda config: HoldsALambda(config.dim), "copies_agree"),

@@ -478,6 +478,13 @@ class TestAutocast:
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_too_few_outputs_are_told(make, grad):
+    op = make(RELU2, outputs=2)
+    with pytest.raises(RuntimeError, match=r"forward must return 2 outputs, and then aux, got 1"):
+        op(randn(3, grad=grad))
+
+
 def test_a_negative_bit_is_resolved_before_a_kernel_reads_memory(make):
     """Imaginary parts of a conjugate have it; the launcher here reads what lies in memory."""
 

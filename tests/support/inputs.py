@@ -38,13 +38,6 @@ def with_inf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return _with_one(float("inf"), shape, dtype)
 
 
-def confident_logits(target: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(*target.shape, classes) logits, the target's 16 above the rest."""
-    logits = torch.randn(*target.shape, classes)
-    index = target.cpu().clamp(0, classes - 1).unsqueeze(-1)
-    return logits.scatter_add(-1, index, torch.full(index.shape, 16.0)).to(DEVICE, dtype)
-
-
 def _with_one(value: float, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     tensor = torch.randn(*shape)
     tensor.view(-1)[tensor.numel() // 2] = value

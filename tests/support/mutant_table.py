@@ -941,14 +941,14 @@ MUTANTS = (
     Mutant(
         "a_plan_is_followed_under_autocast",
         "trilith.kernels._runtime.plan",
-        "if watched or _autocast_is_enabled() or",
-        "if watched or",
+        "here.recorder is not None or is_any_autocast_enabled()",
+        "here.recorder is not None",
         "tests/kernels/test_plan.py -k autocast",
     ),
     Mutant(
         "backward_is_under_its_callers_autocast",
         "trilith.plugins.autograd",
-        "if _autocast_is_enabled():",
+        "if is_any_autocast_enabled():",
         "if False:",
         "tests/plugins/test_op.py -k backward_is_under_none",
     ),

@@ -202,6 +202,38 @@ def test_nested_tensors_keep_their_parts(name, launches):
     assert launches
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("Softmax", torch.strided), ("Softmax", torch.jagged), ("LogSoftmax", torch.jagged)],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_softmax_of_nested_tensors_is_torchs(name, layout):
+    parts = [torch.randn(n, 12, device=DEVICE) for n in (3, 5)]
+    nested = torch.nested.as_nested_tensor(parts, layout=layout)
+    for y, part in zip(getattr(drop_in, name)(-1)(nested).unbind(), parts, strict=True):
+        torch.testing.assert_close(y, getattr(nn, name)(-1)(part))
+
+
+@pytest.mark.parametrize(
+    "after", [nn.ReLU(inplace=True), lambda y: y.mul_(2), lambda y: y.clamp_(0)]
+)
+@pytest.mark.parametrize("name", ["BatchNorm1d", "LayerNorm", "RMSNorm"])
+def test_a_norms_output_may_be_changed_in_place(name, after):
+    x = torch.randn(6, 12, device=DEVICE, requires_grad=True)
+    norms = getattr(drop_in, name)(12).to(DEVICE), getattr(nn, name)(12).to(DEVICE)
+    dx, expected = (torch.autograd.grad(after(norm(x)).square().sum(), x)[0] for norm in norms)
+    torch.testing.assert_close(dx, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.uint8])
+def test_mse_loss_takes_integer_targets_as_torchs(dtype):
+    x = torch.randn(3, 4, device=DEVICE, requires_grad=True)
+    target = torch.randint(2, (3, 4), device=DEVICE).to(dtype)
+    ours, theirs = drop_in.MSELoss()(x, target), nn.MSELoss()(x, target)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (ours, theirs)))
+
+
 def test_relu_of_integers_is_torchs():
     x = torch.tensor([-2, 3], device=DEVICE)
     assert torch.equal(drop_in.ReLU()(x), nn.ReLU()(x))
