@@ -349,7 +349,7 @@ class Added:
     p: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class AddedGradients:
     """What a norm's backward takes and gives besides, for a sum made first or an output made again.
 

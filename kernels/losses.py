@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
-from trilith.kernels._cross_entropy_kernels import log1p
+from trilith.kernels._loss_kernels import BCE, MSE, loss_backward, loss_forward, loss_out
 from trilith.kernels._runtime.checks import (
     require,
     require_floating,
@@ -30,13 +30,8 @@ from trilith.kernels._runtime.checks import (
     require_same_device,
     require_tensors,
 )
-from trilith.kernels._runtime.elementwise import NUM_WARPS, Plane, as_plane, offsets, tile_rows
-from trilith.kernels._runtime.functors import ACTIVATIONS, exp
-from trilith.kernels._runtime.language import tl, triton
-from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.lead import as_lead
 from trilith.kernels._runtime.plan import planned
-from trilith.kernels._runtime.reduce import column_sum
 from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 from trilith.plugins.autocast import autocasts
@@ -44,232 +39,7 @@ from trilith.plugins.sharding import is_dtensor
 
 __all__ = ["binary_cross_entropy_with_logits", "mse_loss"]
 
-_ELEMENTS = 1024
 _REDUCTIONS = ("none", "mean", "sum")
-_sigmoid = ACTIVATIONS["sigmoid"].f
-
-
-@triton.jit
-def _bce(x, t, q):
-    tail = log1p(exp(-tl.abs(x)))
-    loss = t * q * (tl.maximum(-x, 0.0) + tail) + (1.0 - t) * (tl.maximum(x, 0.0) + tail)
-    return tl.where(x == float("-inf"), float("nan"), loss)  # as in torch
-
-
-@triton.jit
-def _bce_grads(x, t, q):
-    dx = (1.0 - t) * _sigmoid(x) - t * q * _sigmoid(-x)
-    tail = log1p(exp(-tl.abs(x)))
-    dt = q * tl.maximum(-x, 0.0) - tl.maximum(x, 0.0) + (q - 1.0) * tail
-    return dx, dt
-
-
-@triton.jit
-def _mse(x, t, q):
-    return (x - t) * (x - t)
-
-
-@triton.jit
-def _mse_grads(x, t, q):
-    dx = 2.0 * (x - t)
-    return dx, -dx
-
-
-@triton.jit
-def _load(ptr, rows, cols, inner, strides, mask, ALIGN: tl.constexpr):
-    """The tile in fp32; 1 where there is no tensor."""
-    value = tl.full((rows.shape[0], cols.shape[0]), 1.0, tl.float32)
-    if ptr is not None:
-        value = tl.load(ptr + offsets(rows, cols, inner, strides, ALIGN), mask=mask, other=0.0)
-    return value.to(tl.float32)
-
-
-@triton.jit
-def _loss_fwd_kernel(
-    x_ptr,
-    target_ptr,
-    weight_ptr,
-    pos_weight_ptr,
-    out_ptr,
-    x_strides,
-    target_strides,
-    weight_strides,
-    pos_weight_strides,
-    M,
-    N,
-    inner,
-    scale,
-    LOSS: tl.constexpr,
-    REDUCED: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One of P programs owns every P-th [BLOCK_M, BLOCK_N]; writes losses, or its sum of them."""
-    N = N // ALIGN * ALIGN
-    n_blocks = tl.cdiv(N, BLOCK_N)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * n_blocks, tl.num_programs(0)):
-        rows = tile_rows(tile // n_blocks, BLOCK_M)
-        cols = tl.cast(tile % n_blocks, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = (rows < M)[:, None] & (cols < N)[None, :]
-        x = _load(x_ptr, rows, cols, inner, x_strides, mask, ALIGN)
-        t = _load(target_ptr, rows, cols, inner, target_strides, mask, ALIGN)
-        q = _load(pos_weight_ptr, rows, cols, inner, pos_weight_strides, mask, ALIGN)
-        weight = _load(weight_ptr, rows, cols, inner, weight_strides, mask, ALIGN)
-        loss = weight * LOSS(x, t, q)
-        if REDUCED:
-            total += tl.where(mask, loss, 0.0)
-        else:
-            out = out_ptr + rows[:, None] * N + cols[None, :]
-            tl.store(out, loss.to(out_ptr.dtype.element_ty), mask=mask)
-    if REDUCED:
-        tl.store(out_ptr + tl.program_id(0), tl.sum(total) * tl.cast(scale, tl.float32))
-
-
-@triton.jit
-def _loss_bwd_kernel(
-    dloss_ptr,
-    x_ptr,
-    target_ptr,
-    weight_ptr,
-    pos_weight_ptr,
-    dx_ptr,
-    dtarget_ptr,
-    dweight_ptr,
-    dloss_strides,
-    x_strides,
-    target_strides,
-    weight_strides,
-    pos_weight_strides,
-    M,
-    N,
-    inner,
-    scale,
-    LOSS: tl.constexpr,
-    GRADS: tl.constexpr,
-    REDUCED: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One program owns [BLOCK_M, BLOCK_N]; a reduced loss has one gradient for all of them."""
-    N = N // ALIGN * ALIGN
-    n_blocks = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    rows = tile_rows(pid // n_blocks, BLOCK_M)
-    cols = (pid % n_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (rows < M)[:, None] & (cols < N)[None, :]
-    x = _load(x_ptr, rows, cols, inner, x_strides, mask, ALIGN)
-    t = _load(target_ptr, rows, cols, inner, target_strides, mask, ALIGN)
-    q = _load(pos_weight_ptr, rows, cols, inner, pos_weight_strides, mask, ALIGN)
-    weight = _load(weight_ptr, rows, cols, inner, weight_strides, mask, ALIGN)
-    if REDUCED:
-        dloss = tl.load(dloss_ptr).to(tl.float32) * tl.cast(scale, tl.float32)
-    else:
-        dloss = _load(dloss_ptr, rows, cols, inner, dloss_strides, mask, ALIGN)
-    dx, dtarget = GRADS(x, t, q)
-    out = rows[:, None] * N + cols[None, :]
-    if dx_ptr is not None:
-        tl.store(dx_ptr + out, (dx * weight * dloss).to(dx_ptr.dtype.element_ty), mask=mask)
-    if dtarget_ptr is not None:
-        dtarget = dtarget * weight * dloss
-        tl.store(dtarget_ptr + out, dtarget.to(dtarget_ptr.dtype.element_ty), mask=mask)
-    if dweight_ptr is not None:
-        dweight = LOSS(x, t, q) * dloss
-        tl.store(dweight_ptr + out, dweight.to(dweight_ptr.dtype.element_ty), mask=mask)
-
-
-class _Loss(NamedTuple):
-    f: Any
-    grads: Any
-
-
-_BCE, _MSE = _Loss(_bce, _bce_grads), _Loss(_mse, _mse_grads)
-
-
-def _loss_out(x: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(x.shape if reduction == "none" else (), dtype=dtype)
-
-
-def _plane(given: tuple[Tensor | None, ...]) -> tuple[Plane, list[Tensor | None], list[Any]]:
-    """The tensors that are there in one plane, and for each place its tensor and strides."""
-    plane = as_plane(*[t for t in given if t is not None], columns=False)
-    found = iter(zip(plane.tensors, plane.strides, strict=True))
-    places = [next(found) if t is not None else (None, (0, 0, 0)) for t in given]
-    return plane, [tensor for tensor, _ in places], [strides for _, strides in places]
-
-
-def _scale(x: Tensor, reduction: str) -> float:
-    return 1.0 / x.numel() if reduction == "mean" else 1.0
-
-
-def _forward(
-    loss: _Loss, given: tuple[Tensor | None, ...], reduction: str, dtype: torch.dtype
-) -> tuple[Tensor]:
-    x, reduced = given[0], reduction != "none"
-    assert x is not None
-    plane, tensors, strides = _plane(given)
-    tile = plane.tile(_ELEMENTS)
-    programs = plane.resident_programs(tile) if reduced else plane.programs(tile)
-    if reduced:
-        out = x.new_empty((programs, 1), dtype=torch.float32)
-    else:
-        out = _loss_out(x, reduction, dtype)
-    launch(
-        _loss_fwd_kernel,
-        (programs,),
-        *tensors,
-        out,
-        *strides,
-        plane.m,
-        plane.n,
-        plane.inner,
-        _scale(x, reduction),
-        LOSS=loss.f,
-        REDUCED=reduced,
-        ALIGN=plane.align,
-        num_warps=NUM_WARPS,
-        **tile,
-    )
-    return (column_sum(out, dtype).reshape(()) if reduced else out,)
-
-
-def _backward(
-    loss: _Loss,
-    dloss: Tensor,
-    given: tuple[Tensor | None, ...],
-    reduction: str,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of input, target and weight."""
-    x, reduced = given[0], reduction != "none"
-    assert x is not None
-    plane, tensors, strides = _plane((None if reduced else dloss, *given))
-    tile = plane.tile(_ELEMENTS)
-    grads = [
-        t.new_empty(t.shape) if t is not None and need else None
-        for t, need in zip(given[:3], needs, strict=False)
-    ]
-    launch(
-        _loss_bwd_kernel,
-        (plane.programs(tile),),
-        dloss if reduced else tensors[0],
-        *tensors[1:],
-        *grads,
-        *strides,
-        plane.m,
-        plane.n,
-        plane.inner,
-        _scale(x, reduction),
-        LOSS=loss.f,
-        GRADS=loss.grads,
-        REDUCED=reduced,
-        ALIGN=plane.align,
-        num_warps=NUM_WARPS,
-        **tile,
-    )
-    return tuple(grads)
 
 
 @planned
@@ -281,17 +51,17 @@ def _bce_fwd(
     reduction: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor]:
-    return _forward(_BCE, (x, target, weight, pos_weight), reduction, dtype)
+    return loss_forward(BCE, (x, target, weight, pos_weight), reduction, dtype)
 
 
 @planned
 def _bce_bwd(ctx: BackwardContext, dloss: Tensor) -> tuple[Tensor | None, ...]:
     needs = (*ctx.needs_input_grad[:2], False)
-    return _backward(_BCE, dloss, ctx.inputs[:4], ctx.inputs[4], needs)[:2]
+    return loss_backward(BCE, dloss, ctx.inputs[:4], ctx.inputs[4], needs)[:2]
 
 
-def _bce_fake(x: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor]:
-    return (_loss_out(x, *rest[-2:]),)
+def _fake(x: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor]:
+    return (loss_out(x, *rest[-2:]),)
 
 
 def _bce_reference(
@@ -315,13 +85,13 @@ def _bce_reference(
 def _mse_fwd(
     x: Tensor, target: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dtype
 ) -> tuple[Tensor]:
-    return _forward(_MSE, (x, target, weight, None), reduction, dtype)
+    return loss_forward(MSE, (x, target, weight, None), reduction, dtype)
 
 
 @planned
 def _mse_bwd(ctx: BackwardContext, dloss: Tensor) -> tuple[Tensor | None, ...]:
     given = (*ctx.inputs[:3], None)
-    return _backward(_MSE, dloss, given, ctx.inputs[3], ctx.needs_input_grad[:3])
+    return loss_backward(MSE, dloss, given, ctx.inputs[3], ctx.needs_input_grad[:3])
 
 
 def _mse_reference(
@@ -390,7 +160,7 @@ BCE_WITH_LOGITS = Op(
         backward=_bce_bwd,
         reference=_bce_reference,
         samples=_bce_samples,
-        fake=_bce_fake,
+        fake=_fake,
         cost=_loss_cost,
         sharding=_loss_sharding,
         save_outputs=False,
@@ -403,7 +173,7 @@ MSE_LOSS = Op(
         backward=_mse_bwd,
         reference=_mse_reference,
         samples=_mse_samples,
-        fake=_bce_fake,
+        fake=_fake,
         cost=_loss_cost,
         sharding=_loss_sharding,
         save_outputs=False,

@@ -22,6 +22,7 @@ memory cost", 2016.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -125,19 +126,20 @@ def _gradients(
     assert weight is not None
     mean, rstd = stats if len(stats) == 2 else (None, stats[0])
     dys = (dys[0], None if weight2 is None else dys[1])
-    more.y = weight.new_empty(x.shape) if needs[3] or needs[5] else None
+    y = weight.new_empty(x.shape) if needs[3] or needs[5] else None
     dnorm: tuple[Tensor | None, ...] = (None, None, None)
     if any(needs[:3]) or more.dbranch is not None:
         if all(dy is None for dy in dys):
             dnormed = torch.zeros_like(x)
         else:
             dnormed = input_gradient(dys, (weight, weight2))
+        more = replace(more, y=y)
         dnorm = norm_backward(dnormed, x, norm_weight, norm_bias, mean, rstd, needs[:3], more)
-    elif more.y is not None:
+    elif y is not None:
         again = None if mean is None else torch.empty_like(mean)
-        norm_forward(x, norm_weight, norm_bias, eps, more.y, again, torch.empty_like(rstd))
-    first = parameter_gradients(dys[0], more.y, needs[3:5])
-    return dnorm, [*first, *parameter_gradients(dys[1], more.y, needs[5:7])]
+        norm_forward(x, norm_weight, norm_bias, eps, y, again, torch.empty_like(rstd))
+    first = parameter_gradients(dys[0], y, needs[3:5])
+    return dnorm, [*first, *parameter_gradients(dys[1], y, needs[5:7])]
 
 
 def _norm_linear_grads(
@@ -493,7 +495,8 @@ def _call(
 def _layers(op: str, x: Tensor, weight: Weights, bias: Biases) -> tuple[Tensor | None, ...]:
     """Weight and bias of the first layer, and of the second, None where there is none."""
     if not isinstance(weight, tuple):
-        checks.require(not isinstance(bias, tuple), op, "bias", "be one, as weight is", "a pair")
+        if isinstance(bias, tuple):
+            raise ValueError(f"{op}: bias must be one, as weight is, got a pair")
         require_linear(op, x, weight, bias)
         return weight, bias, None, None
     checks.require(len(weight) == 2, op, "weight", "be one or a pair", f"{len(weight)} of them")

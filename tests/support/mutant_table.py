@@ -28,7 +28,7 @@ _DECODE = "trilith.kernels.attention.decode_kernel"
 _DECODE_TESTS = "tests/kernels/test_decode_attention.py"
 _MERGE = "trilith.kernels.attention.merge"
 _MERGE_TESTS = "tests/kernels/test_merge_attention.py"
-_LOSSES = "trilith.kernels.losses"
+_LOSSES = "trilith.kernels._loss_kernels"
 _LOSS_TESTS = "tests/kernels/test_losses.py"
 _VARLEN_TESTS = "tests/kernels/test_varlen_attention.py"
 _ROTARY = "trilith.kernels.rotary"
@@ -569,8 +569,8 @@ MUTANTS = (
     Mutant(
         "norm_linear_second_weight_takes_the_firsts_gradient",
         "trilith.kernels.norm_linear",
-        "parameter_gradients(dys[1], more.y, needs[5:7])",
-        "parameter_gradients(dys[0], more.y, needs[5:7])",
+        "parameter_gradients(dys[1], y, needs[5:7])",
+        "parameter_gradients(dys[0], y, needs[5:7])",
         "tests/kernels/test_norm_linear.py -k 'eager and fp32'",
     ),
     Mutant(
@@ -958,6 +958,20 @@ MUTANTS = (
         "if tensor is not None and tensor.is_neg():",
         "if False:",
         "tests/plugins/test_op.py -k negative_bit",
+    ),
+    Mutant(
+        "weighted_mean_over_one_more",
+        "trilith.kernels.losses",
+        "weight.sum(dtype=wide)",
+        "(weight.sum(dtype=wide) + 1)",
+        _LOSS_TESTS,
+    ),
+    Mutant(
+        "log1p_by_the_plain_logarithm",
+        "trilith.kernels._runtime.elementary",
+        "tl.where(x < 0.5, series, tl.log(1.0 + x))",
+        "tl.log(1.0 + x)",
+        _LOSS_TESTS + " -k confident",
     ),
     Mutant(
         "last_tile_left_out",
