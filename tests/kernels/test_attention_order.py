@@ -1,13 +1,16 @@
-"""Causal attention starts its longest tiles first, so that short ones fill the end of a launch."""
+"""In which order tiles come: a few heads at a time, and under causality the longest tiles first, so
+that short ones fill the end of a launch.
+"""
 
 import collections
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.support.devices import INTERPRETING
 from trilith.kernels._runtime.launch import observers
-from trilith.kernels.attention import attention, varlen_attention
+from trilith.kernels.attention import attention, config, varlen_attention
 
 pytestmark = pytest.mark.skipif(not INTERPRETING, reason="counts in Triton's interpreter")
 
@@ -38,6 +41,24 @@ def products(monkeypatch):
 
 def by_start(counts):
     return [count for _, count in sorted(counts.items())]
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+@pytest.mark.parametrize("causal", [False, True])
+def test_heads_that_fill_the_cache_take_turns(together, causal, monkeypatch):
+    heads, length, dim = 5, 70 + together, 16
+    head_bytes = 2 * length * dim * 4
+    monkeypatch.setattr(config, "_CACHE_BYTES", together * head_bytes)
+    q, k, v = (torch.randn(1, heads, length, dim, requires_grad=True) for _ in range(3))
+    assert config.heads_together(k, v) == together
+    wide = [t.double() for t in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*wide, is_causal=causal)
+    out = attention(q, k, v, causal=causal)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    dout = torch.randn_like(out)
+    wanted = torch.autograd.grad(expected, (q, k, v), dout.double())
+    for ours, theirs in zip(torch.autograd.grad(out, (q, k, v), dout), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_of_equal_lengths(products):

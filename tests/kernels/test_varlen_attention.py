@@ -82,6 +82,22 @@ def test_neighbours_are_neither_read_nor_written():
         assert all(dirty[i][at].isnan().all() for i, at in ((0, rows), (2, rows), (3, cols)))
 
 
+def test_gradient_of_slopes_is_summed_over_long_sequences():
+    lengths = ((3, 1030, 1100), (5, 4, 2))
+    q, k, v = packed(lengths=lengths)
+    slopes = randn(3, 2).abs().requires_grad_()
+    cu = [starts(n) for n in lengths]
+    dout = torch.randn_like(q)
+    out = varlen_attention(q, k, v, *cu, alibi_slopes=slopes / 1e3)
+    (packed_sums,) = torch.autograd.grad(out, slopes, dout)
+    found = []
+    for n, (rows, cols) in enumerate(sequences(lengths)):
+        alone = [t[s].transpose(0, 1)[None].double() for t, s in ((q, rows), (k, cols), (v, cols))]
+        own = attention(*alone, alibi_slopes=slopes[n].double() / 1e3)
+        found.append(torch.autograd.grad(own[0], slopes, dout[rows].transpose(0, 1).double())[0][n])
+    torch.testing.assert_close(packed_sums, torch.stack(found), rtol=1e-4, atol=1e-5)
+
+
 def test_features_need_not_lie_together():
     q, k, v = packed()
     spread = [

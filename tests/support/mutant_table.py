@@ -974,6 +974,20 @@ MUTANTS = (
         _LOSS_TESTS + " -k confident",
     ),
     Mutant(
+        "heads_that_take_turns_miscounted",
+        "trilith.kernels.attention.tiles",
+        "section = pid // (num_tiles * heads_together)",
+        "section = pid // (num_tiles + heads_together)",
+        "tests/kernels/test_attention_order.py -k take_turns",
+    ),
+    Mutant(
+        "slopes_gradient_of_the_first_tile_of_a_sequence",
+        "trilith.kernels.attention.backward_bias",
+        "offs = start + tl.arange(0, BLOCK)\n        acc +=",
+        "offs = tl.arange(0, BLOCK)\n        acc +=",
+        "tests/kernels/test_varlen_attention.py -k slopes_is_summed",
+    ),
+    Mutant(
         "last_tile_left_out",
         "trilith.kernels._runtime.sizes",
         "return -(-a // b)",
