@@ -8,7 +8,7 @@ from trilith.kernels import bias_act, gated_act
 
 
 class ReLU2(nn.Module):
-    """max(x, 0) ** 2."""
+    """max(x, 0) ** 2, elementwise, of any shape and floating dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return bias_act(x, None, "relu2")

@@ -31,6 +31,9 @@ class KVCache(nn.Module):
     Memory is taken at the first append: k (B, Hkv, max_len, D) and v (B, Hkv, max_len, Dv) in the
     dtype and on the device of what comes. `lengths` (B,) int32 lies on the device, `filled` has the
     same numbers as Python ints.
+
+    Args:
+        max_len: places of each sequence; not positive is a ValueError.
     """
 
     k: Tensor

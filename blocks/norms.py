@@ -21,7 +21,13 @@ from trilith.plugins import Op
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last `dim` elements."""
+    """(x - mean) / sqrt(variance + eps) * weight + bias, for x (..., dim) of any floating dtype.
+
+    Args:
+        dim: the last dimension's size.
+        eps: added to the variance under the square root.
+        bias: whether there is one. Weight and bias are (dim,), at first 1 and 0.
+    """
 
     op: ClassVar[Op] = LAYER_NORM
 
@@ -57,9 +63,12 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last `dim` elements.
+    """x / sqrt(mean(x^2) + eps) * weight, for x (..., dim) of any floating dtype.
 
-    `eps` None is the machine epsilon of the arithmetic, as in torch.nn.RMSNorm.
+    Args:
+        dim: the last dimension's size; weight is (dim,), at first 1.
+        eps: added to the mean square; None is the machine epsilon of the arithmetic, as in
+            torch.nn.RMSNorm.
     """
 
     op: ClassVar[Op] = RMS_NORM

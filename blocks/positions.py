@@ -22,6 +22,9 @@ class Rotary(nn.Module):
         head_dim: D of q and k (B, heads, T, D); even.
         max_len: longest T.
         base: the slowest pair turns by 1 / base of the fastest's angle, nearly.
+
+    Raises:
+        ValueError: head_dim is odd; called, T is more than max_len.
     """
 
     acts_on = "heads"
@@ -60,7 +63,15 @@ class Rotary(nn.Module):
 
 
 class LearnedPosition(nn.Module):
-    """x (B, T, dim) plus a learned vector for each position; `scale` is its initial deviation."""
+    """x (B, T, dim) plus a learned vector for each position.
+
+    Args:
+        max_len: longest T.
+        scale: the vectors' initial standard deviation.
+
+    Raises:
+        ValueError: called, T is more than max_len.
+    """
 
     acts_on = "tokens"
     offsets: Tensor | None = None
@@ -87,6 +98,12 @@ class SinusoidalPosition(nn.Module):
     """x (B, T, dim) plus `scale` times the sinusoidal table.
 
     PE(pos, 2i) = sin(pos / 10000^(2i / dim)) and PE(pos, 2i + 1) = cos of the same angle.
+
+    Args:
+        max_len: longest T.
+
+    Raises:
+        ValueError: dim is odd; called, T is more than max_len.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017.
     """

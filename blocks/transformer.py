@@ -207,7 +207,12 @@ def extended(part: nn.Module, stream: Stream) -> Stream:
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then an MLP, each in a `Residual`."""
+    """Attention, then an MLP: x (B, T, dim) to the same shape.
+
+    Args:
+        attention, mlp: called one after the other, each usually in a `Residual`, which brings norm,
+            sum and dropout.
+    """
 
     def __init__(self, *, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()

@@ -36,12 +36,26 @@ here = _Here()
 
 
 def launch(kernel: Any, grid: Grid, *args: Any, **options: Any) -> None:
-    """Start `kernel` on the device of its first tensor argument.
+    """Start a Triton kernel on the device of its first tensor argument.
 
     Does nothing for an empty grid, and nothing on fake tensors, so that a launcher run on them
-    gives its outputs' shapes and strides. `options`: constexprs by keyword, num_warps, num_stages.
+    gives its outputs' shapes and strides.
+
+    Args:
+        kernel: what `triton.jit` made.
+        grid: one to three counts of programs.
+        args: the kernel's arguments in order: tensors, None for one left out, numbers, and tuples.
+        options: constexprs by keyword, num_warps, num_stages.
+
+    Raises:
+        TypeError: no argument is a tensor.
+
+    Example:
+        >>> launch(kernel, (triton.cdiv(x.numel(), 1024),), x, y, x.numel(), BLOCK=1024)
     """
-    first = next(a for a in args if isinstance(a, Tensor))
+    first = next((a for a in args if isinstance(a, Tensor)), None)
+    if first is None:
+        raise TypeError(f"launch: {kernel} must be given a tensor, whose device it runs on")
     if 0 in grid:
         return
     for observe in observers:

@@ -58,6 +58,13 @@ def planned(launcher: Launcher) -> Launcher:
     tuple of tensors, starts kernels by `launch` alone, and depends on its arguments' shapes,
     strides, dtypes and alignment and on nothing else. Where it does what a plan cannot tell, as
     reading a number from the device, it is run each time, and so it is under autocast.
+
+    Example:
+        >>> @planned
+        ... def forward(x: Tensor, scale: float) -> tuple[Tensor]:
+        ...     y = x.new_empty(x.shape)
+        ...     launch(kernel, (triton.cdiv(x.numel(), 1024),), x, y, x.numel(), scale, BLOCK=1024)
+        ...     return (y,)
     """
     plans: dict[tuple[Any, ...], Plan | str] = {}
 

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("kind", ["gpt", "gated"])
 def test_a_block_keeps_no_more_than_its_goal(kind):
-    from perf.counted import BASELINE, GOALS, SAVED, count_saved
+    from perf.counted import BASELINE
+    from perf.counting import GOALS, SAVED, count_saved
 
     elements = count_saved(kind, lambda x, made: made(x)) / 2
     assert elements <= GOALS[kind]
