@@ -196,18 +196,23 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
 
 
+def _launches_of(op: Op, sample: Sample) -> list[Launch]:
+    """Those of forward and backward; none where the reference runs the call."""
+    args = bound(op, sample)
+    if provider_of(op, args) is None:
+        return []
+    with recorded() as launches:
+        forward_and_backward(op, args)
+    return launches
+
+
 @named_check
 def reads_stay_inside(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
     """No kernel reads outside of its tensors, also where nobody uses what it reads.
 
     Seen where Triton's interpreter runs the kernels: on a GPU it is an illegal access, some day.
     """
-    args = bound(op, sample)
-    if provider_of(op, args) is None:
-        return
-    with recorded() as launches:
-        forward_and_backward(op, args)
-    for launch in launches:
+    for launch in _launches_of(op, sample):
         assert not launch.strays, (
             f"{launch.kernel} reads {launch.strays} elements outside of its tensors"
         )
@@ -220,12 +225,7 @@ def writes_are_disjoint(op: Op, sample: Sample, device: torch.device, dtype: tor
 
     Seen where Triton's interpreter runs the kernels: on a GPU such a race may pass by luck.
     """
-    args = bound(op, sample)
-    if provider_of(op, args) is None:
-        return
-    with recorded() as launches:
-        forward_and_backward(op, args)
-    for launch in launches:
+    for launch in _launches_of(op, sample):
         assert not launch.contested, (
             f"{launch.kernel} writes {len(launch.contested)} elements by more than one program"
         )
