@@ -54,6 +54,15 @@ def test_parts_match_float64(dtype, shape, poison):
     check(*draw(*shape, dtype=dtype))
 
 
+def test_an_infinite_gradient_does_not_reach_a_part_that_saw_nothing():
+    outs, lses = draw(3, 5, 16)
+    lses[1] = -torch.inf
+    dout = torch.full_like(outs[0], torch.inf)
+    _, _, douts, dlses = differentiated(merge_attention, outs, lses, dout, torch.ones_like(lses[0]))
+    assert (douts[1] == 0).all() and (dlses[1] == 0).all()
+    assert douts[[0, 2]].isinf().all()
+
+
 @pytest.mark.parametrize("spread", [0.0, 1e-4, 60.0, 1e4])
 def test_lses_of_any_size(spread):
     check(*draw(3, 7, 16, spread=spread))

@@ -988,6 +988,13 @@ MUTANTS = (
         "tests/kernels/test_varlen_attention.py -k slopes_is_summed",
     ),
     Mutant(
+        "merged_parts_without_weight_take_an_infinite_gradient",
+        "trilith.kernels.attention.merge",
+        "douts = tl.where(weight[:, None] == 0.0, 0.0, weight[:, None] * dout)",
+        "douts = weight[:, None] * dout",
+        "tests/kernels/test_merge_attention.py -k infinite",
+    ),
+    Mutant(
         "last_tile_left_out",
         "trilith.kernels._runtime.sizes",
         "return -(-a // b)",
