@@ -10,7 +10,7 @@ FAMILY ?=
 MINUTES ?= 10
 FAMILIES := norms bias_act fused_linear dropout cross_entropy linear_cross_entropy losses softmax batch_norm rotary attention block train_step
 HOST_FAMILIES := dispatch selection plugins
-WITHOUT_GPU := test_aot.py test_layout.py plugins/test_sharding.py blocks/parallel examples/test_parallel_training.py
+WITHOUT_GPU := test_aot.py test_layout.py support/test_resume.py perf/test_families.py plugins/test_sharding.py blocks/parallel examples/test_parallel_training.py
 TABLES := --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
 RESUME := -p tests.support.resume
 VENV := .venv

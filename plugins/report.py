@@ -184,7 +184,7 @@ def run_check(
     ]
     limits = _AT_MOST if device.type == "cuda" else _AT_MOST_INTERPRETED
     chosen = fit[: limits.get(check.__name__)]
-    if check in PER_TENSOR and device.type != "cuda":
+    if check in PER_TENSOR:
         chosen = covering(op, chosen)
     if not chosen:
         raise AssertionError(f"{op.spec.name}: {provider} supports none of the samples in {dtype}")
