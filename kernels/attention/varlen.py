@@ -137,7 +137,7 @@ def _varlen_bwd(
     return dq, dk, dv, None, None, dbias, dslopes, dsinks
 
 
-def _starts(cu_seqlens: Tensor, total: int) -> list[int]:
+def _reference_starts(cu_seqlens: Tensor, total: int) -> list[int]:
     """Where sequences start, and the last ends; without data one of all rows, for its shapes."""
     return [0, total] if cu_seqlens.is_meta else cu_seqlens.tolist()
 
@@ -162,7 +162,7 @@ def varlen_reference(
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
     """Attention of each sequence by itself, one after the other; reads the lengths on the host."""
-    begin, end = _starts(cu_seqlens_q, len(q)), _starts(cu_seqlens_k, len(k))
+    begin, end = _reference_starts(cu_seqlens_q, len(q)), _reference_starts(cu_seqlens_k, len(k))
     kept = None
     if seed is not None and p > 0:
         kept = reference_keep_mask(seed, (q.shape[1], q.shape[0], k.shape[0]), p)

@@ -168,7 +168,8 @@ def test_layouts_keep_values(layout, shape):
 
 def test_layouts_differ():
     tensor = torch.randn(2, 4, 6)
-    seen = {(f(tensor).stride(), f(tensor).storage_offset()) for f in LAYOUTS}
+    found = [f(tensor) for f in LAYOUTS]
+    seen = {(t.stride(), t.storage_offset(), t.is_neg()) for t in found}
     assert len(seen) == len(LAYOUTS) - 1  # odd_unit_strides shows on size 1 alone
     single = torch.randn(1, 4)
     assert {f(single).stride() for f in LAYOUTS} > {contiguous(single).stride()}
