@@ -61,6 +61,7 @@ gpu: env
 	    --results $(OUT) $(ARGS) || unfinished="$$unfinished benchmarks"; \
 	$(RUN) -m perf.report $(OUT) --out $(OUT); \
 	test -z "$$unfinished" || { echo "failed or left for the next run:$$unfinished"; exit 1; }
+	$(if $(FAMILY),,rm -f $(OUT)/tests.passed $(OUT)/times.passed)
 
 env: $(VENV)/.ready
 
