@@ -26,7 +26,7 @@ from trilith.kernels.attention import (
 )
 from trilith.kernels.attention.decode import DECODE_ATTENTION
 from trilith.kernels.attention.merge import MERGE_ATTENTION
-from trilith.kernels.attention.op import OP as ATTENTION
+from trilith.kernels.attention.op import ATTENTION
 from trilith.kernels.attention.varlen import VARLEN_ATTENTION
 from trilith.kernels.batch_norm import BATCH_NORM, BATCH_NORM_GIVEN, batch_norm
 from trilith.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy

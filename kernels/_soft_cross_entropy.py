@@ -205,7 +205,7 @@ def soft_cross_entropy_bwd_kernel(
         tl.store(places, dt.to(dtarget_ptr.dtype.element_ty), mask=mask)
 
 
-def _soft_cross_entropy_out(x: Tensor, *_: object) -> tuple[Tensor, ...]:
+def _soft_cross_entropy_out(x: Tensor) -> tuple[Tensor, ...]:
     shape = (x.shape[0], *x.shape[2:])
     return tuple(x.new_empty(shape, dtype=torch.float32) for _ in range(5))
 
@@ -302,7 +302,7 @@ def _soft_cross_entropy_samples(device: torch.device, dtype: torch.dtype) -> Ite
     yield Sample(*draw(3, 1), None, 0.0, 0.0, 30.0)
 
 
-def _soft_cross_entropy_cost(x: Tensor, target: Tensor, *_: object) -> Cost:
+def _soft_cross_entropy_cost(x: Tensor, target: Tensor) -> Cost:
     """Forward reads both; backward reads both, and writes the logits' gradient."""
     logits, rows = x.numel() * x.element_size(), 4 * (x.numel() // max(1, x.shape[1]))
     read = logits + target.numel() * target.element_size()
@@ -314,7 +314,7 @@ def _soft_cross_entropy_cost(x: Tensor, target: Tensor, *_: object) -> Cost:
     )
 
 
-def _soft_cross_entropy_sharding(*_: object) -> list[Strategy]:
+def _soft_cross_entropy_sharding() -> list[Strategy]:
     return [split([0], [0, 0])]
 
 

@@ -14,7 +14,6 @@ transformer", 2020; Chen et al., "Training deep nets with sublinear memory cost"
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +44,6 @@ __all__ = ["bias_act_linear", "gated_act_linear"]
 
 def _linear_out(x: Tensor, weight: Tensor) -> tuple[Tensor]:
     return (x.new_empty((*x.shape[:-1], weight.shape[0])),)
-
-
-def _bias_act_linear_out(x: Tensor, bias: Tensor | None, weight: Tensor, *_: Any) -> tuple[Tensor]:
-    return _linear_out(x, weight)
 
 
 @planned
@@ -116,12 +111,11 @@ def _cost(read: int, x: Tensor, weight: Tensor) -> Cost:
     return Cost(forward, backward, flops, 2 * flops)
 
 
-def _bias_act_linear_cost(x: Tensor, bias: Tensor | None, weight: Tensor, *_: Any) -> Cost:
+def _bias_act_linear_cost(x: Tensor, weight: Tensor) -> Cost:
     return _cost(1, x, weight)
 
 
-def _bias_act_linear_sharding(x: Tensor, *rest: Any) -> list[Strategy]:
-    _, _, out_bias, _, _, p = rest
+def _bias_act_linear_sharding(x: Tensor, out_bias: Tensor | None, p: float) -> list[Strategy]:
     if p > 0.0:
         return []
     return by_rows(x) if out_bias is not None else [*by_rows(x), split([None], [x.ndim - 1, 0, 1])]
@@ -134,7 +128,7 @@ BIAS_ACT_LINEAR = Op(
         backward=_bias_act_linear_bwd,
         reference=_bias_act_linear_reference,
         samples=_bias_act_linear_samples,
-        fake=_bias_act_linear_out,
+        fake=_linear_out,
         fake_backward=_bias_act_linear_grads,
         cost=_bias_act_linear_cost,
         sharding=_bias_act_linear_sharding,
@@ -204,7 +198,7 @@ def _require_dtype(op: str, x: Tensor, weight: Tensor) -> None:
         checks.require(weight.dtype == x.dtype, op, "weight", rule, weight.dtype)
 
 
-def _gated_act_linear_out(gate: Tensor, up: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor]:
+def _gated_act_linear_out(gate: Tensor, weight: Tensor) -> tuple[Tensor]:
     return _linear_out(gate, weight)
 
 
@@ -251,13 +245,11 @@ def _gated_act_linear_samples(device: torch.device, dtype: torch.dtype) -> Itera
     yield Sample(randn(40, 6).t(), randn(6, 40), 0.2 * randn(5, 40), None, "sigmoid")
 
 
-def _gated_act_linear_cost(gate: Tensor, up: Tensor, weight: Tensor, *_: Any) -> Cost:
+def _gated_act_linear_cost(gate: Tensor, weight: Tensor) -> Cost:
     return _cost(2, gate, weight)
 
 
-def _gated_act_linear_sharding(
-    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str
-) -> list[Strategy]:
+def _gated_act_linear_sharding(gate: Tensor, bias: Tensor | None) -> list[Strategy]:
     rows = [split([dim], [dim, dim]) for dim in range(gate.ndim - 1)]
     last = gate.ndim - 1
     return rows if bias is not None else [*rows, split([None], [last, last, 1])]

@@ -217,7 +217,7 @@ def _gated_act_bwd_kernel(
         tl.store(dup_ptr + out, dup.to(dup_ptr.dtype.element_ty), mask=mask)
 
 
-def _bias_act_out(x: Tensor, *_: object) -> tuple[Tensor]:
+def _bias_act_out(x: Tensor) -> tuple[Tensor]:
     return (x.new_empty(x.shape),)
 
 
@@ -328,15 +328,13 @@ def _bias_act_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Samp
         yield Sample(randn(1, 17), randn(17), None, activation, 0.0)
 
 
-def _bias_act_cost(x: Tensor, bias: Tensor | None, *_: object) -> Cost:
+def _bias_act_cost(x: Tensor, bias: Tensor | None) -> Cost:
     bytes_x = x.numel() * x.element_size()
     bytes_bias = 0 if bias is None else bias.numel() * bias.element_size()
     return Cost(forward_bytes=2 * bytes_x + bytes_bias, backward_bytes=3 * bytes_x + 2 * bytes_bias)
 
 
-def _bias_act_sharding(
-    x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, p: float
-) -> list[Strategy]:
+def _bias_act_sharding(x: Tensor, p: float) -> list[Strategy]:
     return [] if p > 0.0 else elementwise(x, 1, biased=True)
 
 
@@ -399,7 +397,7 @@ def bias_act(
     return run_seeded(BIAS_ACT, (x, bias), p, (activation, p))
 
 
-def _gated_act_out(gate: Tensor, *_: object) -> tuple[Tensor]:
+def _gated_act_out(gate: Tensor) -> tuple[Tensor]:
     return (gate.new_empty(gate.shape),)
 
 
@@ -483,13 +481,13 @@ def _gated_act_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sam
         yield Sample(randn(2, 19), randn(2, 19), activation)
 
 
-def _gated_act_cost(gate: Tensor, up: Tensor, *_: object) -> Cost:
+def _gated_act_cost(gate: Tensor, up: Tensor) -> Cost:
     n_bytes = gate.numel() * gate.element_size()
     bytes_up = up.numel() * up.element_size()
     return Cost(forward_bytes=2 * n_bytes + bytes_up, backward_bytes=3 * n_bytes + 2 * bytes_up)
 
 
-def _gated_act_sharding(gate: Tensor, up: Tensor, activation: str) -> list[Strategy]:
+def _gated_act_sharding(gate: Tensor) -> list[Strategy]:
     return elementwise(gate, 2)
 
 

@@ -18,7 +18,6 @@ Normalization", 2019; Srivastava et al., "Dropout", 2014.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +43,7 @@ def statistics(rows: Tensor, centred: bool) -> tuple[Tensor, ...]:
     return tuple(rows.new_empty(rows.shape[:-1], dtype=torch.float32) for _ in range(count))
 
 
-def _out(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    centred = rest[5]
+def _out(residual: Tensor, centred: bool) -> tuple[Tensor, ...]:
     outputs = (residual.new_empty(residual.shape), residual.new_empty(residual.shape))
     return (*outputs, *statistics(residual, centred))
 
@@ -63,7 +61,7 @@ def _fwd(
     x_dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
     require_seed("add_norm", seed, p)
-    normed, summed, *saved = _out(x, residual, seed, weight, bias, eps, p, centred)
+    normed, summed, *saved = _out(residual, centred)
     mean = saved[0] if centred else None
     added = Added(residual, summed, seed, p)
     norm_forward(x, weight, bias, eps, normed, mean, saved[-1], added)
@@ -100,10 +98,6 @@ def _bwd(
 def shared_with_residual(p: float, x_dtype: torch.dtype | None) -> dict[str, int | str]:
     """x's gradient is that of the residual where nothing is dropped and the dtype is the same."""
     return {"x": "residual"} if p == 0.0 and x_dtype is None else {}
-
-
-def _shared(*parameters: Any) -> dict[str, int | str]:
-    return shared_with_residual(parameters[6], parameters[8])
 
 
 def residual_sum(x: Tensor, residual: Tensor, seed: Tensor | None, p: float) -> Tensor:
@@ -146,9 +140,15 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample(randn(5, 3), randn(5, 3), seed, None, randn(3), 1e-5, 0.2, True, None)
 
 
-def _cost(x: Tensor, residual: Tensor, *rest: Any) -> Cost:
+def _cost(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    p: float,
+    centred: bool,
+) -> Cost:
     """Forward reads two and writes two; backward reads three, and writes one or two."""
-    _, weight, bias, _, p, centred, _ = rest
     bytes_x, bytes_sum = (t.numel() * t.element_size() for t in (x, residual))
     saved = 4 * (2 if centred else 1) * (x.numel() // max(1, x.shape[-1]))
     sizes = [t.numel() * t.element_size() for t in (weight, bias) if t is not None]
@@ -161,8 +161,7 @@ def _cost(x: Tensor, residual: Tensor, *rest: Any) -> Cost:
     )
 
 
-def _sharding(x: Tensor, *rest: Any) -> list[Strategy]:
-    p = rest[5]
+def _sharding(x: Tensor, p: float) -> list[Strategy]:
     return [] if p > 0.0 else [split([dim] * 2, [dim] * 2) for dim in range(x.ndim - 1)]
 
 
@@ -176,7 +175,7 @@ ADD_NORM = Op(
         outputs=2,
         save_inputs=("seed", "weight", "bias"),
         save_outputs={1: "residual"},
-        shared_gradients=_shared,
+        shared_gradients=shared_with_residual,
         fake=_out,
         fake_backward=_grads,
         materialize_grads=False,

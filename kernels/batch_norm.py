@@ -42,9 +42,7 @@ from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 __all__ = ["batch_norm"]
 
 
-def _train_out(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _train_out(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.new_empty(x.shape[1], dtype=torch.float32)
     return x.new_empty(x.shape), mean, torch.empty_like(mean)
 
@@ -53,7 +51,7 @@ def _train_out(
 def _train_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, var = _train_out(x, weight, bias, eps)
+    y, mean, var = _train_out(x)
     batch_norm_statistics(x, mean, var)
     batch_norm_apply(x, mean, var, weight, bias, eps, y)
     return y, mean, var
@@ -94,14 +92,7 @@ def _train_reference(
     return y.to(x.dtype), mean, var
 
 
-def _given_out(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor]:
+def _given_out(x: Tensor) -> tuple[Tensor]:
     return (x.new_empty(x.shape),)
 
 
@@ -114,7 +105,7 @@ def _given_fwd(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor]:
-    (y,) = _given_out(x, mean, var, weight, bias, eps)
+    (y,) = _given_out(x)
     batch_norm_apply(x, mean, var, weight, bias, eps, y)
     return (y,)
 
@@ -164,7 +155,7 @@ def _given_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]
     yield Sample(x, mean, mean.square() + 0.5, None, None, 1e-3)
 
 
-def _cost(x: Tensor, *_: Any, passes: int) -> Cost:
+def _cost(x: Tensor, passes: int) -> Cost:
     """Training reads x twice, and in backward dy and x twice."""
     data, channels = x.numel() * x.element_size(), 4 * x.shape[1]
     return Cost(
@@ -175,20 +166,20 @@ def _cost(x: Tensor, *_: Any, passes: int) -> Cost:
     )
 
 
-def _train_cost(x: Tensor, *rest: Any) -> Cost:
-    return _cost(x, *rest, passes=2)
+def _train_cost(x: Tensor) -> Cost:
+    return _cost(x, passes=2)
 
 
-def _given_cost(x: Tensor, *rest: Any) -> Cost:
-    return _cost(x, *rest, passes=1)
+def _given_cost(x: Tensor) -> Cost:
+    return _cost(x, passes=1)
 
 
-def _train_sharding(x: Tensor, *_: Any) -> list[Strategy]:
+def _train_sharding(x: Tensor) -> list[Strategy]:
     """Channels; statistics of the whole batch need all of it."""
     return [split([1, 0, 0], [1, 0, 0])]
 
 
-def _given_sharding(x: Tensor, *_: Any) -> list[Strategy]:
+def _given_sharding(x: Tensor) -> list[Strategy]:
     """Any dimension, and what belongs to the channels with them."""
     return [split([d], [1, 0, 0, 0, 0] if d == 1 else [d]) for d in range(x.ndim)]
 

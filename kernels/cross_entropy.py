@@ -73,7 +73,7 @@ def require_labels(
         raise IndexError(f"{op}: target must be in [0, {n_classes}) or {ignore_index}, got {first}")
 
 
-def _cross_entropy_out(x: Tensor, target: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _cross_entropy_out(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     loss, peak, log_sum = (x.new_empty(target.shape, dtype=torch.float32) for _ in range(3))
     return loss, peak, log_sum
 
@@ -185,7 +185,7 @@ def _cross_entropy_samples(device: torch.device, dtype: torch.dtype) -> Iterator
     yield Sample(x, target, weight(5), 1, 0.1, 1e-2, None)
 
 
-def _cross_entropy_cost(x: Tensor, target: Tensor, *_: object) -> Cost:
+def _cross_entropy_cost(x: Tensor, target: Tensor) -> Cost:
     logits, rows = x.numel() * x.element_size(), 4 * target.numel()
     labels = target.numel() * target.element_size()
     return Cost(
@@ -196,7 +196,7 @@ def _cross_entropy_cost(x: Tensor, target: Tensor, *_: object) -> Cost:
     )
 
 
-def _cross_entropy_sharding(*_: object) -> list[Strategy]:
+def _cross_entropy_sharding() -> list[Strategy]:
     return [split([0], [0, 0])]
 
 

@@ -17,7 +17,6 @@ Source: Srivastava et al., "Dropout", 2014.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,7 +157,7 @@ def _apply(
     )
 
 
-def _dropout_out(x: Tensor, *_: object) -> tuple[Tensor]:
+def _dropout_out(x: Tensor) -> tuple[Tensor]:
     return (x.new_empty(x.shape),)
 
 
@@ -192,7 +191,7 @@ def _dropout_reference(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     return reference_dropout(x, seed, p)
 
 
-def _dropout_cost(x: Tensor, *_: object) -> Cost:
+def _dropout_cost(x: Tensor) -> Cost:
     n_bytes = 2 * x.numel() * x.element_size()
     return Cost(forward_bytes=n_bytes, backward_bytes=n_bytes)
 
@@ -245,7 +244,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     return run_seeded(DROPOUT, (input,), p, (p,))
 
 
-def _bias_dropout_add_out(x: Tensor, residual: Tensor, *_: object) -> tuple[Tensor]:
+def _bias_dropout_add_out(residual: Tensor) -> tuple[Tensor]:
     return (residual.new_empty(residual.shape),)
 
 
@@ -259,7 +258,7 @@ def _bias_dropout_add_fwd(
     x_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     require_seed("bias_dropout_add", seed, p)
-    (y,) = _bias_dropout_add_out(x, residual)
+    (y,) = _bias_dropout_add_out(residual)
     _apply(x, residual, bias, seed, p, y)
     return (y,)
 
@@ -304,8 +303,7 @@ def _bias_dropout_add_grads(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor | 
     return dx, None, bias.new_empty(bias.shape) if needs_bias else None
 
 
-def _bias_dropout_add_shared(*parameters: Any) -> dict[str, int | str]:
-    p = parameters[4]
+def _bias_dropout_add_shared(p: float) -> dict[str, int | str]:
     return {"residual": 0} if p > 0.0 else {"residual": 0, "x": 0}
 
 
@@ -340,8 +338,7 @@ def _bias_dropout_add_samples(device: torch.device, dtype: torch.dtype) -> Itera
     yield Sample(randn(3, 10), randn(3, 10, dtype=wide), None, None, 0.0, dtype)
 
 
-def _bias_dropout_add_cost(x: Tensor, residual: Tensor, bias: Tensor | None, *rest: Any) -> Cost:
-    p = rest[1]
+def _bias_dropout_add_cost(x: Tensor, residual: Tensor, bias: Tensor | None, p: float) -> Cost:
     bytes_x, bytes_y = (t.numel() * t.element_size() for t in (x, residual))
     bytes_bias = 0 if bias is None else bias.numel() * bias.element_size()
     reads_dy = p > 0.0 or bias is not None
@@ -351,8 +348,7 @@ def _bias_dropout_add_cost(x: Tensor, residual: Tensor, bias: Tensor | None, *re
     )
 
 
-def _bias_dropout_add_sharding(x: Tensor, *parameters: Any) -> list[Strategy]:
-    p = parameters[3]
+def _bias_dropout_add_sharding(x: Tensor, p: float) -> list[Strategy]:
     return [] if p > 0.0 else elementwise(x, 2, biased=True)
 
 

@@ -15,7 +15,6 @@ summed in fp32, also over chunks, and rounded once, after the multiplication.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,18 +77,10 @@ def _linear_cross_entropy_fwd(
 
 
 def _linear_cross_entropy_fake(
-    x: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    per_row: bool,
-    *options: object,
+    x: Tensor, linear_weight: Tensor, per_row: bool, needs_input_grad: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    needs = options[-1]
-    assert isinstance(needs, tuple)
     loss = x.new_empty((x.shape[0],) if per_row else (), dtype=wide(x.dtype))
-    gradients = _buffers(x, linear_weight, () if per_row else needs)
+    gradients = _buffers(x, linear_weight, () if per_row else needs_input_grad)
     return (loss, *_made(gradients, x, linear_weight))
 
 
@@ -180,9 +171,7 @@ def _linear_cross_entropy_samples(device: torch.device, dtype: torch.dtype) -> I
     yield Sample(x, head.float(), target, None, None, False, -1, 0.0, 1e-2, None)
 
 
-def _linear_cross_entropy_cost(
-    x: Tensor, linear_weight: Tensor, target: Tensor, *_: object
-) -> Cost:
+def _linear_cross_entropy_cost(x: Tensor, linear_weight: Tensor, target: Tensor) -> Cost:
     """Forward: the logits' product. Backward: those of dx and dW."""
     operands = x.numel() * x.element_size() + linear_weight.numel() * linear_weight.element_size()
     labels = target.numel() * target.element_size()
@@ -190,8 +179,7 @@ def _linear_cross_entropy_cost(
     return Cost(operands + labels, 2 * operands + labels, flops, 2 * flops)
 
 
-def _linear_cross_entropy_sharding(*parameters: Any) -> list[Strategy]:
-    per_row = parameters[5]
+def _linear_cross_entropy_sharding(per_row: bool) -> list[Strategy]:
     return [split([0 if per_row else None], [0, None, 0])]
 
 

@@ -60,8 +60,8 @@ def _bce_bwd(ctx: BackwardContext, dloss: Tensor) -> tuple[Tensor | None, ...]:
     return loss_backward(BCE, dloss, ctx.inputs[:4], ctx.inputs[4], needs)[:2]
 
 
-def _fake(x: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor]:
-    return (loss_out(x, *rest[-2:]),)
+def _fake(x: Tensor, reduction: str, dtype: torch.dtype) -> tuple[Tensor]:
+    return (loss_out(x, reduction, dtype),)
 
 
 def _bce_reference(

@@ -68,15 +68,16 @@ def _products(
     return y, x.new_empty(0) if second is None else F.linear(x, second, bias2)
 
 
-def _products_out(x: Tensor, weight: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
-    shapes = [(0,) if w is None else (*x.shape[:-1], w.shape[0]) for w in (weight, second)]
+def _products_out(x: Tensor, weight: Tensor, weight2: Tensor | None) -> tuple[Tensor, Tensor]:
+    shapes = [(0,) if w is None else (*x.shape[:-1], w.shape[0]) for w in (weight, weight2)]
     y, y2 = (weight.new_empty(shape) for shape in shapes)
     return y, y2
 
 
-def _norm_linear_out(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    _, _, weight, _, second, _, _, centred = rest
-    return *_products_out(x, weight, second), *statistics(x, centred)
+def _norm_linear_out(
+    x: Tensor, weight: Tensor, weight2: Tensor | None, centred: bool
+) -> tuple[Tensor, ...]:
+    return *_products_out(x, weight, weight2), *statistics(x, centred)
 
 
 @planned
@@ -165,10 +166,11 @@ def _norm_linear_reference(
     return y, y.flatten()[:0].clone() if weight2 is None else F.linear(normed, weight2, bias2)
 
 
-def _add_norm_linear_out(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    _, _, _, weight, _, second, _, _, _, centred, _ = rest
+def _add_norm_linear_out(
+    x: Tensor, residual: Tensor, weight: Tensor, weight2: Tensor | None, centred: bool
+) -> tuple[Tensor, ...]:
     summed = residual.new_empty(residual.shape)
-    return *_products_out(x, weight, second), summed, *statistics(summed, centred)
+    return *_products_out(x, weight, weight2), summed, *statistics(summed, centred)
 
 
 @planned
@@ -216,10 +218,6 @@ def _add_norm_linear_grads(
     dx = summed.new_empty(summed.shape, dtype=x_dtype) if needs[0] else None
     dresidual = summed.new_empty(summed.shape) if needs[1] else None
     return dx, dresidual, None, *room_for(ctx.inputs[3:9], needs[3:])
-
-
-def _add_norm_linear_shared(*parameters: Any) -> dict[str, int | str]:
-    return shared_with_residual(parameters[10], parameters[12])
 
 
 def _add_norm_linear_reference(
@@ -287,42 +285,41 @@ def _linear_cost(x: Tensor, weights: Sequence[Tensor | None], moved: tuple[int, 
     return Cost(moved[0] + data, moved[1] + 3 * data, flops, 2 * flops)
 
 
-def _norm_linear_cost(x: Tensor, *rest: Any) -> Cost:
+def _norm_linear_cost(x: Tensor, weight: Tensor, weight2: Tensor | None) -> Cost:
     """The norm's output is written once and read by each product, in backward again."""
-    weights = (rest[2], rest[4])
-    data, normed = x.numel() * x.element_size(), x.numel() * rest[2].element_size()
+    weights = (weight, weight2)
+    data, normed = x.numel() * x.element_size(), x.numel() * weight.element_size()
     readers = 1 + sum(w is not None for w in weights)
     return _linear_cost(x, weights, (data + readers * normed, 2 * data + (1 + readers) * normed))
 
 
-def _add_norm_linear_cost(x: Tensor, residual: Tensor, *rest: Any) -> Cost:
-    weights = (rest[3], rest[5])
+def _add_norm_linear_cost(
+    x: Tensor, residual: Tensor, weight: Tensor, weight2: Tensor | None, p: float
+) -> Cost:
+    weights = (weight, weight2)
     data, added = residual.numel() * residual.element_size(), x.numel() * x.element_size()
-    normed, separate = (
-        x.numel() * rest[3].element_size(),
-        rest[8] > 0.0 or x.dtype != residual.dtype,
-    )
+    normed = x.numel() * weight.element_size()
+    separate = p > 0.0 or x.dtype != residual.dtype
     readers = 1 + sum(w is not None for w in weights)
     forward = added + 2 * data + readers * normed
     return _linear_cost(x, weights, (forward, 3 * data + separate * added + (1 + readers) * normed))
 
 
-def _norm_linear_sharding(x: Tensor, *rest: Any) -> list[Strategy]:
+def _norm_linear_sharding(x: Tensor, weight: Tensor, weight2: Tensor | None) -> list[Strategy]:
     """Rows; or the linear layers' outputs, as many of each: a rank has a share of each weight's."""
-    weight, second = rest[2], rest[4] is not None  # left out, its output is empty on every rank
-    rows = [split([dim, dim if second else None], [dim]) for dim in range(x.ndim - 1)]
-    if second and rest[4].shape[0] != weight.shape[0]:
+    is_pair = weight2 is not None  # left out, its output is empty on every rank
+    rows = [split([dim, dim if is_pair else None], [dim]) for dim in range(x.ndim - 1)]
+    if weight2 is not None and weight2.shape[0] != weight.shape[0]:
         return rows
     last = x.ndim - 1
-    outputs = split([last, last if second else None], [None, None, None, 0, 0, 0, 0])
+    outputs = split([last, last if is_pair else None], [None, None, None, 0, 0, 0, 0])
     return [*rows, outputs]
 
 
-def _add_norm_linear_sharding(x: Tensor, *rest: Any) -> list[Strategy]:
+def _add_norm_linear_sharding(x: Tensor, weight2: Tensor | None, p: float) -> list[Strategy]:
     """Rows: the sum is an output too, and one that every rank has whole can't be split."""
-    second, p = rest[6] is not None, rest[9]
     dims = range(x.ndim - 1) if p == 0.0 else ()
-    return [split([dim, dim if second else None, dim], [dim, dim]) for dim in dims]
+    return [split([dim, None if weight2 is None else dim, dim], [dim, dim]) for dim in dims]
 
 
 NORM_LINEAR = Op(
@@ -353,7 +350,7 @@ ADD_NORM_LINEAR = Op(
         outputs=3,
         save_inputs=("seed", "norm_weight", "norm_bias", "weight", "bias", "weight2", "bias2"),
         save_outputs={2: "residual"},
-        shared_gradients=_add_norm_linear_shared,
+        shared_gradients=shared_with_residual,
         fake=_add_norm_linear_out,
         fake_backward=_add_norm_linear_grads,
         materialize_grads=False,

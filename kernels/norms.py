@@ -28,9 +28,7 @@ from trilith.kernels._runtime.sharding import by_rows
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 
-def _layer_norm_out(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _layer_norm_out(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     return x.new_empty(x.shape), mean, torch.empty_like(mean)
 
@@ -39,7 +37,7 @@ def _layer_norm_out(
 def _layer_norm_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = _layer_norm_out(x, weight, bias, eps)
+    y, mean, rstd = _layer_norm_out(x)
     norm_forward(x, weight, bias, eps, y, mean, rstd)
     return y, mean, rstd
 
@@ -63,13 +61,13 @@ def _layer_norm_reference(
     return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
-def _rms_norm_out(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _rms_norm_out(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @planned
 def _rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    y, rstd = _rms_norm_out(x, weight, eps)
+    y, rstd = _rms_norm_out(x)
     norm_forward(x, weight, None, eps, y, None, rstd)
     return y, rstd
 
@@ -151,11 +149,11 @@ def _norm_cost(x: Tensor, *parameters: Tensor | None, statistics: int) -> Cost:
     )
 
 
-def _layer_norm_cost(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Cost:
+def _layer_norm_cost(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Cost:
     return _norm_cost(x, weight, bias, statistics=2)
 
 
-def _rms_norm_cost(x: Tensor, weight: Tensor | None, eps: float) -> Cost:
+def _rms_norm_cost(x: Tensor, weight: Tensor | None) -> Cost:
     return _norm_cost(x, weight, statistics=1)
 
 

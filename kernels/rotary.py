@@ -108,7 +108,7 @@ def _offsets(rows, cols, strides):
     return rows[:, None] * strides[1] + (cols.to(tl.int64) * strides[2])[None, :]
 
 
-def _rotary_out(x: Tensor, *_: object) -> Tensor:
+def _rotary_out(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -199,13 +199,13 @@ def _rotary_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample
     yield Sample(draw(2, 1, 1, 2), *tables(1, 1), False)
 
 
-def _rotary_cost(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Cost:
+def _rotary_cost(x: Tensor, cos: Tensor) -> Cost:
     moved = 2 * x.numel() * x.element_size() + 2 * cos.numel() * cos.element_size()
     flops = 6 * cos.shape[-1] * x.shape[0] * x.shape[1] * x.shape[2]
     return Cost(moved, moved, flops, flops)
 
 
-def _rotary_sharding(x: Tensor, cos: Tensor, *_: object) -> list[Strategy]:
+def _rotary_sharding(x: Tensor, cos: Tensor) -> list[Strategy]:
     """Batch, heads, or positions."""
     batch, position = (0, 1) if cos.dim() == 3 else (None, 0)
     return [split([dim], [dim, of, of]) for dim, of in ((0, batch), (1, None), (2, position))]

@@ -269,7 +269,7 @@ def _softmax_cost(x: Tensor, dim: int, dtype: torch.dtype) -> Cost:
     return Cost(data + y + 8 * rows, 2 * data + y + 8 * rows, 5 * x.numel(), 6 * x.numel())
 
 
-def _softmax_sharding(x: Tensor, dim: int, dtype: torch.dtype) -> list[Strategy]:
+def _softmax_sharding(x: Tensor, dim: int) -> list[Strategy]:
     return [split([other], [other]) for other in range(x.ndim) if other != dim % x.ndim]
 
 

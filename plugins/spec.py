@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trilith.plugins.arguments import by_name, parameter_names
+
 Forward = Callable[..., "Tensor | Sequence[Tensor]"]
 Backward = Callable[..., "Tensor | Sequence[Tensor | None]"]
 
@@ -140,6 +142,10 @@ class Implementation:
 class OpSpec:
     """One mathematical function, declared once.
 
+    `(*parameters)` are forward's. `fake`, `cost`, `sharding` and `shared_gradients` may take those
+    alone that they name, as `cost(x, weight)`. With `*args`, or a name that forward has not, they
+    take all by position.
+
     Required
         name: "namespace::op".
         forward: `(*parameters) -> outputs + aux`. Its annotations make the schema: Tensor,
@@ -224,6 +230,10 @@ class OpSpec:
         _require_places(self.name, self.devices, self.dtypes)
         if type(self.outputs) is not int or self.outputs < 1:
             raise ValueError(f"{self.name}: outputs must be at least 1, got {self.outputs!r}")
+        names = parameter_names(self.forward)
+        for name in ("fake", "cost", "sharding", "shared_gradients"):
+            if (function := getattr(self, name)) is not None:
+                object.__setattr__(self, name, by_name(function, names))
 
     @property
     def provider(self) -> str:

@@ -25,7 +25,7 @@ def split(outputs: Sequence[int | None], inputs: Sequence[int | None]) -> Strate
     )
 
 
-def by_rows(x: Tensor, *_: object) -> list[Strategy]:
+def by_rows(x: Tensor) -> list[Strategy]:
     """Any dimension of x but the last, which the op needs whole."""
     return [split([dim], [dim]) for dim in range(x.ndim - 1)]
 

@@ -6,9 +6,82 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from trilith.kernels._runtime.checks import require
+from trilith.kernels._runtime.checks import (
+    require,
+    require_floating,
+    require_same_device,
+    require_tensors,
+)
+from trilith.kernels.attention.config import LARGEST_HEAD_DIM
 from trilith.plugins import registry
+from trilith.plugins.autocast import autocasts
+
+
+def require_axes(op: str, *axes: str, **tensors: Tensor) -> None:
+    """Floating-point tensors on one device, with these axes."""
+    require_tensors(op, **tensors)
+    require_floating(op, **tensors)
+    first = next(iter(tensors.values()))
+    require_same_device(op, first, **tensors)
+    for arg, tensor in tensors.items():
+        rule = f"be {len(axes)}-D ({', '.join(axes)})"
+        require(tensor.ndim == len(axes), op, arg, rule, tuple(tensor.shape))
+
+
+def require_one_dtype(op: str, **tensors: Tensor) -> None:
+    """Unless autocast, which takes any, gives them one."""
+    dtypes = [t.dtype for t in tensors.values()]
+    if len(set(dtypes)) > 1 and not autocasts(next(iter(tensors.values()))):
+        *args, last = tensors
+        got = ", ".join(map(str, dtypes))
+        raise TypeError(f"{op}: {', '.join(args)} and {last} must have one dtype, got {got}")
+
+
+def require_groups(op: str, heads: int, key_heads: int) -> None:
+    """Each key head is read by as many query heads."""
+    divides = heads % key_heads == 0 if key_heads else heads == 0
+    require(divides, op, "q's heads", f"be a multiple of the keys' {key_heads}", heads)
+
+
+def require_head_dim(op: str, q: Tensor, v: Tensor) -> None:
+    """Where kernels run."""
+    dims = q.shape[-1], v.shape[-1]
+    if max(dims) > LARGEST_HEAD_DIM:
+        raise NotImplementedError(
+            f"{op}: there are kernels for head dims up to {LARGEST_HEAD_DIM}, got {dims[0]} and "
+            f"{dims[1]}; torch.nn.functional.scaled_dot_product_attention takes more"
+        )
+
+
+def require_indices(op: str, **tensors: Any) -> None:
+    for arg, tensor in tensors.items():
+        is_tensor = isinstance(tensor, Tensor)
+        if not (is_tensor and tensor.dtype in (torch.int32, torch.int64)):
+            kind = tensor.dtype if is_tensor else type(tensor).__name__
+            raise TypeError(f"{op}: {arg} must be a tensor of int32 or int64, got {kind}")
+
+
+def require_bias_dtype(op: str, bias: Tensor | None) -> None:
+    if bias is not None:
+        require_tensors(op, bias=bias)
+        if bias.dtype != torch.bool:
+            require_floating(op, bias=bias)
+
+
+def slopes_by_head(
+    op: str, q: Tensor, slopes: Tensor | None, batch: int, heads: int
+) -> Tensor | None:
+    """(1 or batch, heads)."""
+    if slopes is None:
+        return None
+    require_floating(op, alibi_slopes=slopes)
+    require_same_device(op, q, alibi_slopes=slopes)
+    fits = tuple(slopes.shape) in ((heads,), (batch, heads))
+    rule = f"be {(heads,)} or {(batch, heads)}"
+    require(fits, op, "alibi_slopes", rule, tuple(slopes.shape))
+    return slopes if slopes.ndim == 2 else slopes[None]
 
 
 def score_window(op: str, causal: bool | str, window: Any) -> tuple[str, int, int]:

@@ -21,19 +21,26 @@ from torch import Tensor
 
 from trilith.kernels._runtime.checks import (
     require,
-    require_floating,
     require_floating_if_given,
     require_same_device,
     require_shape,
-    require_tensors,
 )
 from trilith.kernels._runtime.device import multiprocessors
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 from trilith.kernels.attention import sharding
-from trilith.kernels.attention.arguments import known_softcap, sides
-from trilith.kernels.attention.config import LARGEST_HEAD_DIM, tiles_for
+from trilith.kernels.attention.arguments import (
+    known_softcap,
+    require_axes,
+    require_groups,
+    require_head_dim,
+    require_indices,
+    require_one_dtype,
+    sides,
+    slopes_by_head,
+)
+from trilith.kernels.attention.config import tiles_for
 from trilith.kernels.attention.decode_kernel import attention_decode_kernel
 from trilith.kernels.attention.decode_reference import (
     decode_reference,
@@ -43,7 +50,6 @@ from trilith.kernels.attention.decode_reference import (
 )
 from trilith.kernels.attention.merge import merge_partials
 from trilith.plugins import Cost, Op, OpSpec, Sample
-from trilith.plugins.autocast import autocasts
 
 _NAME = "decode_attention"
 _PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -66,7 +72,7 @@ def _splits(device: torch.device, programs: int, capacity: int, block_n: int) ->
     return max(1, min(wanted, cdiv(capacity, _STEPS_PER_SPLIT * block_n), _MOST_SPLITS))
 
 
-def _decode_out(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _decode_out(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     shape = q.shape[:3]
     return q.new_empty((*shape, v.shape[3])), q.new_empty(shape, dtype=torch.float32)
 
@@ -84,7 +90,7 @@ def _decode_fwd(
     softcap: float,
     left: int,
 ) -> tuple[Tensor, Tensor]:
-    _require_one_dtype(q, k, v)
+    require_one_dtype(_NAME, q=q, k_cache=k, v_cache=v)
     (B, H, T, D), (N, L, Hkv, DV) = q.shape, v.shape
     capacity = L if table is None else L * table.shape[1]
     block_d, block_dv = _padded(D), _padded(DV)
@@ -92,7 +98,7 @@ def _decode_fwd(
     tiles = _tiles(q, max(block_d, block_dv), H // Hkv * T)
     programs = B * Hkv * cdiv(H // Hkv * T, tiles["BLOCK_M"])
     splits = _splits(q.device, programs, capacity, tiles["BLOCK_N"])
-    out, lse = _decode_out(q, k, v)
+    out, lse = _decode_out(q, v)
     parts, lses = out, lse
     if splits > 1:
         parts = q.new_empty((splits, *out.shape), dtype=torch.float32)
@@ -126,7 +132,6 @@ def _cost(
     v: Tensor,
     lengths: Tensor,
     table: Tensor | None,
-    *_: Any,
 ) -> Cost:
     """For full caches."""
     (B, H, T, D), (N, L, Hkv, DV) = q.shape, v.shape
@@ -245,7 +250,7 @@ def decode_attention(
         )
     cap = known_softcap(_NAME, softcap)
     left, _ = sides(_NAME, window)
-    slopes = _slopes(q, alibi_slopes)
+    slopes = slopes_by_head(_NAME, q, alibi_slopes, *q.shape[:2])
     if block_table is None:
         k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     scale = 1 / math.sqrt(max(1, q.shape[3])) if scale is None else scale
@@ -253,7 +258,7 @@ def decode_attention(
     tensors = (q, k_cache, v_cache, cache_lengths, block_table, slopes, sinks)
     provider = DECODE_ATTENTION.choose(*tensors, *rest)
     if provider is not None:
-        _require_head_dim(max(q.shape[3], v_cache.shape[3]))
+        require_head_dim(_NAME, q, v_cache)
     elif (lengths := host_lengths(cache_lengths)) is not None:
         k, v, table = until(max(lengths, default=0), k_cache, v_cache, block_table)
         same = table is None and set(lengths) == {k.shape[1]} and k.shape[1] >= q.shape[2]
@@ -264,13 +269,6 @@ def decode_attention(
     return (out, lse) if return_lse else out
 
 
-def _require_head_dim(largest: int) -> None:
-    if largest > LARGEST_HEAD_DIM:
-        raise NotImplementedError(
-            f"{_NAME}: there are kernels for head dims up to {LARGEST_HEAD_DIM}, got {largest}"
-        )
-
-
 def _check(
     q: Tensor,
     k: Tensor,
@@ -279,22 +277,16 @@ def _check(
     table: Tensor | None,
     sinks: Tensor | None,
 ) -> None:
-    for arg, given in (("cache_lengths", lengths), ("block_table", table)):
-        if not isinstance(given, Tensor) and (given is not None or arg == "cache_lengths"):
-            kind = type(given).__name__
-            raise TypeError(f"{_NAME}: {arg} must be an integer tensor, got {kind}")
-    require_tensors(_NAME, q=q, k_cache=k, v_cache=v)
-    require_floating(_NAME, q=q, k_cache=k, v_cache=v)
+    cache = ("batch", "heads", "room") if table is None else ("blocks", "block_size", "heads")
+    require_axes(_NAME, "batch", "heads", "length", "dim", q=q)
+    require_axes(_NAME, *cache, "dim", k_cache=k, v_cache=v)
+    require_one_dtype(_NAME, q=q, k_cache=k, v_cache=v)
+    require_indices(_NAME, cache_lengths=lengths)
+    if table is not None:
+        require_indices(_NAME, block_table=table)
     require_floating_if_given(_NAME, sinks=sinks)
     rest = {"cache_lengths": lengths, "block_table": table, "sinks": sinks}
-    require_same_device(_NAME, q, k_cache=k, v_cache=v, **rest)
-    for arg, tensor in (("q", q), ("k_cache", k), ("v_cache", v)):
-        require(tensor.ndim == 4, _NAME, arg, "be 4-D", tuple(tensor.shape))
-    if not autocasts(q):
-        _require_one_dtype(q, k, v)
-    for arg, indices in (("cache_lengths", lengths), ("block_table", table)):
-        if indices is not None and indices.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{_NAME}: {arg} must be int32 or int64, got {indices.dtype}")
+    require_same_device(_NAME, q, k_cache=k, **rest)
     B, H, _, D = q.shape
     require_shape(_NAME, "cache_lengths", lengths, (B,))
     Hkv = k.shape[1 if table is None else 2]
@@ -306,25 +298,5 @@ def _check(
         require(fits, _NAME, "block_table", f"be (B = {B}, blocks)", tuple(table.shape))
         require(k.shape[0] > 0, _NAME, "k_cache", "have at least one block", 0)
     require_shape(_NAME, "v_cache", v, (*k.shape[:3], v.shape[3]))
-    divides = H % Hkv == 0 if Hkv else H == 0
-    require(divides, _NAME, "q's heads", f"be a multiple of the cache's {Hkv}", H)
+    require_groups(_NAME, H, Hkv)
     require_shape(_NAME, "sinks", sinks, (H,))
-
-
-def _require_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(
-            f"{_NAME}: q, k_cache and v_cache must have one dtype, got {q.dtype}, {k.dtype} and "
-            f"{v.dtype}"
-        )
-
-
-def _slopes(q: Tensor, slopes: Tensor | None) -> Tensor | None:
-    if slopes is None:
-        return None
-    B, H = q.shape[:2]
-    require_floating(_NAME, alibi_slopes=slopes)
-    require_same_device(_NAME, q, alibi_slopes=slopes)
-    fits = tuple(slopes.shape) in ((H,), (B, H))
-    require(fits, _NAME, "alibi_slopes", f"be {(H,)} or {(B, H)}", tuple(slopes.shape))
-    return slopes if slopes.ndim == 2 else slopes[None]

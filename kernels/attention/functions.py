@@ -11,7 +11,6 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from trilith.kernels._runtime.checks import (
     require,
-    require_floating,
     require_floating_if_given,
     require_probability,
     require_same_device,
@@ -23,10 +22,16 @@ from trilith.kernels.attention.arguments import (
     known_precision,
     known_score_mod,
     known_softcap,
+    require_axes,
+    require_bias_dtype,
+    require_groups,
+    require_head_dim,
+    require_one_dtype,
     score_window,
+    slopes_by_head,
 )
 from trilith.kernels.attention.config import LARGEST_HEAD_DIM
-from trilith.kernels.attention.op import OP
+from trilith.kernels.attention.op import ATTENTION
 from trilith.plugins.autocast import autocasts
 from trilith.plugins.sharding import is_dtensor
 
@@ -107,13 +112,12 @@ def attention(
         causal = _aligned(q.shape[2], k.shape[2])
     alignment, left, right = score_window(_NAME, causal, window)
     cap = known_softcap(_NAME, softcap)
-    bias, slopes = _score_terms(q, k, bias, alibi_slopes)
+    bias = _bias_as_4d(q, k, bias)
+    slopes = slopes_by_head(_NAME, q, alibi_slopes, *q.shape[:2])
     require_floating_if_given(_NAME, sinks=sinks)
     if key_padding_mask is not None:
         require_tensors(_NAME, key_padding_mask=key_padding_mask)
-    require_same_device(
-        _NAME, q, bias=bias, alibi_slopes=slopes, sinks=sinks, key_padding_mask=key_padding_mask
-    )
+    require_same_device(_NAME, q, bias=bias, sinks=sinks, key_padding_mask=key_padding_mask)
     require_shape(_NAME, "key_padding_mask", key_padding_mask, (q.shape[0], k.shape[2]))
     if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
         raise TypeError(
@@ -187,10 +191,10 @@ def scaled_dot_product_attention(
         tensors = (q, k, v, bias, None, None, None)
         right = 0 if causal else -1
         rest = (softmax_scale, 0.0, dropout_p, alignment, -1, right, "", "ieee")
-        provider = OP.choose(*tensors, None, *rest)
+        provider = ATTENTION.choose(*tensors, None, *rest)
         if provider is not None or is_dtensor(query):
             seed = draw_seed(q) if dropout_p > 0 and provider is not None else None
-            out, _ = OP.run(provider, *tensors, seed, *rest)
+            out, _ = ATTENTION.run(provider, *tensors, seed, *rest)
             return out.reshape(*batch, *out.shape[2:])
     _require_one_length(key, value)
     if not 0.0 <= dropout_p <= 1.0:  # torch's own function does not look at it on a GPU
@@ -236,15 +240,11 @@ def _attend(
     """
     terms = (key_mask, slopes, sinks)
     rest = (scale, softcap, p, alignment, left, right, score_mod, precision)
-    provider = OP.choose(q, k, v, bias, *terms, None, *rest)
+    provider = ATTENTION.choose(q, k, v, bias, *terms, None, *rest)
     if provider is not None:
-        if max(q.shape[3], v.shape[3]) > LARGEST_HEAD_DIM:
-            raise NotImplementedError(
-                f"{_NAME}: there are kernels for head dims up to {LARGEST_HEAD_DIM}, got "
-                f"{q.shape[3]} and {v.shape[3]}; use torch.nn.functional"
-            )
+        require_head_dim(_NAME, q, v)
         seed = draw_seed(q) if p > 0 else None
-        return OP.run(provider, q, k, v, bias, *terms, seed, *rest)
+        return ATTENTION.run(provider, q, k, v, bias, *terms, seed, *rest)
     plain = all(t is None for t in terms) and softcap == 0 and left < 0 and right <= 0
     plain = plain and q.dtype != torch.float64 and not (is_dtensor(q) or score_mod)
     from_top = right < 0 or alignment == "top_left" or q.shape[2] == k.shape[2]
@@ -253,24 +253,16 @@ def _attend(
         causal = right == 0
         out = F.scaled_dot_product_attention(q, k, v, bias, p, causal, scale=scale, enable_gqa=gqa)
         return out, None
-    return OP.run(provider, q, k, v, bias, *terms, None, *rest)
+    return ATTENTION.run(provider, q, k, v, bias, *terms, None, *rest)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    require_tensors(_NAME, q=q, k=k, v=v)
-    require_floating(_NAME, q=q, k=k, v=v)
-    require_same_device(_NAME, q, k=k, v=v)
-    for arg, tensor in (("q", q), ("k", k), ("v", v)):
-        require(tensor.ndim == 4, _NAME, arg, "be 4-D (batch, heads, length, dim)", tensor.shape)
-    if not (q.dtype == k.dtype == v.dtype or autocasts(q)):
-        raise TypeError(
-            f"{_NAME}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
-        )
+    require_axes(_NAME, "batch", "heads", "length", "dim", q=q, k=k, v=v)
+    require_one_dtype(_NAME, q=q, k=k, v=v)
     (B, H, _, D), (Hkv, S) = q.shape, k.shape[1:3]
     require_shape(_NAME, "k", k, (B, Hkv, S, D))
     require_shape(_NAME, "v", v, (B, Hkv, S, v.shape[3]))
-    divides = H % Hkv == 0 if Hkv else H == 0
-    require(divides, _NAME, "q's heads", f"be a multiple of k's {Hkv}", H)
+    require_groups(_NAME, H, Hkv)
 
 
 def _aligned(T: int, S: int) -> str:
@@ -282,27 +274,15 @@ def _aligned(T: int, S: int) -> str:
     return "top_left"
 
 
-def _score_terms(
-    q: Tensor, k: Tensor, bias: Tensor | None, slopes: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Bias as 4-D, slopes as 2-D."""
-    (B, H, T, _), S = q.shape, k.shape[2]
-    if bias is not None:
-        require_tensors(_NAME, bias=bias)
-        if bias.dtype != torch.bool:
-            require_floating(_NAME, bias=bias)
-        sizes = (1,) * (4 - bias.ndim) + tuple(bias.shape)
-        fits = len(sizes) == 4 and all(
-            n in (1, m) for n, m in zip(sizes, (B, H, T, S), strict=True)
-        )
-        require(fits, _NAME, "bias", f"broadcast to {(B, H, T, S)}", tuple(bias.shape))
-        bias = bias[(None,) * (4 - bias.ndim)]
-    if slopes is not None:
-        require_floating(_NAME, alibi_slopes=slopes)
-        fits = tuple(slopes.shape) in ((H,), (B, H))
-        require(fits, _NAME, "alibi_slopes", f"be {(H,)} or {(B, H)}", tuple(slopes.shape))
-        slopes = slopes if slopes.ndim == 2 else slopes[None]
-    return bias, slopes
+def _bias_as_4d(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:
+    if bias is None:
+        return None
+    require_bias_dtype(_NAME, bias)
+    full = (*q.shape[:3], k.shape[2])
+    sizes = (1,) * (4 - bias.ndim) + tuple(bias.shape)
+    fits = len(sizes) == 4 and all(n in (1, m) for n, m in zip(sizes, full, strict=True))
+    require(fits, _NAME, "bias", f"broadcast to {full}", tuple(bias.shape))
+    return bias[(None,) * (4 - bias.ndim)]
 
 
 def _common_batch(

@@ -27,28 +27,7 @@ from trilith.kernels.attention.reference import attention_reference
 from trilith.plugins import Cost, Op, OpSpec, Sample
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return attention_out(q, v)
-
-
-def _cost(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    softcap: float,
-    p: float,
-    alignment: str,
-    left: int,
-    right: int,
-    score_mod: str = "",
-    precision: str = "ieee",
-) -> Cost:
+def _cost(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, right: int) -> Cost:
     (B, H, T, D), (S, Dv) = q.shape, v.shape[2:]
     pairs = B * H * T * S // (2 if right >= 0 else 1)
     out_bytes, lse_bytes = B * H * T * Dv * q.element_size(), B * H * T * 4
@@ -96,7 +75,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     )
 
 
-OP = Op(
+ATTENTION = Op(
     OpSpec(
         name="trilith::attention",
         forward=attention_fwd,
@@ -104,7 +83,7 @@ OP = Op(
         reference=attention_reference,
         samples=_samples,
         outputs=2,
-        fake=_fake,
+        fake=attention_out,
         materialize_grads=False,
         save_outputs=(0,),
         cost=_cost,

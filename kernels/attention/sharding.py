@@ -14,9 +14,10 @@ from torch import Tensor
 from trilith.kernels._runtime.sharding import Strategy, split
 
 
-def dense(q: Any, k: Tensor, v: Tensor, *rest: Any) -> list[Strategy]:
+def dense(
+    q: Any, k: Tensor, bias: Tensor | None, slopes: Tensor | None, p: float, score_mod: str
+) -> list[Strategy]:
     """Of q (B, H, ...), k and v (B, Hkv, ...): either dimension."""
-    bias, _, slopes, _, _, _, _, p, *_, score_mod, _ = rest
     if p > 0 or score_mod:
         return []
     batch = split([0, 0], [0, 0, 0, _unless_one(bias, 0), 0, _unless_one(slopes, 0)])
@@ -24,18 +25,18 @@ def dense(q: Any, k: Tensor, v: Tensor, *rest: Any) -> list[Strategy]:
     return [batch, *(split([1, 1], [1, dim, dim, *terms]) for dim in _key_heads(q, k, 1))]
 
 
-def packed(q: Any, k: Tensor, v: Tensor, *rest: Any) -> list[Strategy]:
+def packed(
+    q: Any, k: Tensor, bias: Tensor | None, slopes: Tensor | None, p: float, score_mod: str
+) -> list[Strategy]:
     """Of q (total, H, D), k and v (total, Hkv, ...), lse (H, total): heads."""
-    _, _, bias, slopes, _, _, _, _, p, *_, score_mod, _ = rest
     if p > 0 or score_mod:
         return []
     terms = [None, None, _unless_one(bias, 1), _unless_one(slopes, 1), 0]
     return [split([1, 0], [1, dim, dim, *terms]) for dim in _key_heads(q, k, 1)]
 
 
-def cached(q: Any, k: Tensor, v: Tensor, *rest: Any) -> list[Strategy]:
+def cached(q: Any, k: Tensor, table: Tensor | None, slopes: Tensor | None) -> list[Strategy]:
     """Of q (B, H, ...), caches in rows (B, S, Hkv, ...): batch or heads. Pages are every rank's."""
-    _, table, slopes, _ = rest[:4]
     rows = None if table is not None else 0
     batch = split([0, 0], [0, rows, rows, 0, 0, _unless_one(slopes, 0)])
     terms = [None, None, _unless_one(slopes, 1), 0]

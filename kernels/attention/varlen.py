@@ -20,12 +20,10 @@ from torch import Tensor
 
 from trilith.kernels._runtime.checks import (
     require,
-    require_floating,
     require_floating_if_given,
     require_probability,
     require_same_device,
     require_shape,
-    require_tensors,
 )
 from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.random import draw_seed, reference_keep_mask
@@ -34,14 +32,19 @@ from trilith.kernels.attention.arguments import (
     known_precision,
     known_score_mod,
     known_softcap,
+    require_axes,
+    require_bias_dtype,
+    require_groups,
+    require_head_dim,
+    require_indices,
+    require_one_dtype,
     score_window,
+    slopes_by_head,
 )
-from trilith.kernels.attention.config import LARGEST_HEAD_DIM
 from trilith.kernels.attention.decode_reference import host_lengths
 from trilith.kernels.attention.launchers import AttentionCall, Packed, sink_gradient
 from trilith.kernels.attention.reference import attend
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
-from trilith.plugins.autocast import autocasts
 
 _NAME = "varlen_attention"
 
@@ -60,10 +63,6 @@ def _out(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = (q.shape[1], q.shape[0])
     lse, lse2 = (q.new_empty(rows, dtype=torch.float32) for _ in range(2))
     return out, lse, lse2
-
-
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _out(q, v)
 
 
 @planned
@@ -198,13 +197,16 @@ def varlen_reference(
     return torch.cat(outs), torch.cat(lses, 1)
 
 
-def _cost(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, *rest: Any) -> Cost:
+def _cost(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, bias: Tensor | None, right: int
+) -> Cost:
     """As if all sequences had one length."""
     (total, H, D), Dv = q.shape, v.shape[2]
-    pairs = H * total * k.shape[0] // max(1, cu_q.shape[0] - 1) // (2 if rest[10] >= 0 else 1)
+    sequences = max(1, cu_seqlens_q.shape[0] - 1)
+    pairs = H * total * k.shape[0] // sequences // (2 if right >= 0 else 1)
     out_bytes, lse_bytes = total * H * Dv * q.element_size(), total * H * 4
     inputs = sum(t.numel() * t.element_size() for t in (q, k, v))
-    bias_bytes = 0 if rest[1] is None else rest[1].numel() * rest[1].element_size()
+    bias_bytes = 0 if bias is None else bias.numel() * bias.element_size()
     return Cost(
         forward_bytes=inputs + bias_bytes + out_bytes + lse_bytes,
         backward_bytes=2 * inputs + bias_bytes + 2 * out_bytes + lse_bytes,
@@ -248,7 +250,7 @@ VARLEN_ATTENTION = Op(
         reference=varlen_reference,
         samples=_samples,
         outputs=2,
-        fake=_fake,
+        fake=_out,
         materialize_grads=False,
         save_outputs=(0,),
         cost=_cost,
@@ -336,7 +338,9 @@ def varlen_attention(
     cap = known_softcap(_NAME, softcap)
     for arg, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         require(longest is None or longest >= 0, _NAME, arg, "not be negative", longest)
-    slopes = _check_terms(q, cu_seqlens_q.shape[0] - 1, bias, alibi_slopes, sinks)
+    B = cu_seqlens_q.shape[0] - 1
+    _check_terms(q, B, bias, sinks)
+    slopes = slopes_by_head(_NAME, q, alibi_slopes, B, q.shape[1])
     if bias is not None:
         rows, cols = bias.shape[2:]
         rows = (max_seqlen_q or q.shape[0]) if rows == 1 else rows
@@ -349,34 +353,22 @@ def varlen_attention(
     seed = None
     provider = VARLEN_ATTENTION.choose(*tensors, None, *rest)
     if provider is not None:
-        if max(q.shape[2], v.shape[2]) > LARGEST_HEAD_DIM:
-            raise NotImplementedError(
-                f"{_NAME}: there are kernels for head dims up to {LARGEST_HEAD_DIM}, got "
-                f"{q.shape[2]} and {v.shape[2]}"
-            )
+        require_head_dim(_NAME, q, v)
         seed = draw_seed(q) if dropout_p > 0 else None
     out, lse = VARLEN_ATTENTION.run(provider, *tensors, seed, *rest)
     return (out, lse) if return_lse else out
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
-    require_tensors(_NAME, q=q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
-    require_floating(_NAME, q=q, k=k, v=v)
-    require_same_device(_NAME, q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
-    for arg, tensor in (("q", q), ("k", k), ("v", v)):
-        require(tensor.ndim == 3, _NAME, arg, "be 3-D (total, heads, dim)", tuple(tensor.shape))
-    if not (q.dtype == k.dtype == v.dtype or autocasts(q)):
-        raise TypeError(
-            f"{_NAME}: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
-        )
+    require_axes(_NAME, "total", "heads", "dim", q=q, k=k, v=v)
+    require_indices(_NAME, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    require_same_device(_NAME, q, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    require_one_dtype(_NAME, q=q, k=k, v=v)
     (_, H, D), (S, Hkv) = q.shape, k.shape[:2]
     require_shape(_NAME, "k", k, (S, Hkv, D))
     require_shape(_NAME, "v", v, (S, Hkv, v.shape[2]))
-    divides = H % Hkv == 0 if Hkv else H == 0
-    require(divides, _NAME, "q's heads", f"be a multiple of k's {Hkv}", H)
+    require_groups(_NAME, H, Hkv)
     for arg, starts, total in (("cu_seqlens_q", cu_q, q.shape[0]), ("cu_seqlens_k", cu_k, S)):
-        if starts.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{_NAME}: {arg} must be int32 or int64, got {starts.dtype}")
         fits = starts.ndim == 1 and starts.shape[0] > 0 and starts.shape == cu_q.shape
         require(fits, _NAME, arg, "be (B + 1,), as long as cu_seqlens_q", tuple(starts.shape))
         values = host_lengths(starts)
@@ -385,24 +377,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
             require(rising, _NAME, arg, f"rise from 0 to at most the {total} rows", values)
 
 
-def _check_terms(
-    q: Tensor, B: int, bias: Tensor | None, slopes: Tensor | None, sinks: Tensor | None
-) -> Tensor | None:
-    """Slopes as 2-D."""
+def _check_terms(q: Tensor, B: int, bias: Tensor | None, sinks: Tensor | None) -> None:
     H = q.shape[1]
-    if bias is not None:
-        require_tensors(_NAME, bias=bias)
-    require_floating_if_given(_NAME, alibi_slopes=slopes, sinks=sinks)
-    require_same_device(_NAME, q, bias=bias, alibi_slopes=slopes, sinks=sinks)
+    require_bias_dtype(_NAME, bias)
+    require_floating_if_given(_NAME, sinks=sinks)
+    require_same_device(_NAME, q, bias=bias, sinks=sinks)
     require_shape(_NAME, "sinks", sinks, (H,))
     if bias is not None:
-        if bias.dtype != torch.bool:
-            require_floating(_NAME, bias=bias)
         fits = bias.ndim == 4 and bias.shape[0] in (1, B) and bias.shape[1] in (1, H)
         rule = f"be ({B} or 1, {H} or 1, longest queries, longest keys)"
         require(fits, _NAME, "bias", rule, tuple(bias.shape))
-    if slopes is not None:
-        fits = tuple(slopes.shape) in ((H,), (B, H))
-        require(fits, _NAME, "alibi_slopes", f"be {(H,)} or {(B, H)}", tuple(slopes.shape))
-        slopes = slopes if slopes.ndim == 2 else slopes[None]
-    return slopes

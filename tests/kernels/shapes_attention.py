@@ -2,7 +2,7 @@
 
 import torch
 
-from trilith.kernels.attention.op import OP
+from trilith.kernels.attention.op import ATTENTION
 from trilith.plugins import Sample
 
 
@@ -32,7 +32,7 @@ def additive(dtype):
 
 
 def cases():
-    name = OP.spec.name
+    name = ATTENTION.spec.name
     for dtype in (torch.bfloat16, torch.float32):
         for d in (64, 128, 256):
             yield name, sample(dtype, d, right=0)

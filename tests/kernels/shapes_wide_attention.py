@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.kernels.shapes_attention import OP, additive, boolean, sample, seed
+from tests.kernels.shapes_attention import ATTENTION, additive, boolean, sample, seed
 from tests.kernels.shapes_varlen_attention import VARLEN_ATTENTION
 from tests.kernels.shapes_varlen_attention import sample as packed
 from trilith.kernels._runtime.language import tl, triton
@@ -27,7 +27,7 @@ MOD = ScoreMod("tests.by_distance", by_distance, by_distance_grad, by_distance_r
 
 
 def cases():
-    name = OP.spec.name
+    name = ATTENTION.spec.name
     if MOD.name not in registry.score_mod_names():
         registry.add_score_mod(MOD)
     for dtype in (torch.bfloat16, torch.float32):

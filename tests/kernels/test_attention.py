@@ -16,7 +16,7 @@ from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import observers
 from trilith.kernels._runtime.random import reference_keep_mask
 from trilith.kernels.attention import attention, launchers, scaled_dot_product_attention
-from trilith.kernels.attention.op import OP
+from trilith.kernels.attention.op import ATTENTION
 from trilith.kernels.attention.tiles import band_range
 from trilith.plugins.conformance.compare import assert_same
 
@@ -63,8 +63,8 @@ def check(args, pull=1.0):
     dlse = randn(*q.shape[:3])
     chosen = differentiable(args)
     double = [a.double() if i in chosen else a for i, a in enumerate(args)]
-    actual = run(OP, args, dout, dlse)
-    expected = run(OP.spec.reference, double, dout.double(), dlse.double())
+    actual = run(ATTENTION, args, dout, dlse)
+    expected = run(ATTENTION.spec.reference, double, dout.double(), dlse.double())
     yardstick = eager(args, dout, dlse)
     for a, e, p in zip(actual, expected, yardstick, strict=True):
         assert_like_eager(a, e, p)
@@ -244,8 +244,8 @@ def test_non_finite_values_stay_where_they_belong(which, value):
     tensors = qkv(33, 33, B=1)
     tensors[which][0, 1, 20, 3] = value
     args = call(*tensors, right=0)
-    out, lse = OP(*args)
-    expected, expected_lse = OP.spec.reference(*args)
+    out, lse = ATTENTION(*args)
+    expected, expected_lse = ATTENTION.spec.reference(*args)
     assert torch.equal(out.isfinite(), expected.isfinite())
     assert torch.equal(lse.isfinite(), expected_lse.isfinite())
     assert out[0, 0].isfinite().all()
@@ -326,8 +326,8 @@ def test_layouts_give_the_same(layout):
     views = dict(layouts())[layout]
     dense = [t.contiguous() for t in views]
     dout, dlse = randn(2, 37, 2, 16).transpose(1, 2), randn().expand(2, 2, 37)
-    plain = run(OP, call(*dense, right=0), dout.contiguous(), dlse.contiguous())
-    for a, b in zip(run(OP, call(*views, right=0), dout, dlse), plain, strict=True):
+    plain = run(ATTENTION, call(*dense, right=0), dout.contiguous(), dlse.contiguous())
+    for a, b in zip(run(ATTENTION, call(*views, right=0), dout, dlse), plain, strict=True):
         assert_same(layout, a, b)
 
 
@@ -391,7 +391,7 @@ def test_dropout_drops_what_the_seed_says():
     q, k = torch.zeros(B, H, T, 16, device=DEVICE), torch.zeros(B, H, S, 16, device=DEVICE)
     v = torch.eye(S, device=DEVICE).expand(B, H, S, S)
     seed = torch.tensor([12345], device=DEVICE)
-    out, _ = OP(*call(q, k, v, p=p, seed=seed))
+    out, _ = ATTENTION(*call(q, k, v, p=p, seed=seed))
     kept = reference_keep_mask(seed, (B, H, T, S), p)
     torch.testing.assert_close(out, kept / (S * (1 - p)))
     assert torch.equal(out == 0, ~kept)

@@ -20,7 +20,7 @@ from tests.kernels.attention_factors import (
 from tests.kernels.eager_attention import eager, eager_packed
 from tests.support.compare import assert_fair
 from tests.support.covering import pairwise
-from trilith.kernels.attention.op import OP
+from trilith.kernels.attention.op import ATTENTION
 from trilith.kernels.attention.varlen import VARLEN_ATTENTION
 
 ROWS = {"dense": pairwise(DENSE), "packed": pairwise(PACKED)}
@@ -65,7 +65,7 @@ def doubled(args):
 
 @by_row("dense")
 def test_dense_pairs(row):
-    check(OP, eager, row, dense_arguments)
+    check(ATTENTION, eager, row, dense_arguments)
 
 
 @by_row("packed")

@@ -10,7 +10,7 @@ from tests.support.compare import assert_like_eager
 from tests.support.devices import DEVICE, dtype_name
 from trilith.kernels import attention, varlen_attention
 from trilith.kernels._runtime.language import tl, triton
-from trilith.kernels.attention.op import OP
+from trilith.kernels.attention.op import ATTENTION
 from trilith.kernels.attention.varlen import VARLEN_ATTENTION
 from trilith.plugins import ScoreMod, hookimpl, manager, registry
 from trilith.plugins.report import check_score_mod, named_score_mods
@@ -115,7 +115,7 @@ CASES = {
 def test_with_other_features(case):
     shape, given = CASES[case]
     given = given() if callable(given) else given
-    judged(OP, [*call(*qkv(35, 43, **shape), **given), BENT.name, "ieee"])
+    judged(ATTENTION, [*call(*qkv(35, 43, **shape), **given), BENT.name, "ieee"])
 
 
 def test_packed_sequences_count_from_their_own_start():

@@ -11,7 +11,7 @@ from tests.support.compare import assert_fair
 from tests.support.devices import DEVICE
 from trilith.kernels import attention, scaled_dot_product_attention
 from trilith.kernels._runtime.random import draw_seed
-from trilith.kernels.attention.op import OP
+from trilith.kernels.attention.op import ATTENTION
 
 lengths = st.sampled_from((1, 2, 3, 16, 17, 31, 33, 47, 65))
 dims = st.sampled_from((1, 3, 8, 16, 17, 24, 40, 64))
@@ -82,7 +82,7 @@ def test_attention(data, call, bhk, T, S, D, Dv):
     found = torch.autograd.grad(outputs, leaves, upstream)
 
     wide = [draw.doubled(a) if isinstance(a, torch.Tensor) else a for a in args]
-    outputs64 = OP.spec.reference(*wide)[: len(outputs)]
+    outputs64 = ATTENTION.spec.reference(*wide)[: len(outputs)]
     wanted = draw.given(*(a for a in wide if isinstance(a, torch.Tensor)))
     expected = torch.autograd.grad(outputs64, wanted, [g.double() for g in upstream])
     dlse = upstream[1] if wants_lse else torch.zeros(B, H, T, device=q.device)
