@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("list", help="plugins, what each brings, and which failed and why")
     explain = commands.add_parser("explain", help="who runs an op, and why")
     explain.add_argument("op", help="namespace::op")
-    explain.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    explain.add_argument("--dtype", default="float32")
+    explain.add_argument("--device", help="the GPU by default, the CPU where there is none")
+    explain.add_argument("--dtype", default="bfloat16", help="%(default)s by default")
     check = commands.add_parser("check", help="run the conformance checks")
     check.add_argument("name", help="an op, module, score mod, namespace, plugin or distribution")
     check.add_argument("--device", default=None)
@@ -84,7 +84,7 @@ def _explain(given: argparse.Namespace) -> int:
     dtype = getattr(torch, given.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"--dtype must be a dtype of torch, got {given.dtype!r}")
-    print(explain(given.op, _device(given.device), dtype))
+    print(explain(given.op, given.device and _device(given.device), dtype))
     return 0
 
 

@@ -17,6 +17,7 @@ from trilith.plugins import __main__ as command_line
 from trilith.plugins.__main__ import listing, main
 from trilith.plugins.conformance import CHECKS
 from trilith.plugins.conformance.modules import MODULE_CHECKS
+from trilith.plugins.manager import explain
 
 
 @pytest.fixture
@@ -59,6 +60,11 @@ def test_explain(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "trilith (priority 0): takes torch.float32, torch.float16, torch.bfloat16" in out
     assert "takes: the reference (PyTorch)\n" in out
+
+
+def test_explain_assumes_what_the_function_does(capsys):
+    assert main(["explain", "trilith::rms_norm"]) == 0
+    assert capsys.readouterr().out.strip() == str(explain("trilith::rms_norm")).strip()
 
 
 @pytest.mark.parametrize(
