@@ -1,0 +1,77 @@
+"""What is patched in Triton's interpreter to make it quicker changes nothing else."""
+
+import pytest
+import torch
+
+from tests.support.devices import INTERPRETING
+from trilith.kernels._runtime.language import tl, triton
+
+pytestmark = pytest.mark.skipif(not INTERPRETING, reason="is about the interpreter")
+
+
+@triton.jit
+def _twice(x):
+    return x + x
+
+
+@triton.jit
+def _sum_of_powers(x):
+    return tl.sum(_twice(_twice(x)), axis=0) + tl.max(_twice(x), axis=0)
+
+
+@triton.jit
+def _kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
+    tl.store(y_ptr + tl.program_id(0), _sum_of_powers(x))
+
+
+@triton.jit
+def _kernel_that_fails(x_ptr):
+    tl.store(x_ptr, _twice(x_ptr))
+
+
+@triton.jit
+def _copy(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offsets, tl.load(x_ptr + offsets))
+
+
+def run(rows):
+    x, y = torch.randn(rows, 8), torch.empty(rows)
+    _kernel[(rows,)](x, y, BLOCK=8)
+    torch.testing.assert_close(y, 4 * x.sum(1) + 2 * x.max(1).values)
+
+
+def test_the_language_is_patched_as_often_for_many_calls_as_for_few(monkeypatch):
+    from triton.runtime import interpreter
+
+    patches = []
+    patch = interpreter._patch_lang
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda fn: patches.append(fn) or patch(fn))
+    run(rows=1)
+    few = len(patches)
+    patches.clear()
+    run(rows=16)
+    assert 1 <= len(patches) <= few
+
+
+def test_a_launch_leaves_the_language_as_it_was():
+    before = tl.load, tl.dot, tl.tensor.__add__
+    run(rows=2)
+    assert (tl.load, tl.dot, tl.tensor.__add__) == before
+
+
+def test_a_launch_after_one_that_failed_is_right():
+    before = tl.load
+    with pytest.raises(Exception, match="InterpreterError"):
+        _kernel_that_fails[(1,)](torch.randn(4))
+    assert tl.load is before
+    run(rows=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.bool, torch.uint8])
+def test_dtypes_are_those_that_they_were(dtype):
+    x = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0], dtype=dtype)
+    y = torch.empty_like(x)
+    _copy[(1,)](x, y, BLOCK=8)
+    assert torch.equal(x, y)
