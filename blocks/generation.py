@@ -87,6 +87,7 @@ def stream(
         raise TypeError(
             f"generate: stop_tokens must be several ids, got {stop_tokens}; give [{stop_tokens}]"
         )
+    _require_whole_sequences(model)
     _require_room(model, texts, max_new_tokens)
     obstacle = cache_obstacle(model)
     if use_cache and obstacle is not None:
@@ -104,7 +105,8 @@ def _steps(
     new = texts
     ended = torch.zeros(len(texts), dtype=torch.bool, device=texts[0].device)
     for _ in range(steps):
-        with torch.no_grad():
+        # what one step keeps must be good for the next, which may be taken outside inference mode
+        with torch.inference_mode(False), torch.no_grad():
             tokens = choose(decoder.logits(new)).masked_fill(ended, ENDED)
         yield tokens
         if len(stops):
@@ -117,13 +119,16 @@ def _steps(
 def cache_obstacle(model: TransformerLM) -> str | None:
     """Why a model cannot generate over a cache, or None.
 
-    Each block must have one attention with a `cache`, causal; position modules must have
-    `offsets`. All else is taken to act on each token alone.
+    Each block must have one attention with a `cache`, causal, of its own; position modules must
+    have `offsets`. All else is taken to act on each token alone.
     """
+    seen: dict[nn.Module, int] = {}
     for i, block in enumerate(model.blocks):
         attentions = _attentions(block)
         if len(attentions) != 1:
             return f"block {i} must have one attention module with a cache, got {len(attentions)}"
+        if seen.setdefault(attentions[0], i) != i:
+            return f"the attention of block {i} is that of block {seen[attentions[0]]}"
         if not getattr(attentions[0], "causal", True):
             return f"the attention of block {i} is not causal"
     for name, module in model.named_modules():
@@ -222,6 +227,14 @@ def _texts(prompts: Tensor | Sequence[Tensor], device: torch.device) -> list[Ten
         if text.numel() and (text.is_floating_point() or text.dtype == torch.bool):
             raise TypeError(f"generate: prompts must be integer token ids, got {text.dtype}")
     return [text.to(device, torch.long) for text in texts]
+
+
+def _require_whole_sequences(model: nn.Module) -> None:
+    if any(getattr(module, "ring", None) is not None for module in model.modules()):
+        raise NotImplementedError(
+            "generate: the model must have whole sequences, got one that context_parallel spread "
+            "over ranks; load its weights into one that is not"
+        )
 
 
 def _require_room(model: nn.Module, texts: list[Tensor], new: int) -> None:

@@ -89,8 +89,8 @@ def gradient_flow(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Grad
     Rows are calls of modules without children and of blocks: the members of the outermost
     nn.ModuleList or nn.Sequential of the model, or its children where it has neither. `loss` is
     called once, with hooks on the model's modules, which take their unfused path; parameters'
-    `.grad` stay as they are. Jacobians are of blocks that make a float tensor of one, in eval mode,
-    with other arguments left out: a block that needs some has none.
+    `.grad` stay as they are. Jacobians are of blocks that were called with a float tensor alone and
+    made one, in eval mode.
 
     Args:
         model: with parameters that require gradients.
@@ -160,7 +160,9 @@ class _Recorder:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        handles = [module.register_forward_hook(self._called) for module in self.named]
+        handles = [
+            module.register_forward_hook(self._called, with_kwargs=True) for module in self.named
+        ]
         handles += [m.register_forward_pre_hook(self._activated) for m in self.readers]
         try:
             yield
@@ -171,11 +173,15 @@ class _Recorder:
     def _activated(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         self.dead[module] = _dead(arguments[0])
 
-    def _called(self, module: nn.Module, arguments: tuple[Any, ...], out: Any) -> None:
+    def _called(
+        self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], out: Any
+    ) -> None:
+        is_plain = isinstance(out, Tensor) and len(arguments) == 1
+        is_plain = is_plain and all(value is None for value in named.values())
         out = out[0] if isinstance(out, tuple) else out
         if not isinstance(out, Tensor):
             return
-        x = arguments[0] if module in self.blocks and len(arguments) == 1 else None
+        x = arguments[0] if is_plain and module in self.blocks else None
         if not (isinstance(x, Tensor) and x.is_floating_point()):
             x = None
         call = _Call(self.named[module], module, None if x is None else x.detach(), out)

@@ -327,7 +327,7 @@ def find_op(name: str) -> Op:
 
 
 def explain(
-    name: str, device: str | torch.device | None = None, dtype: torch.dtype = torch.bfloat16
+    op: str | Op, device: str | torch.device | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> str:
     """Which implementation a call of this op takes on a device and dtype, and why.
 
@@ -335,7 +335,7 @@ def explain(
     """
     manager.load()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return registry.explain(name, torch.device(device), dtype)
+    return registry.explain(op, torch.device(device), dtype)
 
 
 def use_implementation(op: str | Op, provider: str) -> AbstractContextManager[None]:

@@ -185,9 +185,9 @@ class Registry:
             self._score_mods = score_mods
             raise
 
-    def explain(self, name: str, device: torch.device, dtype: torch.dtype) -> str:
-        op = self.op(name)
-        lines = [f"{name} on {device}, {dtype}:"]
+    def explain(self, op: str | Op, device: torch.device, dtype: torch.dtype) -> str:
+        op = self.op(op) if isinstance(op, str) else op
+        lines = [f"{op.spec.name} on {device}, {dtype}:"]
         for choice in op.implementations:
             verdict = choice.refusal(device, dtype) or "can run"
             if choice.supports is not None and verdict == "can run":

@@ -35,4 +35,4 @@ def explain(
         from trilith.blocks.fuse import preview
 
         return str(preview(subject))
-    return explain_op(subject if isinstance(subject, str) else subject.spec.name, device, dtype)
+    return explain_op(subject, device, dtype)

@@ -35,6 +35,7 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
     Args:
         model: has `SelfAttention`s, and positions that are not Alibi; it is changed and returned.
+            It does not generate text: its weights do, in a model that is not spread.
         mesh: of one dimension.
 
     Raises:
@@ -47,7 +48,6 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         >>> rank, ranks = mesh.get_local_rank(), mesh.size()
         >>> model(tokens.chunk(ranks, 1)[rank], targets.chunk(ranks, 1)[rank]).backward()
     """
-    ring = Ring(mesh)
     attentions = [m for m in model.modules() if isinstance(m, SelfAttention)]
     if any(isinstance(m.position, Alibi) for m in attentions):
         raise NotImplementedError("context_parallel: position must not be Alibi")
@@ -56,6 +56,9 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
             "context_parallel: the model must not have StochasticDepth: a sample's tokens are on "
             "several ranks, which would drop it each for itself"
         )
+    if mesh.size() == 1:
+        return model
+    ring = Ring(mesh)
     for module in attentions:
         module.ring = ring
     places = [m for m in model.modules() if isinstance(m, _POSITIONS)]

@@ -166,6 +166,33 @@ def test_an_attention_without_a_cache_computes_the_text_anew():
         model.generate(texts, 5, use_cache=True)
 
 
+def test_blocks_that_share_an_attention_compute_the_text_anew():
+    model, (text,) = model_of(), prompts(5)
+    model.blocks[1].attention.branch = model.blocks[0].attention.branch
+    assert cache_obstacle(model) == "the attention of block 1 is that of block 0"
+    with torch.no_grad():
+        expected = greedy_by_forward(model, text, 6)
+    assert torch.equal(model.generate([text], 6)[0], expected)
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "whole"])
+def test_a_stream_goes_on_outside_the_inference_mode_it_began_in(use_cache):
+    model, texts = model_of(), prompts(5, 3)
+    expected = [tokens.tolist() for tokens in model.generate_stream(texts, 4, use_cache=use_cache)]
+    with torch.inference_mode():
+        stream = model.generate_stream(texts, 4, use_cache=use_cache)
+        found = [next(stream).tolist()]
+    found += [tokens.tolist() for tokens in stream]
+    assert found == expected
+
+
+def test_a_model_that_is_spread_over_ranks_does_not_generate():
+    model = model_of()
+    model.blocks[0].attention.branch.ring = object()
+    with pytest.raises(NotImplementedError, match="context_parallel spread over ranks"):
+        model.generate(prompts(3), 2)
+
+
 def test_an_attention_that_sees_ahead_is_not_cached():
     model = model_of()
     model.blocks[0].attention.branch.causal = False

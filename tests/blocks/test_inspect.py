@@ -116,6 +116,42 @@ def test_language_model_has_a_row_for_each_block():
     assert model.training and not any(m._forward_hooks for m in model.modules())
 
 
+class Masked(nn.Linear):
+    def forward(self, x, *, mask):
+        return super().forward(x) * mask
+
+
+class Paired(nn.Linear):
+    def forward(self, x, mask=None):
+        return super().forward(x), mask
+
+
+class Unmasked(nn.Linear):
+    def forward(self, x, mask=None):
+        return super().forward(x)
+
+
+class Called(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Masked(4, 4), Paired(4, 4), Unmasked(4, 4)])
+
+    def forward(self, x):
+        x = self.blocks[0](x, mask=torch.ones_like(x))
+        x, _ = self.blocks[1](x)
+        return self.blocks[2](x, mask=None)
+
+
+def test_blocks_of_other_arguments_or_results_have_norms_and_no_jacobian():
+    flow = trilith.inspect.gradient_flow(
+        Called().to(DEVICE), lambda m: m(torch.randn(3, 4, device=DEVICE)).square().sum()
+    )
+    masked, paired, unmasked = flow.layers
+    assert masked.activation > 0 and paired.gradient > 0
+    assert math.isnan(masked.singular) and math.isnan(paired.singular)
+    assert unmasked.singular > 0
+
+
 def test_table_and_plot(tmp_path):
     flow = flow_of(nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU()).to(DEVICE))
     head, *rows = str(flow).splitlines()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import trilith
 from tests.support.devices import DEVICE
 from trilith.plugins import Implementation, Op, OpSpec, Registry, Sample
 
@@ -483,6 +484,11 @@ def test_too_few_outputs_are_told(make, grad):
     op = make(RELU2, outputs=2)
     with pytest.raises(RuntimeError, match=r"forward must return 2 outputs, and then aux, got 1"):
         op(randn(3, grad=grad))
+
+
+def test_explain_takes_an_op_that_no_plugin_brought(make):
+    op = make(RELU2)
+    assert trilith.explain(op, "cpu").startswith(f"{op.spec.name} on cpu")
 
 
 def test_a_negative_bit_is_resolved_before_a_kernel_reads_memory(make):
