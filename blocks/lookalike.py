@@ -1,12 +1,15 @@
 """Layers of other libraries that compute what a kernel does, known by their parts and a probe.
 
-The probe runs the layer's own forward, on the CPU, with stand-ins for its parameters; only a layer
-that gives what ours gives, in float32 and bfloat16, is taken for one of ours.
+The probe runs the layer's own forward, on the CPU, with stand-ins for its parameters, in training
+and in evaluation, on numbers small and large. Only a layer that takes one tensor, and gives what
+ours gives, in value and dtype, is taken for one of ours.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +19,11 @@ from torch.nn import functional as F
 
 from trilith.blocks.drop_in.activations import kernel_name
 from trilith.blocks.drop_in.layouts import elementwise
-from trilith.kernels import BIAS_ACT, GATED_ACT, bias_act, gated_act, rms_norm
+from trilith.kernels import BIAS_ACT, GATED_ACT, RMS_NORM, bias_act, gated_act, rms_norm
+from trilith.plugins.manager import use_implementation
 
 _PROBE_DIM = 8
+_LARGE = 1e4  # beyond what layers clamp at
 _PROBED_NAMES = ("gelu", "gelu_tanh", "silu", "relu", "sigmoid", "tanh")
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -48,6 +53,21 @@ class ScaledRMSNorm(_LikeRMSNorm):
         weight = self.weight
         x = hidden_states.to(torch.promote_types(hidden_states.dtype, weight.dtype))
         return rms_norm(x, weight.shape, weight, self.epsilon())
+
+
+class WeightRMSNorm(ScaledRMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, in weight's dtype."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states).to(self.weight.dtype)
+
+
+class InputRMSNorm(_LikeRMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, in x's dtype."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight = self.weight
+        return rms_norm(hidden_states, weight.shape, weight, self.epsilon())
 
 
 class ShiftedRMSNorm(_LikeRMSNorm):
@@ -96,16 +116,17 @@ def rms_norm_like(module: nn.Module) -> type[nn.Module] | None:
     eps = own.get("variance_epsilon", own.get("eps"))
     if weight is None or weight.dim() != 1 or not isinstance(eps, float):
         return None
-    if len(module._parameters) > 1 or module._modules:
+    if len(module._parameters) > 1 or module._modules or not _takes_one_tensor(module):
         return None
-    for cls in (ScaledRMSNorm, ShiftedRMSNorm):
-        probes = []
+    probes = []
+    for weight_dtype in (torch.float32, torch.bfloat16):
+        values = torch.linspace(0.5, 1.5, weight.shape[0], dtype=weight_dtype)
+        probe = _with(module, parameters={"weight": nn.Parameter(values)})
+        x = torch.linspace(-2, 3, 2 * weight.shape[0]).view(2, -1)
         for dtype in (torch.float32, torch.bfloat16):
-            values = torch.linspace(0.5, 1.5, weight.shape[0], dtype=dtype)
-            probe = _with(module, parameters={"weight": nn.Parameter(values)})
-            x = torch.linspace(-2, 3, 2 * weight.shape[0]).view(2, -1).to(dtype)
-            probes.append((probe, (x,)))
-        if all(_agree(cls, probe, args) for probe, args in probes):
+            probes += [(probe, (size * x).to(dtype)) for size in (math.sqrt(eps), 1.0, _LARGE)]
+    for cls in (ScaledRMSNorm, WeightRMSNorm, InputRMSNorm, ShiftedRMSNorm):
+        if all(_agree(cls, probe, x) for probe, x in probes):
             return cls
     return None
 
@@ -113,6 +134,8 @@ def rms_norm_like(module: nn.Module) -> type[nn.Module] | None:
 def gated_mlp(module: nn.Module) -> bool:
     children = module._modules
     if set(children) != {"gate_proj", "up_proj", "down_proj", "act_fn"} or module._parameters:
+        return False
+    if not _takes_one_tensor(module):
         return False
     act = children["act_fn"]
     if act is None or kernel_or_probed_name(act) is None and known_activation(act) is None:
@@ -123,19 +146,30 @@ def gated_mlp(module: nn.Module) -> bool:
         steps = torch.arange(_PROBE_DIM**2, dtype=torch.float32).view(_PROBE_DIM, -1)
         linears[name].weight.data = torch.sin(steps + shift)  # type: ignore[union-attr]
     probe = _with(module, modules={**linears, "act_fn": act})
-    return _agree(GatedMLP, probe, (torch.linspace(-2, 3, 2 * _PROBE_DIM).view(2, -1),))
+    x = torch.linspace(-2, 3, 2 * _PROBE_DIM).view(2, -1)
+    return all(_agree(GatedMLP, probe, size * x) for size in (1.0, _LARGE))
 
 
 def known_activation(module: nn.Module) -> str | None:
     """The kernel name of a module without parts that computes one of the usual activations."""
     if not type(module).__module__.startswith("transformers.activations"):
         return None
-    x = torch.linspace(-6, 6, 101)
-    y = _result(module, (x,))
-    for name in _PROBED_NAMES:
-        if isinstance(y, Tensor) and y.shape == x.shape and _close(y, _PLAIN[name](x)):
+    x = torch.cat([torch.linspace(-6, 6, 101), torch.tensor([-_LARGE, -20.0, 20.0, _LARGE])])
+    for name in _PROBED_NAMES if _takes_one_tensor(module) else ():
+        results = [_result(module, x, training) for training in (False, True)]
+        if all(_close(y, _PLAIN[name](x)) for y in results):
             return name
     return None
+
+
+def _takes_one_tensor(module: nn.Module) -> bool:
+    """Whether there is no other argument that a model might call it with."""
+    try:
+        parameters = inspect.signature(type(module).forward).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return len(parameters) == 2 and all(p.kind in by_position for p in parameters)
 
 
 def _with(
@@ -152,24 +186,31 @@ def _with(
     return probe
 
 
-def _agree(cls: type[nn.Module], probe: nn.Module, args: tuple[Any, ...]) -> bool:
+def _agree(cls: type[nn.Module], probe: nn.Module, x: Tensor) -> bool:
     twin = copy.copy(probe)
     twin.__class__ = cls
-    theirs, ours = _result(probe, args), _result(twin, args)
-    if not (isinstance(theirs, Tensor) and isinstance(ours, Tensor)):
+    narrow = any(t.dtype == torch.bfloat16 for t in (x, *probe.parameters()))
+    with use_implementation(RMS_NORM, "reference"), use_implementation(GATED_ACT, "reference"):
+        return all(
+            _close(_result(probe, x, training), _result(twin, x, training), narrow)
+            for training in (False, True)
+        )
+
+
+def _close(a: Any, b: Any, narrow: bool = False) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape):
         return False
-    return theirs.dtype == ours.dtype and _close(theirs, ours)
+    rtol, atol = (2e-2, 1e-3) if narrow else (1e-4, 1e-6)
+    largest = max(1.0, b.abs().max().item())
+    return a.dtype == b.dtype and torch.allclose(a, b, rtol=rtol, atol=atol * largest)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    rtol, atol = (2e-2, 1e-3) if a.dtype == torch.bfloat16 else (1e-4, 1e-6)
-    return a.shape == b.shape and torch.allclose(a, b, rtol=rtol, atol=atol)
-
-
-def _result(probe: nn.Module, args: tuple[Any, ...]) -> Any:
-    """What a probe's forward gives; None where it does not take the arguments."""
+def _result(probe: nn.Module, x: Tensor, training: bool) -> Any:
+    """What a probe's forward gives; None where it does not take a tensor."""
+    probe = copy.copy(probe)
+    vars(probe)["training"] = training
     try:
-        with torch.no_grad(), torch.device("cpu"):
-            return type(probe).forward(probe, *args)
+        with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            return type(probe).forward(probe, x)
     except Exception:  # another library's forward may raise anything
         return None

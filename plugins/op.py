@@ -1,8 +1,9 @@
 """An op: what runs a call of it.
 
-A call takes the reference where no implementation can run, where a functorch transform is active,
-and for empty tensors; the forward op where no gradient is wanted; else an autograd.Function around
-the forward and backward ops. A backward under create_graph=True differentiates the reference.
+A call takes the reference where no implementation can run, for empty tensors, where a functorch
+transform is active or dual numbers are (`torch.autograd.forward_ad`), and in `torch.jit.trace`; the
+forward op where no gradient is wanted; else an autograd.Function around the forward and backward
+ops. A backward under create_graph=True differentiates the reference.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from trilith.plugins.spec import Implementation, OpSpec
 # A name of this module is found faster than one of torch's, in what every call does.
 _transforms_are_active = torch._C._are_functorch_transforms_active
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_forward_mode = torch.autograd.forward_ad
+_tracing_state = torch._C._get_tracing_state
 
 
 class Op:
@@ -54,7 +57,6 @@ class Op:
         self.scope: ContextVar[str | None] = ContextVar(spec.name, default=None)
         self.open_scopes: list[str] = []
         self._version = 0
-        self.is_reference_on_cpu = False
         self._selections: dict[tuple[torch.device, torch.dtype, str | None], Selection] = {}
         self._owners: dict[str, str] = {}
         self._by_provider: dict[str, Implementation] = {}
@@ -127,6 +129,8 @@ class Op:
     def _is_ordinary(self, args: tuple[Any, ...]) -> bool:
         """Whether no mode, transform, tracer, profiler or tensor subclass has a say in the call."""
         if _is_dynamo_compiling() or _transforms_are_active() or is_any_autocast_enabled():
+            return False
+        if _forward_mode._current_level >= 0:
             return False
         return not is_watched() and self.torch_ops.is_plain(args)
 
@@ -279,14 +283,30 @@ class Op:
     def _set_guard(self) -> None:
         # Dynamo guards on this string: compiled code made under another one is not run.
         self._guard = f"{self._version}:{self.open_scopes[-1] if self.open_scopes else ''}"
-        self.is_reference_on_cpu = self._is_reference_on_cpu()
+        if self._selections:
+            self.is_reference_on_cpu = self._is_reference_on_cpu()
+        else:
+            vars(self).pop("is_reference_on_cpu", None)  # plugins have a say first
+
+    def __getattr__(self, name: str) -> bool:
+        """`is_reference_on_cpu` before the first choice: the same as after it, so that whoever runs
+        a layer twice, as `torch.jit.trace` does, sees the same twice."""
+        if name != "is_reference_on_cpu":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if _is_dynamo_compiling() or self._is_asked_for():
+            return False
+        self.selection(torch.device("cpu"), torch.float32)
+        return self._is_reference_on_cpu()
 
     def _is_reference_on_cpu(self) -> bool:
-        """False until plugins had a say, and while somebody traces or asked for one by name."""
-        variable = selection.environment_variable(self.spec.name)
-        if not self._selections or self._is_wired or self.open_scopes or variable in os.environ:
+        if self._is_asked_for():
             return False
         return not any("cpu" in implementation.devices for implementation in self.implementations)
+
+    def _is_asked_for(self) -> bool:
+        """Whether somebody traces, or named who runs it."""
+        variable = selection.environment_variable(self.spec.name)
+        return self._is_wired or bool(self.open_scopes) or variable in os.environ
 
     def tensors_of(self, args: Sequence[Any]) -> list[Tensor | None]:
         """The tensors among a call's arguments, None where one is left out."""
@@ -312,7 +332,7 @@ class Op:
     def provider(self, lead: Tensor, args: Sequence[Any]) -> str | None:
         """Who runs a call with these arguments, of which `lead` is the first tensor; None for the
         reference."""
-        if _transforms_are_active():
+        if _transforms_are_active() or _forward_mode._current_level >= 0 or _tracing_state():
             return None
         for i in self._tensors:
             tensor = args[i]

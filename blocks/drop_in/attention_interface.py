@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from trilith.kernels import attention, decode_attention
 
 NAME = "trilith"
+_SPARSE = 'attention to keys that the model chooses is not supported; use "sdpa"'
+_NOT_THERE = {
+    "cache": "continuous batching is not supported; use generate()",
+    "indices": _SPARSE,
+    "block_indices": _SPARSE,
+    "sinks": 'sinks of each query are not supported; use "eager"',
+}
 
 
 def register_transformers() -> None:
@@ -53,8 +60,7 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    cache: Any = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """What a model calls: query (B, H, T, D), key and value with a divisor of H heads.
 
@@ -64,22 +70,24 @@ def attention_forward(
 
     Returns:
         (B, T, H, D), and None for the weights.
+
+    Raises:
+        NotImplementedError: the model asks for what changes the result and is not there.
     """
-    if cache is not None:
-        raise NotImplementedError(
-            f'attn_implementation="{NAME}": continuous batching is not supported; use generate()'
-        )
+    for name, what in _NOT_THERE.items():
+        if options.get(name) is not None:
+            raise NotImplementedError(f'attn_implementation="{NAME}": {what}')
     T, S = query.shape[2], key.shape[2]
     if query.shape[0] != key.shape[0]:
         batch = max(query.shape[0], key.shape[0])
         query, key, value = (t.expand(batch, *t.shape[1:]) for t in (query, key, value))
-    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or None, "sinks": s_aux}
+    options = {"scale": scaling, "softcap": softcap or None, "sinks": s_aux}
     plain = attention_mask is None and position_bias is None
     if T == 1 and S > 0 and plain and not (dropout or torch.is_grad_enabled()):
         lengths = torch.full((len(key),), S, dtype=torch.int32, device=key.device)
         out = cast(Tensor, decode_attention(query, key, value, lengths, **options))
         return out.transpose(1, 2).contiguous(), None
-    options |= _masking(module, T, attention_mask, is_causal)
+    options |= _masking(module, T, S, attention_mask, is_causal)
     if position_bias is not None:
         options["bias"] = _with_mask(position_bias, options["bias"])
     out = cast(Tensor, attention(query, key, value, dropout_p=dropout, **options))
@@ -87,10 +95,15 @@ def attention_forward(
 
 
 def _masking(
-    module: nn.Module, T: int, mask: Tensor | None, is_causal: bool | None
+    module: nn.Module, T: int, S: int, mask: Tensor | None, is_causal: bool | None
 ) -> dict[str, Any]:
     if mask is not None and mask.dtype == torch.uint8:
-        S, W = mask.shape[2:]
+        W = mask.shape[3]
+        if mask.shape[2] != S:
+            raise NotImplementedError(
+                f'attn_implementation="{NAME}": {type(module).__name__} changes the mask for keys '
+                'of its own; use "sdpa"'
+            )
         padding = mask[:, 0, :, 0].view(torch.bool)
         window = (W - 1, 0) if W < S else None
         return {"causal": "bottom_right", "window": window} | {

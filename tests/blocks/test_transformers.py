@@ -223,6 +223,12 @@ def test_a_causal_model_whose_loss_is_another_is_left():
     assert "a causal model whose loss is another" in {entry.why for entry in report.left}
 
 
+@pytest.mark.parametrize("name", ["gelu_10", "relu6", "quick_gelu"])
+def test_an_activation_that_is_clipped_or_another_is_left(name):
+    module = transformers.activations.ACT2FN[name]
+    assert not trilith.fuse(torch.nn.Sequential(module)).swapped
+
+
 def test_training_through_the_trainer(tmp_path):
     pytest.importorskip("accelerate")
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(4, 64, (8, 6))]

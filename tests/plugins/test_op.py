@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trilith
@@ -484,6 +485,29 @@ def test_too_few_outputs_are_told(make, grad):
     op = make(RELU2, outputs=2)
     with pytest.raises(RuntimeError, match=r"forward must return 2 outputs, and then aux, got 1"):
         op(randn(3, grad=grad))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_dual_numbers_have_the_references_tangent(make, grad):
+    op, x = make(RELU2), randn(5, grad=grad)
+    with forward_ad.dual_level():
+        y = op(forward_ad.make_dual(x, torch.ones_like(x)), 3.0)
+        tangent = forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(tangent, 6 * torch.relu(x))
+    calls.clear()
+    op(x, 3.0)
+    assert calls == ["forward"]
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_a_trace_has_the_reference_and_its_gradient(make, grad):
+    op, x = make(RELU2), randn(5, grad=grad)
+    traced = torch.jit.trace(lambda x: op(x, 3.0), x)
+    other = randn(5)
+    y = traced(other)
+    torch.testing.assert_close(y, 3 * torch.relu(other).square())
+    (dx,) = torch.autograd.grad(y.sum(), other)
+    torch.testing.assert_close(dx, 6 * torch.relu(other))
 
 
 def test_explain_takes_an_op_that_no_plugin_brought(make):

@@ -176,6 +176,23 @@ def test_a_paged_cache_is_refused():
         attention_forward(None, q, q, q, None, cache=object())
 
 
+@pytest.mark.parametrize("name", ["indices", "block_indices", "sinks"])
+def test_what_changes_the_result_and_is_not_there_is_refused(name):
+    q = torch.randn(1, 2, 4, 8, device=DEVICE)
+    module = torch.nn.Module()
+    attention_forward(module, q, q, q, None, **{name: None})
+    with pytest.raises(NotImplementedError, match="is not supported|are not supported"):
+        attention_forward(module, q, q, q, None, **{name: torch.zeros(1, 4, 2)})
+
+
+def test_a_mask_that_the_model_changed_is_refused():
+    q, k = (torch.randn(1, 2, n, 8, device=DEVICE) for n in (4, 6))
+    mask = torch.ones(1, 1, 4, 1, dtype=torch.uint8, device=DEVICE).expand(1, 1, 4, 3)
+    attention_forward(torch.nn.Module(), q, q, q, mask)
+    with pytest.raises(NotImplementedError, match="Module changes the mask for keys of its own"):
+        attention_forward(torch.nn.Module(), q, k, k, torch.nn.functional.pad(mask, (0, 2)))
+
+
 def test_importing_trilith_imports_no_transformers():
     code = (
         "import sys, torch, pluggy; before = 'transformers' in sys.modules; "

@@ -2,7 +2,10 @@
 
 import copy
 import inspect
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -237,6 +240,17 @@ def test_mse_loss_takes_integer_targets(dtype):
 def test_relu_of_integers_is_torchs():
     x = torch.tensor([-2, 3], device=DEVICE)
     assert torch.equal(drop_in.ReLU()(x), nn.ReLU()(x))
+
+
+@pytest.mark.parametrize("interpreting", ["0", "1"])
+def test_the_first_call_in_a_process_may_be_a_trace(interpreting):
+    code = (
+        "import torch; from trilith.blocks import drop_in\n"
+        "for module in drop_in.LayerNorm(4), drop_in.Softmax(-1), drop_in.GELU():\n"
+        "    torch.jit.trace(module, torch.randn(2, 4))"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": interpreting}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment)
 
 
 def test_dropout_drops_in_training_only():
