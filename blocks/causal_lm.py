@@ -135,7 +135,7 @@ def causal_lm(module: Any, cls: type[nn.Module]) -> Any:
         return None
     try:
         with torch.no_grad(), torch.device("cpu"):
-            return _agreeing(cls, _probe(module, vocabulary), _calls(vocabulary))
+            return _agreeing(cls, _probe(module, vocabulary), _calls(cls, vocabulary))
     except Exception:  # another library's forward may raise anything
         return None
 
@@ -146,17 +146,26 @@ def _agreeing(
     output: Any = type(cls.forward(probe, **calls[0]))
     if not {field.name for field in dataclasses.fields(output)} <= _OUTPUT:
         return None
+    base = probe._modules[probe.base_model_prefix]
     for given in calls:
-        theirs, ours = cls.forward(probe, **given).loss, _with_loss(probe, output, **given).loss
-        if not torch.allclose(ours, theirs, rtol=1e-4):
+        theirs, was_given = cls.forward(probe, **given).loss, base.given
+        ours = _with_loss(probe, output, **given).loss
+        if not torch.allclose(ours, theirs, rtol=1e-4) or base.given != was_given:
             return None
     return fused_loss_class(cls, output)
 
 
 class _Base(nn.Module):
-    """In the base model's place: hidden states that depend on nothing, as large as logits need."""
+    """In the base model's place: hidden states that depend on nothing, as large as logits need.
+
+    `given` are the tensors of its last call that belong to tokens.
+    """
+
+    given: set[int]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        values = (*args, *kwargs.values())
+        self.given = {id(v) for v in values if isinstance(v, Tensor) and v.ndim > 1}
         outputs = import_module("transformers.modeling_outputs")
         x = 4 * torch.sin(torch.arange(2.0 * 5 * _PROBE_DIM)).view(2, 5, _PROBE_DIM)
         return outputs.BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x)
@@ -176,8 +185,14 @@ def _probe(module: Any, vocabulary: int) -> Any:
     return probe
 
 
-def _calls(vocabulary: int) -> list[dict[str, Any]]:
+def _calls(cls: Any, vocabulary: int) -> list[dict[str, Any]]:
+    """With what a forward may look at on its way: labels to ignore, padding, positions."""
     labels = (torch.arange(10) % vocabulary).view(2, 5)
     labels[1, 2] = _IGNORED
     plain = {"input_ids": labels.clamp(min=0), "labels": labels}
-    return [plain, {**plain, "num_items_in_batch": torch.tensor(17)}]
+    positions = torch.arange(5).flip(0).expand(2, 5)
+    padding = (torch.arange(10) > 2).long().view(2, 5)
+    more = {"attention_mask": padding, "position_ids": positions}
+    taken = inspect.signature(cls.forward).parameters
+    laden = plain | {name: value for name, value in more.items() if name in taken}
+    return [plain, {**plain, "num_items_in_batch": torch.tensor(17)}, laden]

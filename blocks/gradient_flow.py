@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -194,7 +195,7 @@ class _Recorder:
         singular, radius = math.nan, math.nan
         if call.x is not None:
             with _evaluated(call.module), sdpa_kernel(SDPBackend.MATH):
-                singular, radius = spectrum(call.module, call.x)
+                singular, radius = spectrum(_widened(call.module), call.x)
         return Layer(
             call.name,
             type(call.module).__name__,
@@ -218,6 +219,12 @@ def _blocks(model: nn.Module) -> set[nn.Module]:
         if listed or deeper:
             found |= _blocks(child)
     return found or set(model.children())
+
+
+def _widened(module: nn.Module) -> nn.Module:
+    """In float32, as what it is given is, where its parameters have 16 bits."""
+    narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters())
+    return copy.deepcopy(module).float() if narrow else module
 
 
 @contextmanager

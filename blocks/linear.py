@@ -23,6 +23,7 @@ from trilith.kernels import (
     gated_act_linear,
 )
 from trilith.plugins import TRITON_DEVICES, may_fuse
+from trilith.plugins.sharding import is_dtensor
 
 
 def plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -54,7 +55,10 @@ def hooks_of_all_modules() -> bool:
 
 
 def plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    return plain(module, nn.Linear)
+    """Of a weight that is numbers as they are: a quantized one has a type of its own."""
+    return plain(module, nn.Linear) and (
+        type(module.weight) in (nn.Parameter, Tensor) or is_dtensor(module.weight)
+    )
 
 
 def kernels_run(x: Tensor) -> bool:

@@ -11,6 +11,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -106,10 +107,22 @@ class Activation(nn.Module):
         return elementwise(lambda x: bias_act(x, None, name), input)
 
 
+def _on_cpu(function: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+    """Whatever the default device is."""
+
+    @wraps(function)
+    def on_cpu(module: nn.Module) -> Any:
+        with torch.device("cpu"):
+            return function(module)
+
+    return on_cpu
+
+
 def kernel_or_probed_name(activation: nn.Module) -> str | None:
     return vars(activation).get(Activation.ATTRIBUTE) or kernel_name(activation)
 
 
+@_on_cpu
 def rms_norm_like(module: nn.Module) -> type[nn.Module] | None:
     """The class of ours that computes what this RMS norm does."""
     weight, own = module._parameters["weight"], vars(module)
@@ -131,6 +144,7 @@ def rms_norm_like(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
+@_on_cpu
 def gated_mlp(module: nn.Module) -> bool:
     children = module._modules
     if set(children) != {"gate_proj", "up_proj", "down_proj", "act_fn"} or module._parameters:
@@ -150,6 +164,7 @@ def gated_mlp(module: nn.Module) -> bool:
     return all(_agree(GatedMLP, probe, size * x) for size in (1.0, _LARGE))
 
 
+@_on_cpu
 def known_activation(module: nn.Module) -> str | None:
     """The kernel name of a module without parts that computes one of the usual activations."""
     if not type(module).__module__.startswith("transformers.activations"):
@@ -210,7 +225,7 @@ def _result(probe: nn.Module, x: Tensor, training: bool) -> Any:
     probe = copy.copy(probe)
     vars(probe)["training"] = training
     try:
-        with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             return type(probe).forward(probe, x)
     except Exception:  # another library's forward may raise anything
         return None

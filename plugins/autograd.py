@@ -14,6 +14,10 @@ from trilith.plugins.library import are_plain, as_tuple, is_watched, outputs_of
 if TYPE_CHECKING:
     from trilith.plugins.op import Op
 
+# A name of this module is found faster than one of torch's, in what every call does.
+_transforms_are_active = torch._C._are_functorch_transforms_active
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
 
 def autograd_function(op: Op) -> type[torch.autograd.Function]:
     """Forward and backward through the op's torch ops, keeping what its spec says."""
@@ -63,13 +67,15 @@ def autograd_function(op: Op) -> type[torch.autograd.Function]:
             # outside is symbolic, and it cannot trace a list that is written to at one.
             pool = (None, *given, *kept)
             inputs = [pool[place] for place in places]
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            is_eager = not torch.compiler.is_compiling()
+            if is_eager and (torch.is_grad_enabled() or _are_batched(grads)):
                 for i, (shape, dtype, device) in facts:
                     inputs[i] = torch.zeros(shape, dtype=dtype, device=device)
                     inputs[i].requires_grad_(needs[i])
                 for i, output in stands_for:
                     inputs[i] = kept[n_saved + output]
-                return (None, None, *reference_gradient(op, tuple(inputs), needs, grads))
+                with torch.enable_grad():
+                    return (None, None, *reference_gradient(op, tuple(inputs), needs, grads))
             if not spec.materialize_grads and all(g is None for g in grads):
                 return (None,) * (n_parameters + 2)
             sources = {} if spec.shared_gradients is None else spec.shared_gradients(*inputs)
@@ -89,6 +95,16 @@ def autograd_function(op: Op) -> type[torch.autograd.Function]:
 
     Function.__name__ = Function.__qualname__ = spec.name.replace("::", "_")
     return Function
+
+
+def _are_batched(grads: Sequence[Tensor | None]) -> bool:
+    """Whether several backwards run as one, by torch.func or `is_grads_batched`."""
+    if _transforms_are_active():
+        return True
+    for grad in grads:
+        if grad is not None:
+            return _is_batched(grad)
+    return False
 
 
 def asked_of_backward(

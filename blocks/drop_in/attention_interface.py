@@ -5,6 +5,8 @@ Shapes: B batch, H heads, T queries, S keys, D head dim, W how many keys back a 
 
 from __future__ import annotations
 
+import sys
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -77,6 +79,8 @@ def attention_forward(
     for name, what in _NOT_THERE.items():
         if options.get(name) is not None:
             raise NotImplementedError(f'attn_implementation="{NAME}": {what}')
+    if s_aux is None and not torch.compiler.is_compiling():
+        _require_another_attention(type(module).__module__)
     T, S = query.shape[2], key.shape[2]
     if query.shape[0] != key.shape[0]:
         batch = max(query.shape[0], key.shape[0])
@@ -92,6 +96,20 @@ def attention_forward(
         options["bias"] = _with_mask(position_bias, options["bias"])
     out = cast(Tensor, attention(query, key, value, dropout_p=dropout, **options))
     return out.transpose(1, 2).contiguous(), None
+
+
+@cache
+def _require_another_attention(name: str) -> None:
+    """That the models of a file run with torch's attention: others don't say what is causal."""
+    from transformers import PreTrainedModel
+
+    own = [c for c in vars(sys.modules[name]).values() if isinstance(c, type)]
+    models = [c for c in own if issubclass(c, PreTrainedModel) and c.__module__ == name]
+    if models and not any(model._supports_sdpa for model in models):
+        raise NotImplementedError(
+            f'attn_implementation="{NAME}": {models[0].__name__} does not take other attention '
+            'than its own; use "eager"'
+        )
 
 
 def _masking(

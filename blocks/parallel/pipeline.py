@@ -33,10 +33,10 @@ class Stage(nn.Module):
             )
         if not 0 <= index < count:
             raise ValueError(f"pipeline_stage: index must be in [0, {count}), got {index}")
-        if model.head is None and count > 1:
+        if model.head is None:
             raise ValueError(
-                "pipeline_stage: model must have a head of its own, got one tied to the embedding, "
-                "which is in another stage; build it with tied=False"
+                "pipeline_stage: model must have a head of its own, got one tied to the embedding; "
+                "build it with tied=False"
             )
         first, last = index == 0, index == count - 1
         self.embedding = model.embedding if first else None

@@ -464,6 +464,12 @@ def test_a_model_fused_on_meta_loads_what_a_plain_one_saved():
     torch.testing.assert_close(empty(x), model(x), **CLOSE)
 
 
+def test_a_default_device_changes_nothing():
+    with torch.device("meta"):
+        model = nn.Sequential(PlainRMSNorm(12), SwiGLU())
+        assert {entry.name for entry in trilith.fuse(model).swapped} == {"0", "1", "1.act_fn"}
+
+
 def test_explain_says_what_fuse_would_do_and_did_and_changes_nothing():
     model = Model()
     classes = [type(m) for m in model.modules()]

@@ -152,6 +152,17 @@ def test_blocks_of_other_arguments_or_results_have_norms_and_no_jacobian():
     assert unmasked.singular > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_jacobians_of_a_16_bit_model_are_those_in_float32(dtype):
+    model = stack(lambda: nn.Linear(DIM, DIM)).to(dtype)
+    x = torch.randn(4, DIM, device=DEVICE, dtype=dtype)
+    flow = trilith.inspect.gradient_flow(model, lambda m: m(x).float().square().mean())
+    for layer, row in zip(model, flow.layers, strict=True):
+        expected = torch.linalg.matrix_norm(layer.weight.float(), ord=2).item()
+        assert math.isclose(row.singular, expected, rel_tol=0.05)
+        assert layer.weight.dtype == dtype
+
+
 def test_table_and_plot(tmp_path):
     flow = flow_of(nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU()).to(DEVICE))
     head, *rows = str(flow).splitlines()

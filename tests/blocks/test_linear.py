@@ -51,7 +51,18 @@ def patched() -> nn.Linear:
     return linear
 
 
+class Quantized(torch.Tensor):
+    """A weight whose numbers are not where a kernel would read them."""
+
+
+def quantized() -> nn.Linear:
+    linear = nn.Linear(3, 3)
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantized), False)
+    return linear
+
+
 NOT_PLAIN = {
+    "quantized": quantized,
     "subclass": lambda: Subclass(3, 3),
     "lora": lambda: Lora(nn.Linear(3, 3)),
     "parametrized": lambda: parametrizations.weight_norm(nn.Linear(3, 3)),

@@ -229,6 +229,33 @@ def test_an_activation_that_is_clipped_or_another_is_left(name):
     assert not trilith.fuse(torch.nn.Sequential(module)).swapped
 
 
+def with_forward(base, forward):
+    return type("Own", (base,), {"forward": forward})
+
+
+def own_positions(self, input_ids=None, labels=None, **given):
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).flip(0)[None]
+    return super(type(self), self).forward(
+        input_ids, labels=labels, **{"position_ids": positions, **given}
+    )
+
+
+def own_labels(self, input_ids=None, attention_mask=None, labels=None, **given):
+    if labels is not None and attention_mask is not None:
+        labels = labels.masked_fill(attention_mask == 0, -100)
+    return super(type(self), self).forward(
+        input_ids, attention_mask=attention_mask, labels=labels, **given
+    )
+
+
+@pytest.mark.parametrize("forward", [own_positions, own_labels])
+def test_a_causal_model_that_prepares_its_arguments_is_left(forward):
+    model = with_forward(transformers.LlamaForCausalLM, forward)(
+        transformers.LlamaConfig(**DECODER)
+    )
+    assert "" not in {entry.name for entry in trilith.fuse(model).swapped}
+
+
 def test_training_through_the_trainer(tmp_path):
     pytest.importorskip("accelerate")
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(4, 64, (8, 6))]

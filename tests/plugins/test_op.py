@@ -499,6 +499,18 @@ def test_dual_numbers_have_the_references_tangent(make, grad):
     assert calls == ["forward"]
 
 
+def test_several_backwards_run_as_one(make):
+    op, x = make(RELU2), randn(5)
+    y, dys = op(x, 3.0), randn(4, 5, grad=False)
+    expected = dys * 6 * torch.relu(x.detach())
+    (found,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(found, expected)
+    calls.clear()
+    pulled = torch.func.vmap(lambda dy: torch.autograd.grad(y, x, dy, retain_graph=True)[0])(dys)
+    torch.testing.assert_close(pulled, expected)
+    assert calls == ["reference"]
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
 def test_a_trace_has_the_reference_and_its_gradient(make, grad):
     op, x = make(RELU2), randn(5, grad=grad)
