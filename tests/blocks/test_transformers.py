@@ -16,6 +16,7 @@ import torch
 
 import trilith
 from tests.support.devices import DEVICE
+from trilith.blocks.lookalike import known_activation
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -221,6 +222,15 @@ def test_a_causal_model_whose_loss_is_another_is_left():
     config = transformers.LlamaConfig(**DECODER)
     report = trilith.fuse(Scaled(config))
     assert "a causal model whose loss is another" in {entry.why for entry in report.left}
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("gelu", "gelu"), ("gelu_new", "gelu_tanh"), ("gelu_fast", "gelu_tanh")]
+    + [("gelu_pytorch_tanh", "gelu_tanh"), ("gelu_python", "gelu"), ("silu", "silu")],
+)
+def test_activations_are_known_by_what_they_compute(name, known):
+    assert known_activation(transformers.activations.ACT2FN[name]) == known
 
 
 @pytest.mark.parametrize("name", ["gelu_10", "relu6", "quick_gelu"])
