@@ -584,7 +584,7 @@ BAD_CALLS = {
     "heads": (
         lambda q, k, v: attention(q, k[:, :2], v[:, :2]),
         ValueError,
-        "heads must be a multiple of k's 2, got 3",
+        "heads must be a multiple of the keys' 2, got 3",
     ),
     "key_dim": (lambda q, k, v: attention(q, k[..., :3], v), ValueError, "k must have shape"),
     "value_len": (lambda q, k, v: attention(q, k, v[:, :, :3]), ValueError, "v must have shape"),

@@ -222,19 +222,19 @@ def test_a_gradient_is_refused_with_advice():
 Q, K, N = torch.zeros(2, 4, 1, 8), torch.zeros(2, 2, 5, 8), torch.zeros(2, dtype=torch.int32)
 ERRORS = {
     "lengths": (ValueError, r"cache_lengths must have shape \(2,\)", (Q, K, K, N[:1]), {}),
-    "listed_lengths": (TypeError, "cache_lengths must be an integer tensor, got list")
+    "listed_lengths": (TypeError, "cache_lengths must be a tensor of int32 or int64, got list")
     + ((Q, K, K, [5, 5]), {}),
-    "no_lengths": (TypeError, "cache_lengths must be an integer tensor, got NoneType")
+    "no_lengths": (TypeError, "cache_lengths must be a tensor of int32 or int64, got NoneType")
     + ((Q, K, K, None), {}),
     "no_tensor": (TypeError, "k_cache must be a tensor, got list", (Q, [1], K, N), {}),
     "no_blocks": (ValueError, "k_cache must have at least one block, got 0")
     + ((Q, *2 * (torch.zeros(0, 5, 2, 8),), N), {"block_table": torch.zeros(2, 3).int()}),
     "softcap_inf": (ValueError, "softcap must be positive", (Q, K, K, N), {"softcap": torch.inf}),
     "window_alone": (ValueError, "window must be .* got 4", (Q, K, K, N), {"window": 4}),
-    "float_lengths": (TypeError, "cache_lengths must be int32 or int64", (Q, K, K, N.float()), {}),
+    "float_lengths": (TypeError, "cache_lengths must be a tensor of int32 or int64", (Q, K, K, N.float()), {}),
     "head_dim": (ValueError, "k_cache must have shape", (Q, K[..., :4], K, N), {}),
     "values": (ValueError, "v_cache must have shape", (Q, K, K[:, :, :4], N), {}),
-    "heads": (ValueError, "multiple of the cache's 2, got 3", (Q[:, :3], K, K, N), {}),
+    "heads": (ValueError, "multiple of the keys' 2, got 3", (Q[:, :3], K, K, N), {}),
     "dtype": (TypeError, "must have one dtype", (Q, K.half(), K, N), {}),
     "table": (ValueError, "block_table must be", (Q, K, K, N), {"block_table": N}),
     "softcap": (ValueError, "softcap must be positive", (Q, K, K, N), {"softcap": -1.0}),
