@@ -192,12 +192,12 @@ BAD_CALLS = {
     "starts_dtype": (
         lambda q, k, v: varlen_attention(q, k, v, CU, CU.float()),
         TypeError,
-        "cu_seqlens_k must be int32 or int64, got torch.float32",
+        "cu_seqlens_k must be a tensor of int32 or int64, got torch.float32",
     ),
     "starts_listed": (
         lambda q, k, v: varlen_attention(q, k, v, [0, 3, 7], CU),
         TypeError,
-        "cu_seqlens_q must be a tensor, got list",
+        "cu_seqlens_q must be a tensor of int32 or int64, got list",
     ),
     "starts_device": (
         lambda q, k, v: varlen_attention(q, k, v, CU, CU.to("meta")),
