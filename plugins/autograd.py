@@ -25,7 +25,7 @@ def autograd_function(op: Op) -> type[torch.autograd.Function]:
     n_outputs, saved, n_saved = spec.outputs, parameters.saved, len(parameters.saved)
     asks_needs = parameters.asks_needs
     n_parameters = len(parameters)
-    constants = tuple(i for i in range(n_parameters) if i not in parameters.tensors)
+    constants = parameters.constants
     unsaved = tuple(i for i in parameters.tensors if i not in saved)
     pooled = (None, *constants, *saved)
     places = tuple(pooled.index(i) if i in pooled else 0 for i in range(n_parameters))

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from inspect import getmembers, isroutine
 from typing import Any
 
 import pluggy
 import torch
 
-from trilith.plugins import interpreter, selection
+from trilith.plugins import discovery, interpreter, selection
 from trilith.plugins import op as op_module
 from trilith.plugins.hookspecs import CONTRACT, PROJECT, HookSpecs
 from trilith.plugins.op import Op
@@ -24,9 +23,6 @@ from trilith.plugins.registry import Registry, UnknownOpError, registry
 from trilith.plugins.selection import PluginWarning, SelectionKey
 from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec, ScoreMod
 from trilith.plugins.trace import Listener, OpCalled, listening
-
-# Our own entry point, for where a stale *.egg-info beside the sources hides that of the install.
-OWN = EntryPoint(name=PROJECT, value="trilith.blocks.builtin", group=PROJECT)
 
 _HOOKS = frozenset(hook for hook in dir(HookSpecs) if hook.startswith("trilith_"))
 
@@ -76,34 +72,55 @@ class Manager:
             self._loading = True
             interpreter.apply()
             try:
-                self._load_all(_installed() if found is None else found)
+                self._load_all(discovery.installed() if found is None else found)
                 self._done = True
             finally:
                 self._loading = False
 
     def _load_all(self, found: Iterable[EntryPoint]) -> None:
-        allowed, self.disabled = _in_order(found)
-        early: list[tuple[str, EntryPoint]] = []
-        for name, entry_point in allowed:
-            if name in self.loaded:
-                continue
-            error = self._attempt(name, entry_point.load)
-            if error is not None and isinstance(error.__cause__, UnknownOpError):
-                early.append((name, entry_point))
-            elif error is not None:
-                self._leave_out(name, error)
-        for name, entry_point in early:
-            error = self._attempt(name, entry_point.load)
-            if error is not None:
-                self._leave_out(name, error)
+        allowed, self.disabled = discovery.in_order(found)
+        waiting = [(name, entry) for name, entry in allowed if name not in self.loaded]
+        while waiting:  # for each other's ops, in chains of any length
+            early = []
+            for name, entry_point in waiting:
+                error = self._attempt(name, entry_point.load)
+                if error is not None and isinstance(error.__cause__, UnknownOpError):
+                    early.append((name, entry_point, error))
+                elif error is not None:
+                    self._leave_out(name, error)
+            if len(early) == len(waiting):
+                for name, _, error in early:
+                    self._leave_out(name, error)
+                return
+            waiting = [(name, entry_point) for name, entry_point, _ in early]
 
     def add(self, name: str, load: Callable[[], Any]) -> bool:
-        """Load one plugin inside its guard, after the installed ones; whether it came in."""
+        """Load one plugin inside its guard, after the installed ones; whether it came in.
+
+        `load` returns the plugin, a module or an object with hooks, or is its class.
+        """
         self.registry.before_lookup()
         error = self._attempt(name, load)
         if error is not None:
             self._leave_out(name, error)
         return error is None
+
+    def remove(self, name: str) -> bool:
+        """Take out one plugin and all that it brought, so that it can be added anew, changed;
+        whether it was there.
+
+        Its ops go with every implementation that others brought for them. Who holds one can still
+        call it until an op of that name is made again. An installed plugin stays out.
+        """
+        self.registry.before_lookup()
+        with self._lock:
+            if name not in self.loaded:
+                return False
+            self._pluggy.unregister(name=name)
+            self.registry.remove(name)
+            self.loaded.remove(name)
+            self.registry.forget_selections()
+        return True
 
     def _attempt(self, name: str, load: Callable[[], Any]) -> PluginError | None:
         try:
@@ -119,17 +136,21 @@ class Manager:
         self.registry.forget_selections()
 
     def _leave_out(self, name: str, error: PluginError) -> None:
+        self._report(name, error, "is left out")
+
+    def _report(self, name: str, error: PluginError, what: str) -> None:
         failure = Failure(name, error.stage, str(error))
         if failure not in self.failures:
             self.failures.append(failure)
         if os.environ.get("TRILITH_STRICT_PLUGINS"):
             raise error
-        warnings.warn(
-            f"plugin {name} is left out ({error.stage}): {error}", PluginWarning, stacklevel=3
-        )
+        warnings.warn(f"plugin {name} {what} ({error.stage}): {error}", PluginWarning, stacklevel=4)
 
     def _register(self, name: str, load: Callable[[], Any]) -> None:
+        _guarded("name", self._require_unused, name)
         plugin = _guarded("import", load)
+        if isinstance(plugin, type):
+            plugin = _guarded("import", plugin)
         _guarded("contract", _check_contract, plugin)
         try:
             _guarded("hooks", self._accept, plugin, name)
@@ -145,10 +166,17 @@ class Manager:
             ):
                 for spec in _guarded(hook, self._answers, plugin, hook, kinds):
                     _guarded(hook, add, spec, name)
+            _guarded("trilith_register_ops", self.registry.require_parts, name)
         except PluginError:
             if self._pluggy.is_registered(plugin):
                 self._pluggy.unregister(plugin)
             raise
+
+    def _require_unused(self, name: str) -> None:
+        if name in self.loaded:
+            raise ValueError(
+                f"plugin {name} is loaded already; trilith.plugins.manager.remove({name!r}) first"
+            )
 
     def _accept(self, plugin: Any, name: str) -> None:
         self._pluggy.register(plugin, name)
@@ -212,16 +240,9 @@ class Manager:
         return None
 
     def _ignore(self, name: str, hook: str, error: Exception, what: str) -> None:
-        failure = Failure(name, hook, f"{type(error).__name__}: {error}")
-        if failure not in self.failures:
-            self.failures.append(failure)
-        if os.environ.get("TRILITH_STRICT_PLUGINS"):
-            raise PluginError(hook, error) from error
-        warnings.warn(
-            f"plugin {name} is not heard {what} ({hook}): {failure.reason}",
-            PluginWarning,
-            stacklevel=3,
-        )
+        problem = PluginError(hook, error)
+        problem.__cause__ = error
+        self._report(name, problem, f"is not heard {what}")
 
     @contextmanager
     def trace(self) -> Iterator[list[OpCalled]]:
@@ -270,50 +291,6 @@ def _check_contract(plugin: Any) -> None:
     wanted = getattr(plugin, "TRILITH_CONTRACT", CONTRACT)
     if wanted[0] != CONTRACT[0] or tuple(wanted) > CONTRACT:
         raise RuntimeError(f"written for plugin contract {wanted}, this library has {CONTRACT}")
-
-
-def _installed() -> list[EntryPoint]:
-    found = list(entry_points(group=PROJECT))
-    return found if any(_distribution(e) == PROJECT for e in found) else [OWN, *found]
-
-
-def _distribution(entry_point: EntryPoint) -> str:
-    if entry_point is OWN:
-        return PROJECT
-    return entry_point.dist.name if entry_point.dist else ""
-
-
-def _in_order(found: Iterable[EntryPoint]) -> tuple[list[tuple[str, EntryPoint]], list[str]]:
-    """Ours first, then by distribution and name; and the names that the environment leaves out."""
-    named: dict[tuple[bool, str, str], EntryPoint] = {}
-    for entry_point in found:
-        distribution = _distribution(entry_point)
-        named.setdefault((distribution != PROJECT, distribution, entry_point.name), entry_point)
-    chosen, left_out = [], []
-    for (is_foreign, distribution, name), entry_point in sorted(named.items()):
-        full = f"{distribution}:{name}"
-        if is_foreign and not _allowed({distribution, name, full}):
-            left_out.append(full)
-        else:
-            chosen.append((full, entry_point))
-    return chosen, left_out
-
-
-def _allowed(names: set[str]) -> bool:
-    if os.environ.get("TRILITH_DISABLE_PLUGIN_AUTOLOAD"):
-        return False
-    known = {_normal(name) for name in names}
-    if known & _listed("TRILITH_DISABLED_PLUGINS"):
-        return False
-    return "TRILITH_PLUGINS" not in os.environ or bool(known & _listed("TRILITH_PLUGINS"))
-
-
-def _listed(variable: str) -> set[str]:
-    return {_normal(name) for name in os.environ.get(variable, "").split(",") if name.strip()}
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
 manager = Manager(registry)

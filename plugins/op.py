@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trilith.plugins import selection, sharding
+from trilith.plugins import naming, selection, sharding
 from trilith.plugins.autocast import autocasts, is_any_autocast_enabled
 from trilith.plugins.autograd import autograd_function
 from trilith.plugins.library import TorchOps, as_tuple, is_watched, outputs_of
@@ -44,8 +44,7 @@ class Op:
         previous = _defined.get(spec.name)
         if previous is not None:
             if not previous.abandoned:
-                owner = previous.owner_of(previous.spec.provider)
-                raise ValueError(f"op {spec.name} is already defined, by {owner}")
+                naming.require_replaceable(previous, spec)
             previous.destroy()
         self.spec = spec
         self.abandoned = False
@@ -90,6 +89,7 @@ class Op:
         for i in self._tensors:
             if type(args[i]) not in sharding.PLAIN and self._is_dtensor(i, args[i]):
                 return sharding.call(self, args)
+        self.parameters.require_no_tensor_for_a_number(args)
         lead = self.parameters.lead(args)
         if autocasts(lead):
             return self._call_in_autocast(lead.device.type, args)
@@ -233,7 +233,7 @@ class Op:
 
     def owner_of(self, provider: str) -> str:
         """The plugin that brought an implementation, as "distribution:entry point"."""
-        return self._owners.get(provider) or "no plugin"
+        return self._owners.get(provider) or naming.NOBODY
 
     def selection(self, device: torch.device, dtype: torch.dtype) -> Selection:
         """Who runs calls there, in this thread or task.
@@ -387,6 +387,11 @@ _defined: dict[str, Op] = {}
 def _named(name: str) -> Op:
     if name not in _defined:
         before_first_choice()
+    if name not in _defined:
+        raise KeyError(
+            f"no op {name!r} here: the plugin that brings it is not installed, or was left out, "
+            "as `python -m trilith.plugins list` says"
+        )
     return _defined[name]
 
 

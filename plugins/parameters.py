@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,9 @@ class Parameters:
         self.names = [p.name for p in given]
         self.positions = {name: i for i, name in enumerate(self.names)}
         self.tensors = tuple(i for i, p in enumerate(given) if _is_tensor(p.annotation))
+        self.constants = tuple(i for i in range(len(given)) if i not in self.tensors)
         self.saved = self._saved_positions(spec)
-        self.saved_outputs = _saved_outputs(spec)
+        self.saved_outputs = self._saved_outputs(spec)
         self._name = spec.name
 
     def __len__(self) -> int:
@@ -45,6 +46,17 @@ class Parameters:
             raise TypeError(f"{self._name}{self.signature}: {error}") from None
         bound.apply_defaults()
         return tuple(bound.arguments.values())
+
+    def require_no_tensor_for_a_number(self, args: Sequence[Any]) -> None:
+        """What the reference would differentiate, and a kernel could not."""
+        for i in self.constants:
+            if isinstance(args[i], Tensor):
+                name = self.names[i]
+                kind = inspect.formatannotation(self.signature.parameters[name].annotation)
+                raise TypeError(
+                    f"{self._name}: {name} must be {kind}, got a tensor of shape "
+                    f"{list(args[i].shape)}; give its item(), or annotate {name} as a Tensor"
+                )
 
     def lead(self, args: Sequence[Any]) -> Tensor:
         """The first tensor, whose device and dtype decide who runs the call."""
@@ -66,12 +78,34 @@ class Parameters:
         return [*grads, *given, "Tensor[] kept", "str provider", "bool[] needs"]
 
     def _saved_positions(self, spec: OpSpec) -> tuple[int, ...]:
+        if isinstance(spec.save_inputs, str):
+            raise TypeError(
+                f"{spec.name}: save_inputs must be a tuple of names, got {spec.save_inputs!r}"
+            )
         keep = self.names if spec.save_inputs is None else spec.save_inputs
         unknown = set(keep) - {self.names[i] for i in self.tensors} if spec.save_inputs else ()
         if not self.tensors or unknown:
             problem = f"save_inputs names {sorted(unknown)}" if unknown else "no tensor parameter"
             raise ValueError(f"{spec.name}: forward's tensor parameters don't fit: {problem}")
         return tuple(i for i in self.tensors if self.names[i] in keep)
+
+    def _saved_outputs(self, spec: OpSpec) -> tuple[int, ...]:
+        given = spec.save_outputs
+        if isinstance(given, bool):
+            return tuple(range(spec.outputs)) if given else ()
+        is_sequence = isinstance(given, (tuple, list, Mapping))
+        if not is_sequence or not set(given) <= set(range(spec.outputs)):
+            raise ValueError(
+                f"{spec.name}: save_outputs must be True, False, or indices of the "
+                f"{spec.outputs} outputs, got {given!r}"
+            )
+        known = {self.names[i] for i in self.tensors}
+        if isinstance(given, Mapping) and not set(given.values()) <= known:
+            raise ValueError(
+                f"{spec.name}: save_outputs must map to tensors among the inputs "
+                f"({', '.join(sorted(known))}), got {given!r}"
+            )
+        return tuple(given)
 
 
 def _resolved_signature(spec: OpSpec) -> inspect.Signature:
@@ -86,12 +120,6 @@ def _resolved_signature(spec: OpSpec) -> inspect.Signature:
         parameters=[p.replace(annotation=hints[p.name]) for p in signature.parameters.values()],
         return_annotation=inspect.Signature.empty,
     )
-
-
-def _saved_outputs(spec: OpSpec) -> tuple[int, ...]:
-    if isinstance(spec.save_outputs, bool):
-        return tuple(range(spec.outputs)) if spec.save_outputs else ()
-    return tuple(spec.save_outputs)
 
 
 def _require_schema_of(name: str, parameters: Sequence[inspect.Parameter]) -> None:

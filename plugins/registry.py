@@ -91,6 +91,32 @@ class Registry:
         self._score_mods[spec.name] = spec
         self._owners["score_mod", spec.name] = owner
 
+    def require_parts(self, owner: str) -> None:
+        """That there are the ops which those of a plugin name as their parts."""
+        for op in self._ops.values():
+            for part in op.spec.parts if self._owners[op.spec.name] == owner else ():
+                if part not in self._ops:
+                    raise UnknownOpError(f"{op.spec.name}: parts names {self._unknown(part)}")
+
+    def remove(self, owner: str) -> None:
+        """Take back all that a plugin brought, and the implementations of its ops by others.
+
+        The ops stay whole, because somebody may hold them, but their names are free again.
+        """
+        for key in [key for key, of in self._owners.items() if of == owner]:
+            del self._owners[key]
+            if isinstance(key, str):
+                self._ops.pop(key).abandoned = True
+                self._made.discard(key)
+            elif key[0] == "score_mod":
+                del self._score_mods[key[1]]
+            else:
+                del self._modules[key]
+        for op in self._ops.values():
+            for provider in [i.provider for i in op.implementations]:
+                if op.owner_of(provider) == owner:
+                    op.remove_implementation(provider)
+
     def score_mod(self, name: str) -> ScoreMod:
         if name not in self._score_mods:
             self.before_lookup()
@@ -113,7 +139,11 @@ class Registry:
         return self._ops[name]
 
     def _unknown(self, name: str) -> str:
-        return f"no op {name!r}{_meant(name, self._ops)}; there are: {', '.join(sorted(self._ops))}"
+        namespaces = {known.partition("::")[0] for known in self._ops}
+        namespace = name.partition("::")[0]
+        there = [known for known in self._ops if known.startswith(f"{namespace}::")]
+        there = there or [f"{known}::*" for known in namespaces]
+        return f"no op {name!r}{_meant(name, self._ops)}; there are: {', '.join(sorted(there))}"
 
     def op_names(self, owner: str | None = None) -> list[str]:
         self.before_lookup()

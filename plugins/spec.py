@@ -108,6 +108,8 @@ class Implementation:
     priority: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.op, str):
+            raise TypeError(f"Implementation: op must be a name like 'a::b', got {self.op!r}")
         who = f"Implementation of {self.op} by {self.provider!r}"
         pair = {"forward": self.forward, "backward": self.backward}
         _require_functions(who, optional=True, supports=self.supports, **pair)
@@ -230,6 +232,8 @@ class OpSpec:
         _require_places(self.name, self.devices, self.dtypes)
         if type(self.outputs) is not int or self.outputs < 1:
             raise ValueError(f"{self.name}: outputs must be at least 1, got {self.outputs!r}")
+        if isinstance(self.parts, str) or not all(isinstance(part, str) for part in self.parts):
+            raise TypeError(f"{self.name}: parts must be a tuple of names, got {self.parts!r}")
         names = parameter_names(self.forward)
         for name in ("fake", "cost", "sharding", "shared_gradients"):
             if (function := getattr(self, name)) is not None:
@@ -251,6 +255,18 @@ def _require_places(who: str, devices: Any, dtypes: Any) -> None:
         is_sequence = isinstance(given, (tuple, list)) and all(isinstance(g, kind) for g in given)
         if not (is_sequence or (name == "dtypes" and given is None)):
             raise TypeError(f"{who}: {name} must be a tuple of {kind.__name__}, got {given!r}")
+    unknown = [device for device in devices if not _is_device_type(device)]
+    if unknown:
+        raise ValueError(
+            f"{who}: devices must be types that torch.device() knows, as 'cuda', got {unknown}"
+        )
+
+
+def _is_device_type(name: str) -> bool:
+    try:
+        return torch.device(name).type == name
+    except RuntimeError:
+        return False
 
 
 @dataclass(frozen=True)

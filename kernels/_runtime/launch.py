@@ -48,11 +48,13 @@ def launch(kernel: Any, grid: Grid, *args: Any, **options: Any) -> None:
         options: constexprs by keyword, num_warps, num_stages.
 
     Raises:
-        TypeError: no argument is a tensor.
+        TypeError: the grid is no tuple, or no argument is a tensor.
 
     Example:
         >>> launch(kernel, (triton.cdiv(x.numel(), 1024),), x, y, x.numel(), BLOCK=1024)
     """
+    if not isinstance(grid, tuple):
+        raise TypeError(f"launch: grid must be a tuple of counts, got {grid!r}")
     first = next((a for a in args if isinstance(a, Tensor)), None)
     if first is None:
         raise TypeError(f"launch: {kernel} must be given a tensor, whose device it runs on")

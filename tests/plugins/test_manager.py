@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +26,10 @@ from trilith.plugins import (
     PluginWarning,
     Registry,
     Sample,
+    discovery,
     hookimpl,
 )
-from trilith.plugins.manager import OWN
+from trilith.plugins.discovery import OWN
 
 manager_module = import_module("trilith.plugins.manager")
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -322,10 +323,61 @@ def test_a_plugin_may_implement_an_op_of_a_later_one(manager, registry):
     ]
 
 
+def _chain(length: int) -> list[Entry]:
+    """Each implements the next one's op, and is loaded before it."""
+    return [
+        Entry(
+            f"dist{i}",
+            "p",
+            Plugin(
+                ops=[_spec(f"acme_chain{i}::op")],
+                implementations=[
+                    Implementation(f"acme_chain{i + 1}::op", "by", _double, lambda ctx, dy: (dy,))
+                ],
+            ),
+        )
+        for i in range(length)
+    ]
+
+
+def test_plugins_in_a_chain_implement_each_others_ops(manager, registry):
+    last = Entry("dist4", "p", Plugin(ops=[_spec("acme_chain4::op")]))
+    manager.load([*_chain(4), last])
+    assert manager.loaded == [f"dist{i}:p" for i in (4, 3, 2, 1, 0)]
+    assert [i.provider for i in registry.op("acme_chain1::op").implementations] == [
+        "acme_chain1",
+        "by",
+    ]
+
+
+def test_of_a_chain_without_an_end_each_is_left_out_once(manager):
+    with pytest.warns(PluginWarning) as warned:
+        manager.load([*_chain(3), Entry("z", "alone", Plugin())])
+    assert manager.loaded == ["z:alone"]
+    assert len(warned) == len(manager.failures) == 3
+
+
 def test_an_implementation_of_no_op_says_which_there_are(manager):
-    other = Implementation("acme_none::op", "lost", _double, lambda ctx, dy: (dy,))
-    with pytest.warns(PluginWarning, match="no op 'acme_none::op'; there are: "):
-        manager.load([Entry("a", "implements", Plugin(implementations=[other]))])
+    manager.add("a:ops", lambda: Plugin(ops=[_spec("acme_none::two"), _spec("acme_others::op")]))
+    lost = Implementation("acme_none::op", "lost", _double, lambda ctx, dy: (dy,))
+    with pytest.warns(PluginWarning, match="no op 'acme_none::op'.*; there are: acme_none::two$"):
+        manager.add("b:lost", lambda: Plugin(implementations=[lost]))
+    stray = Implementation("acme_nowhere::xyz", "lost", _double, lambda ctx, dy: (dy,))
+    known = r"there are: acme_none::\*, acme_others::\*$"
+    with pytest.warns(PluginWarning, match=f"no op 'acme_nowhere::xyz'; {known}"):
+        manager.add("c:stray", lambda: Plugin(implementations=[stray]))
+
+
+def test_parts_are_ops_that_some_plugin_has(manager, registry):
+    fused = replace(_spec("acme_parts::fused"), parts=("acme_parts::later",))
+    later = Entry("b", "defines", Plugin(ops=[_spec("acme_parts::later")]))
+    lost = Plugin(ops=[replace(_spec("acme_parts::lost"), parts=("acme_parts::none",))])
+    with pytest.warns(PluginWarning, match="parts names no op 'acme_parts::none'"):
+        manager.load([Entry("a", "fuses", Plugin(ops=[fused])), later, Entry("c", "lost", lost)])
+    assert manager.loaded == ["b:defines", "a:fuses"]
+    assert "stands in blocks for: acme_parts::later" in registry.explain(
+        "acme_parts::fused", torch.device("cpu"), torch.float32
+    )
 
 
 def _wraps():
@@ -438,7 +490,7 @@ def test_our_own_plugin_is_the_one_that_the_project_declares():
 
 
 def test_our_own_plugin_needs_no_metadata(monkeypatch):
-    monkeypatch.setattr(manager_module, "entry_points", lambda group: ())
+    monkeypatch.setattr(discovery, "entry_points", lambda group: ())
     own = Manager(Registry())
     try:
         own.load()
