@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from trilith.plugins import interpreter
 from trilith.plugins.manager import Manager, manager
 from trilith.plugins.spec import INTERPRETING, SLOTS
 
@@ -36,7 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return {"list": _list, "explain": _explain, "check": _check, "new": _new}[given.command](
             given
         )
-    except (KeyError, ValueError, NotImplementedError, FileExistsError) as error:
+    except (
+        KeyError,
+        ValueError,
+        NotImplementedError,
+        FileExistsError,
+        ModuleNotFoundError,
+    ) as error:
         print(error.args[0] if error.args else error, file=sys.stderr)
         return 2
 
@@ -96,6 +103,7 @@ def _device(name: str) -> torch.device:
 
 
 def _check(given: argparse.Namespace) -> int:
+    interpreter.require_numpy()
     if not (INTERPRETING or torch.cuda.is_available()):
         # Kernels read the variable when they are imported, which has happened by now.
         command = [sys.executable, "-m", "trilith.plugins", "check", given.name]
@@ -105,7 +113,7 @@ def _check(given: argparse.Namespace) -> int:
 
     manager.load()
     device = None if given.device is None else _device(given.device)
-    wrong = 0
+    wrong = not_run = 0
     mods = report.named_score_mods(manager, given.name)
     modules = report.named_modules(manager, given.name)
     ops = report.named_ops(manager, given.name, required=not (mods or modules))
@@ -121,12 +129,17 @@ def _check(given: argparse.Namespace) -> int:
                 provider = row.provider
                 print(f"\n{row.op} by {provider}")
                 print(f"  {'check':<26} {'verdict':<8} {'figure':<18} hint")
+            if row.not_run:
+                not_run += 1
+                print(f"  {row.check:<26} not run: {row.not_run}")
+                continue
             verdict = "FAILED" if row.reason else "passed"
             print(f"  {row.check:<26} {verdict:<8} {row.figure:<18} {row.hint}".rstrip())
             if row.reason:
                 wrong += 1
                 print(f"      {row.reason}")
-    print(f"\n{'all passed' if not wrong else f'{wrong} failed'}")
+    counts = f"{wrong} failed" + (f", {not_run} not run" if not_run else "")
+    print(f"\n{counts if wrong or not_run else 'all passed'}")
     return 1 if wrong else 0
 
 
@@ -135,7 +148,7 @@ def _new(given: argparse.Namespace) -> int:
 
     folder = write(given.name, given.into)
     print(f"wrote {folder}")
-    print(f"  cd {folder} && pip install --no-build-isolation pytest -e . && python -m pytest")
+    print(f"  cd {folder} && pip install --no-build-isolation -e '.[test]' && python -m pytest")
     return 0
 
 

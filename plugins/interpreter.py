@@ -14,9 +14,19 @@ a table of them each time.
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 from trilith.plugins.spec import INTERPRETING
+
+
+def require_numpy() -> None:
+    """Neither Trilith nor Triton asks pip for it: a GPU's kernels run without."""
+    if find_spec("numpy") is None:
+        raise ModuleNotFoundError(
+            "the conformance checks and Triton's interpreter need numpy: pip install numpy",
+            name="numpy",
+        )
 
 
 def apply() -> None:

@@ -22,6 +22,7 @@ from trilith.plugins.conformance import (
     samples_of,
 )
 from trilith.plugins.conformance.modules import MODULE_CHECKS, ModuleCheck
+from trilith.plugins.coverage import Coverage, coverage
 from trilith.plugins.manager import Manager
 from trilith.plugins.op import Op
 from trilith.plugins.registry import Registry, registry
@@ -82,13 +83,17 @@ MODULE_HINTS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One check of one provider, or module. `reason` is empty where it passed."""
+    """One check of one provider, or module. `reason` is empty where it passed.
+
+    Of what could not be run, every check or those in a dtype, `not_run` says why.
+    """
 
     op: str
     provider: str
     check: str
     figure: str
     reason: str
+    not_run: str = ""
 
     @property
     def hint(self) -> str:
@@ -140,28 +145,6 @@ def named_ops(manager: Manager, name: str, required: bool = True) -> list[Op]:
     return found
 
 
-def dtypes_of(op: Op, provider: str) -> tuple[torch.dtype, ...]:
-    """The floating dtypes that a provider is checked in, float32 first."""
-    known = (torch.float32, torch.float16, torch.bfloat16)
-    taken = next((i.dtypes for i in op.implementations if i.provider == provider), None)
-    return tuple(d for d in known if taken is None or d in taken)
-
-
-def providers_here(op: Op, device: torch.device) -> list[str]:
-    """Whose implementations can be checked on a device, or the reference where none can."""
-    able = [
-        i.provider
-        for i in op.implementations
-        if any(i.refusal(device, d) is None for d in dtypes_of(op, i.provider))
-    ]
-    return able or [selection.REFERENCE]
-
-
-def checks_for(op: Op, provider: str, check: Check) -> tuple[torch.dtype, ...]:
-    """The dtypes that one check is run in."""
-    return dtypes_of_check(check, dtypes_of(op, provider))
-
-
 def run_check(
     op: Op,
     provider: str,
@@ -199,14 +182,15 @@ def run_check(
 
 def check_op(op: Op, device: torch.device | None = None) -> Iterator[Row]:
     """Every check of every provider that can run there; no more of one that writes outside of its
-    tensors, which may end the process."""
+    tensors, which may end the process. Of the others, that they are not run, and why."""
     device = default_device() if device is None else device
-    for provider in providers_here(op, device):
-        for check in CHECKS:
-            row = _row(op, provider, check, device)
+    for part in coverage(op, device):
+        for check in CHECKS if part.dtypes else ():
+            row = _row(op, part, check, device)
             yield row
             if row.reason and check is guard_bands:
                 break
+        yield from _not_run(op, part)
 
 
 def check_score_mod(
@@ -215,10 +199,11 @@ def check_score_mod(
     """Attention's numbers and gradients with this score mod, against its reference in float64."""
     device = default_device() if device is None else device
     op = registry.op("trilith::attention")
-    for check in NUMERIC_CHECKS:
-        for provider in providers_here(op, device):
-            row = _row(op, provider, check, device, score_mod=mod.name)
+    for part in coverage(op, device):
+        for check in NUMERIC_CHECKS if part.dtypes else ():
+            row = _row(op, part, check, device, score_mod=mod.name)
             yield replace(row, op=mod.name)
+        yield from (replace(row, op=mod.name) for row in _not_run(op, part))
 
 
 def check_module(
@@ -252,13 +237,17 @@ def percent(share: float) -> str:
     return f"{share:.0%}" if share <= 9.99 else ">999%"
 
 
-def _row(op: Op, provider: str, check: Check, device: torch.device, **given: Any) -> Row:
+def _not_run(op: Op, part: Coverage) -> list[Row]:
+    return [Row(op.spec.name, part.provider, what, "", "", why) for what, why in part.not_run]
+
+
+def _row(op: Op, part: Coverage, check: Check, device: torch.device, **given: Any) -> Row:
     count, reason, begun = 0, "", time.perf_counter()
     shares: list[float] = []
     compare.observers.append(shares.append)
     try:
-        for dtype in checks_for(op, provider, check):
-            count += run_check(op, provider, check, device, dtype, **given)
+        for dtype in dtypes_of_check(check, part.dtypes):
+            count += run_check(op, part.provider, check, device, dtype, **given)
     except Exception as error:
         reason = str(error) or type(error).__name__
     finally:
@@ -266,4 +255,4 @@ def _row(op: Op, provider: str, check: Check, device: torch.device, **given: Any
     seconds = time.perf_counter() - begun
     figure = f"{percent(max(shares))} of bound" if shares else f"{count} samples"
     figure = f"{figure}, {seconds:.1f} s"
-    return Row(op.spec.name, provider, check.__name__, figure, reason)
+    return Row(op.spec.name, part.provider, check.__name__, figure, reason)

@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -238,6 +240,21 @@ def test_public_names(name):
     assert not missing
 
 
+def test_type_checkers_are_told_what_is_loaded_when_it_is_asked_for():
+    import trilith
+
+    tree = ast.parse(Path(trilith.__file__).read_text())
+    told = next(node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(told.test) == "TYPE_CHECKING"
+    names = {
+        alias.asname or alias.name: (node.module, alias.name)
+        for node in told.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert names == trilith._FUNCTIONS | {name: ("trilith", name) for name in trilith._MODULES}
+
+
 @pytest.mark.parametrize("name", ["trilith.kernels", "trilith.blocks"])
 def test_public_names_say_what_they_are(name):
     module = importlib.import_module(name)
@@ -249,6 +266,23 @@ def python(code):
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
+
+
+def test_the_source_distribution_has_the_documents_and_no_stray_tests(tmp_path):
+    for folder in (*PACKAGE, "docs", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__py*"))
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("*.txt")]:
+        shutil.copy(path, tmp_path)
+    shutil.copy(ROOT / "MANIFEST.in", tmp_path)
+    shutil.copy(ROOT / "LICENSE", tmp_path)
+    code = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    (made,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(made) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"CHANGELOG.md", "LICENSE", "docs/attention.md"} <= names
+    assert {"plugins/README.md", "blocks/README.md", "trilith/py.typed"} <= names
+    assert not {name for name in names if name.startswith("tests/")}
 
 
 @pytest.mark.parametrize("folder", ORDER)

@@ -9,8 +9,9 @@ A plugin author's test file is
         trilith_check()
 
 which becomes one test for every check of every provider of every op that the name means, and of
-every module: one, or those of a namespace, plugin or distribution. `trilith_interpret = true` under
-[tool.pytest.ini_options] runs Triton's kernels in its interpreter where there is no GPU.
+every module: one, or those of a namespace, plugin or distribution. What cannot be run here is a
+test that is skipped, and says why. `trilith_interpret = true` under [tool.pytest.ini_options] runs
+Triton's kernels in its interpreter where there is no GPU.
 """
 
 from __future__ import annotations
@@ -62,19 +63,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _cases(names: tuple[str, ...]) -> Iterator[Any]:
-    from trilith.plugins import manager
-    from trilith.plugins.conformance import CHECKS
+    from trilith.plugins import interpreter, manager
+
+    interpreter.require_numpy()
+    from trilith.plugins.conformance import CHECKS, dtypes_of_check
     from trilith.plugins.conformance.modules import MODULE_CHECKS
+    from trilith.plugins.coverage import coverage
     from trilith.plugins.report import (
-        checks_for,
         default_device,
         named_modules,
         named_ops,
-        providers_here,
         run_check,
         run_module_check,
     )
     from trilith.plugins.selection import REFERENCE
+    from trilith.plugins.spec import INTERPRETING
 
     manager.load()
     device = default_device()
@@ -85,18 +88,23 @@ def _cases(names: tuple[str, ...]) -> Iterator[Any]:
         for op in named_ops(manager, name, required=not modules[name])
     }
     for name, op in ops.items():
-        for provider in providers_here(op, device):
-            if provider == REFERENCE and device.type == "cpu":
+        for part in coverage(op, device):
+            provider = part.provider
+            if provider == REFERENCE:
+                advice = "; set trilith_interpret = true under [tool.pytest.ini_options]"
                 warnings.warn(
-                    f"{name}: no kernel can run here, so only its reference is checked; set "
-                    "trilith_interpret = true under [tool.pytest.ini_options]",
+                    f"{name}: no kernel can run here, so only its reference is checked"
+                    f"{'' if INTERPRETING or device.type != 'cpu' else advice}",
                     stacklevel=2,
                 )
             for check in CHECKS:
-                for dtype in checks_for(op, provider, check):
+                for dtype in dtypes_of_check(check, part.dtypes):
                     run: Callable[[], Any] = partial(run_check, op, provider, check, device, dtype)
                     kind = str(dtype).removeprefix("torch.")
                     yield pytest.param(run, id=f"{name}-{provider}-{check.__name__}-{kind}")
+            for what, why in part.not_run:
+                skip = pytest.mark.skip(reason=f"{name} by {provider}, {what}: not run: {why}")
+                yield pytest.param(None, id=f"{name}-{provider}-{what}", marks=skip)
     for spec in dict.fromkeys(spec for found in modules.values() for spec in found):
         for module_check in MODULE_CHECKS:
             run = partial(run_module_check, spec, module_check, device)

@@ -12,12 +12,13 @@ import torch
 
 from tests.plugins.negative import OPS, PLUGINS, SOUND, Bringing
 from tests.support.devices import DEVICE
-from trilith.plugins import Manager, PluginWarning, Registry, report
+from trilith.plugins import Manager, PluginWarning, Registry, interpreter, report
 from trilith.plugins import __main__ as command_line
 from trilith.plugins.__main__ import listing, main
 from trilith.plugins.conformance import CHECKS
 from trilith.plugins.conformance.modules import MODULE_CHECKS
 from trilith.plugins.manager import explain
+from trilith.pytest_plugin import _cases
 
 
 @pytest.fixture
@@ -81,6 +82,17 @@ def test_explain_assumes_what_the_function_does(capsys):
 def test_what_cannot_be_done_is_said_and_the_status_is_2(capsys, arguments, message):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", [lambda: main(["check", "acme"]), lambda: list(_cases(("acme",)))])
+def test_without_numpy_the_checks_say_that_they_need_it(monkeypatch, capsys, tool):
+    monkeypatch.setattr(interpreter, "find_spec", lambda name: None)
+    try:
+        status, said = tool(), capsys.readouterr().err
+    except ModuleNotFoundError as error:
+        status, said = 2, str(error)
+    assert status == 2
+    assert "need numpy: pip install numpy" in said
 
 
 def test_check_passes_with_a_table(capsys, bring):

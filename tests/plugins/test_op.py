@@ -739,7 +739,7 @@ class TestRegistration:
         registry = Registry()
         op = registry.add_op(make(RELU2))
         with pytest.raises(KeyError, match=op.spec.name):
-            registry.op("acme::nothing")
+            registry.op("test_op::nothing")
 
     def test_destroyed_name_is_free_again(self):
         spec = replace(RELU2, name="test_op::phoenix")
