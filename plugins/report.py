@@ -59,7 +59,7 @@ HINTS = {
     "processes_agree": "nothing drawn, hashed or counted at import: take it as an argument",
     "empty_tensors": "the reference must accept empty tensors",
     "double_backward": "the reference must be differentiable twice; save all nonlinear inputs",
-    "functorch_transforms": "no branching on values in the reference",
+    "functorch_transforms": "reference: no branching on values; a Function has setup_context",
     "fakes_are_exact": "give `fake=` (`fake_backward=`), and let the launcher allocate by it",
     "autocast": "autocast='low' casts inputs; 'keep' leaves them",
     "checkpointing": "the same inputs must give the same bits: take seeds as arguments",
