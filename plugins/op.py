@@ -86,10 +86,11 @@ class Op:
             args = self.parameters.bind(args, kwargs)
         if self._is_ordinary(args):
             return self._run_ordinary(args)
+        if not _tracing_state():  # to torch.jit.trace sizes are tensors
+            self.parameters.require_no_tensor_for_a_number(args)
         for i in self._tensors:
             if type(args[i]) not in sharding.PLAIN and self._is_dtensor(i, args[i]):
                 return sharding.call(self, args)
-        self.parameters.require_no_tensor_for_a_number(args)
         lead = self.parameters.lead(args)
         if autocasts(lead):
             return self._call_in_autocast(lead.device.type, args)

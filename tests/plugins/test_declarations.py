@@ -93,6 +93,11 @@ def test_numbers_are_taken_as_the_dispatcher_takes_them(op):
             assert torch.equal(op(x, decay=2.0, size=None), torch.full((3,), 2.0))
 
 
+def test_sizes_may_be_tensors_to_a_tracer(op):
+    traced = torch.jit.trace(lambda x: op(x, 2.0, x.shape[0]), torch.ones(3))
+    assert torch.equal(traced(torch.ones(3)), torch.full((3,), 2.0))
+
+
 @pytest.mark.parametrize("grid", [lambda meta: (1,), [1], 1])
 def test_a_grid_is_a_tuple(grid):
     with pytest.raises(TypeError, match="launch: grid must be a tuple of counts, got "):
