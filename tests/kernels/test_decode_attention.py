@@ -231,7 +231,12 @@ ERRORS = {
     + ((Q, *2 * (torch.zeros(0, 5, 2, 8),), N), {"block_table": torch.zeros(2, 3).int()}),
     "softcap_inf": (ValueError, "softcap must be positive", (Q, K, K, N), {"softcap": torch.inf}),
     "window_alone": (ValueError, "window must be .* got 4", (Q, K, K, N), {"window": 4}),
-    "float_lengths": (TypeError, "cache_lengths must be a tensor of int32 or int64", (Q, K, K, N.float()), {}),
+    "float_lengths": (
+        TypeError,
+        "cache_lengths must be a tensor of int32 or int64",
+        (Q, K, K, N.float()),
+        {},
+    ),
     "head_dim": (ValueError, "k_cache must have shape", (Q, K[..., :4], K, N), {}),
     "values": (ValueError, "v_cache must have shape", (Q, K, K[:, :, :4], N), {}),
     "heads": (ValueError, "multiple of the keys' 2, got 3", (Q[:, :3], K, K, N), {}),
