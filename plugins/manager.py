@@ -168,7 +168,7 @@ class Manager:
                     _guarded(hook, add, spec, name)
             _guarded("trilith_register_ops", self.registry.require_parts, name)
         except PluginError:
-            if self._pluggy.is_registered(plugin):
+            if self._pluggy.get_name(plugin) == name:  # not, if it came earlier by another name
                 self._pluggy.unregister(plugin)
             raise
 

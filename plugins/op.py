@@ -76,6 +76,7 @@ class Op:
         self._function = autograd_function(self)
         _defined[spec.name] = self
         self.__name__ = self.__qualname__ = spec.name
+        self.__signature__ = self.signature
         self.__doc__ = spec.reference.__doc__
 
     def __repr__(self) -> str:

@@ -30,6 +30,7 @@ from trilith.plugins import (
     hookimpl,
 )
 from trilith.plugins.discovery import OWN
+from trilith.plugins.selection import SelectionKey
 
 manager_module = import_module("trilith.plugins.manager")
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -508,3 +509,18 @@ def test_importing_the_library_loads_no_plugin():
         "assert not manager.loaded\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+class Chooses:
+    @hookimpl
+    def trilith_select_implementation(self, op, key, candidates):
+        return "reference"
+
+
+def test_a_plugin_that_comes_again_by_another_name_is_still_heard_by_the_first():
+    plugin, manager = Chooses(), Manager(Registry())
+    assert manager.add("acme:a", lambda: plugin)
+    with pytest.warns(PluginWarning, match="acme:b is left out"):
+        assert not manager.add("acme:b", lambda: plugin)
+    key = SelectionKey(torch.device("cpu"), torch.float32)
+    assert manager.vote("acme::op", key, ()) == ("reference", "acme:a")

@@ -1,5 +1,6 @@
 """The machinery that makes an op of an OpSpec, on small ops that need no Triton."""
 
+import inspect
 import itertools
 import re
 from collections.abc import Sequence
@@ -520,6 +521,10 @@ def test_a_trace_has_the_reference_and_its_gradient(make, grad):
     torch.testing.assert_close(y, 3 * torch.relu(other).square())
     (dx,) = torch.autograd.grad(y.sum(), other)
     torch.testing.assert_close(dx, 6 * torch.relu(other))
+
+
+def test_the_signature_is_forwards(make):
+    assert list(inspect.signature(make(RELU2)).parameters) == ["x", "scale"]
 
 
 def test_explain_takes_an_op_that_no_plugin_brought(make):
