@@ -98,7 +98,7 @@ def _load_both(
 ) -> None:
     """Fill the model's tensors, and give an optimizer without state that of the folder."""
     with _gradients_aside(optimizer):  # torch makes no state where there are some
-        state = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+        state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=_FLAT))
     written = reader.read_metadata().state_dict_metadata
     stepped = {_parameter(name) for name in written if name.startswith("state.")}
     wanted = _tensors(state)

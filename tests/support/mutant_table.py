@@ -646,9 +646,23 @@ MUTANTS = (
     Mutant(
         "double_backward_takes_the_kernels_gradient",
         _AUTOGRAD,
-        "if torch.is_grad_enabled() and not torch.compiler.is_compiling():",
+        "if is_eager and (torch.is_grad_enabled() or _are_batched(grads)):",
         "if False:",
         _OP_TESTS,
+    ),
+    Mutant(
+        "batched_backwards_take_the_kernel",
+        _AUTOGRAD,
+        "(torch.is_grad_enabled() or _are_batched(grads))",
+        "torch.is_grad_enabled()",
+        f"{_OP_TESTS} -k as_one",
+    ),
+    Mutant(
+        "dual_numbers_take_the_kernel",
+        "trilith.plugins.op",
+        "if _transforms_are_active() or _forward_mode._current_level >= 0 or _tracing_state():",
+        "if _transforms_are_active():",
+        f"{_OP_TESTS} -k 'dual or trace'",
     ),
     Mutant(
         "needed_gradients_shifted_by_one",
