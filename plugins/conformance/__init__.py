@@ -31,19 +31,16 @@ from trilith.plugins.conformance.memory import (
     upstream_layouts,
 )
 from trilith.plugins.conformance.numbers import (
-    backward_twice,
     double_backward,
     empty_tensors,
     forward_matches_reference,
     gradient_subsets,
     gradients_match_reference,
-    mixed_dtypes,
-    regimes,
-    regimes_in_16_bits,
-    runs_are_bit_equal,
     unused_outputs,
 )
 from trilith.plugins.conformance.processes import processes_agree
+from trilith.plugins.conformance.regimes import mixed_dtypes, regimes, regimes_in_16_bits
+from trilith.plugins.conformance.repeats import backward_twice, runs_are_bit_equal
 from trilith.plugins.conformance.shards import shards_agree
 from trilith.plugins.conformance.support import (
     Check,

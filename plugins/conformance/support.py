@@ -157,6 +157,29 @@ def _moved(found: Sequence[Any], device: torch.device) -> list[Any]:
     return [t.to(device) if isinstance(t, Tensor) else _moved(t, device) for t in found]
 
 
+def rounds_inside(op: Op) -> bool:
+    """Whether it has matrix products in 16 bits, as the ops have that autocast lowers."""
+    said = op.spec.rounds_inside
+    return op.spec.autocast == "low" if said is None else said
+
+
+def half_a_step_away(op: Op, args: Sequence[Any]) -> list[Any]:
+    """The arguments in float64, each element half a step of fp32 up or down.
+
+    As much as this changes, an op may err that computes in fp32. One that rounds to 16 bits inside,
+    before a matrix product, may err by half a step of a 16-bit tensor's own dtype.
+    """
+    chosen = floating(args)
+    moved = in_float64(args)
+    for i in chosen:
+        dtype = args[i].dtype
+        own = dtype == torch.float64 or (args[i].element_size() == 2 and rounds_inside(op))
+        step = torch.finfo(dtype if own else torch.float32).eps
+        sign = torch.rand(args[i].shape, device=args[i].device).round() - 0.5
+        moved[i] = moved[i] * (1 + step * sign)
+    return moved
+
+
 def largest(tensors: Sequence[Any]) -> float:
     """The largest finite magnitude in the floating-point tensors."""
     sizes = (tensors[i].detach().abs() for i in floating(tensors) if tensors[i].numel())
