@@ -55,6 +55,7 @@ HINTS = {
     "nothing_is_written_to": "never write to inputs, gradients or ctx.outputs; allocate",
     "backward_twice": "backward must be linear in grad, and keep no state",
     "runs_are_bit_equal": "no atomics; reduce in a fixed order",
+    "calls_are_apart": "keep no workspace from call to call; return as aux what backward needs",
     "processes_agree": "nothing drawn, hashed or counted at import: take it as an argument",
     "empty_tensors": "the reference must accept empty tensors",
     "double_backward": "the reference must be differentiable twice; save all nonlinear inputs",

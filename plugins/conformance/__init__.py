@@ -40,7 +40,11 @@ from trilith.plugins.conformance.numbers import (
 )
 from trilith.plugins.conformance.processes import processes_agree
 from trilith.plugins.conformance.regimes import mixed_dtypes, regimes, regimes_in_16_bits
-from trilith.plugins.conformance.repeats import backward_twice, runs_are_bit_equal
+from trilith.plugins.conformance.repeats import (
+    backward_twice,
+    calls_are_apart,
+    runs_are_bit_equal,
+)
 from trilith.plugins.conformance.shards import shards_agree
 from trilith.plugins.conformance.support import (
     Check,
@@ -96,6 +100,7 @@ CHECKS: tuple[Check, ...] = (
     nothing_is_written_to,
     backward_twice,
     runs_are_bit_equal,
+    calls_are_apart,
     processes_agree,
     empty_tensors,
     double_backward,

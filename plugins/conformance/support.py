@@ -118,23 +118,32 @@ def gradients_of(
     wanted: Sequence[int] | None = None,
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Outputs, and one gradient per wanted input (zeros where there is none)."""
-    wanted = floating(args) if wanted is None else wanted
+    outputs, pull = begun(function, args, floating(args) if wanted is None else wanted)
+    return outputs, pull(random_like(outputs) if upstream is None else upstream)
+
+
+def begun(
+    function: Callable[..., Any], args: Sequence[Any], wanted: Sequence[int]
+) -> tuple[tuple[Tensor, ...], Callable[..., list[Tensor]]]:
+    """Outputs, and what pulls gradients of them back to the wanted inputs, once or more often."""
     leaves = with_grad(args, wanted)
     outputs = as_tuple(function(*leaves))
     used = differentiable(outputs)
-    if upstream is None:
-        upstream = random_like(outputs)
-    if not used or not wanted:
-        return outputs, [torch.zeros_like(args[i]) for i in wanted]
-    found = torch.autograd.grad(
-        [outputs[i] for i in used],
-        [leaves[i] for i in wanted],
-        [upstream[i].to(outputs[i].dtype) for i in used],
-        allow_unused=True,
-    )
-    zeros = (torch.zeros_like(args[i]) for i in wanted)
-    gradients = [z if g is None else g for g, z in zip(found, zeros, strict=True)]
-    return tuple(o.detach() for o in outputs), gradients
+
+    def pull(upstream: Sequence[Tensor], *, again: bool = False) -> list[Tensor]:
+        zeros = [torch.zeros_like(args[i]) for i in wanted]
+        if not used or not wanted:
+            return zeros
+        found = torch.autograd.grad(
+            [outputs[i] for i in used],
+            [leaves[i] for i in wanted],
+            [upstream[i].to(outputs[i].dtype) for i in used],
+            retain_graph=again,
+            allow_unused=True,
+        )
+        return [z if g is None else g for g, z in zip(found, zeros, strict=True)]
+
+    return tuple(o.detach() for o in outputs), pull
 
 
 def in_float64(args: Sequence[Any]) -> list[Any]:

@@ -147,6 +147,32 @@ def gradient_in_a_buffer(ctx, dy, dmean):
     return _buffers.setdefault(dx.shape, torch.empty_like(dx)).copy_(dx), dweight
 
 
+def aux_in_a_buffer(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    aux = _buffers.setdefault(weight.shape, torch.empty_like(weight, dtype=torch.float32))
+    return *forward(x, weight), aux.copy_(weight)
+
+
+def weight_from_aux(ctx, dy, dmean):
+    x, weight = ctx.inputs
+    return backward(replace(ctx, inputs=(x, ctx.aux[0].to(weight.dtype))), dy, dmean)
+
+
+def fake_with_aux(x, weight):
+    return *fake(x, weight), weight.new_empty(weight.shape, dtype=torch.float32)
+
+
+_last: list[Tensor] = []
+
+
+def remembers_the_last_weight(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    _last[:] = [weight]
+    return forward(x, weight)
+
+
+def with_the_last_weight(ctx, dy, dmean):
+    return backward(replace(ctx, inputs=(ctx.inputs[0], _last[0])), dy, dmean)
+
+
 def gradient_in_float32(ctx, dy, dmean):
     dx, dweight = backward(ctx, dy, dmean)
     return None if dx is None else dx.float(), dweight
@@ -336,7 +362,7 @@ FAULTS = {
         ("forward", weight_taken_for_the_dtype_of_x, ["mixed_dtypes"]),
         ("forward", reads_beyond_its_input, ["reads_stay_inside"]),
         ("forward", adds_by_atomics, ["writes_are_disjoint"]),
-        ("forward", output_in_a_buffer, ["runs_are_bit_equal"]),
+        ("forward", output_in_a_buffer, ["calls_are_apart"]),
         ("forward", writes_input, ["nothing_is_written_to"]),
         ("forward", noisy, ["runs_are_bit_equal"]),
         ("forward", input_read_as_dense, ["input_layouts"]),
@@ -345,7 +371,7 @@ FAULTS = {
         ("forward", counts_calls, ["runs_are_bit_equal", "inference_mode", "autocast"]),
         ("backward", wrong_factor, ["gradients_match_reference", "functorch_transforms"]),
         ("backward", ignores_upstream, ["gradients_match_reference", "backward_twice"]),
-        ("backward", gradient_in_a_buffer, ["backward_twice"]),
+        ("backward", gradient_in_a_buffer, ["backward_twice", "calls_are_apart"]),
         ("backward", gradient_in_float32, ["fakes_are_exact"]),
         ("backward", offset, ["gradients_match_reference", "backward_twice"]),
         ("backward", weight_gradient_in_dtype_of_x, ["fakes_are_exact"]),
@@ -370,3 +396,11 @@ FAULTS = {
     ]
 }
 FAULTS["saves_too_little"] = (replace(SOUND, save_inputs=("weight",)), ["double_backward"])
+FAULTS["aux_in_a_buffer"] = (
+    replace(SOUND, forward=aux_in_a_buffer, backward=weight_from_aux, fake=fake_with_aux),
+    ["calls_are_apart"],
+)
+FAULTS["state_beside_the_call"] = (
+    replace(SOUND, forward=remembers_the_last_weight, backward=with_the_last_weight),
+    ["calls_are_apart"],
+)
