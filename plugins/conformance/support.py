@@ -71,6 +71,7 @@ def telling(check: Callable[..., None], subject: Callable[..., str]) -> Callable
 
     @functools.wraps(check)
     def checked(*args: Any) -> None:
+        require_assertions()
         torch.manual_seed(1)
         try:
             check(*args)
@@ -79,6 +80,14 @@ def telling(check: Callable[..., None], subject: Callable[..., str]) -> Callable
             raise AssertionError(f"{subject(*args)}: {check.__name__}: {kind}{error}") from error
 
     return checked
+
+
+def require_assertions() -> None:
+    if not __debug__:
+        raise RuntimeError(
+            "the conformance checks are assert statements, which this Python leaves out: run it "
+            "without -O and PYTHONOPTIMIZE"
+        )
 
 
 def named_check(function: Check) -> Check:
