@@ -59,13 +59,17 @@ def regimes(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) ->
     for what, values in (
         ("with mean 1e4", lead + 1e4),
         ("of size 1e-4", lead * 1e-4),
-        ("equal along a row", lead[..., :1].expand(lead.shape).contiguous()),
+        ("equal along a row", _equal_along_rows(lead)),
         ("of size 1e4", lead * 1e4),
         ("with a NaN", torch.where(one, torch.nan, lead)),
         ("with an inf", torch.where(one, torch.inf, lead)),
     ):
         moved = replaced(args, inputs[:1], [values])
         _against_reference(op, moved, f"{what}: ", finite=bool(values.isfinite().all()))
+
+
+def _equal_along_rows(tensor: Tensor) -> Tensor:
+    return tensor[..., :1].expand(tensor.shape).contiguous() if tensor.ndim else tensor
 
 
 @named_check
