@@ -304,6 +304,10 @@ def reference_detached(x, weight):
     return y, mean.detach() + 0 * x.sum()
 
 
+def reference_in_place(x, weight):
+    return reference(x if x.requires_grad else x.relu_(), weight)
+
+
 def reference_that_branches(x, weight):
     return reference(x, weight) if x.sum() < 1e30 else (x, weight)
 
@@ -385,6 +389,7 @@ FAULTS = {
         ("reference", reference_with_nan_when_empty, ["empty_tensors"]),
         ("reference", reference_detached, ["gradients_match_reference"]),
         ("reference", reference_that_branches, ["functorch_transforms"]),
+        ("reference", reference_in_place, ["nothing_is_written_to"]),
         ("cost", cost_in_elements, ["cost_is_sound"]),
         ("sharding", mean_as_a_sum, ["shards_agree"]),
         ("sharding", weight_whole_beside_split_columns, ["shards_agree"]),
