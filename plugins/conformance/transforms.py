@@ -82,11 +82,22 @@ def fakes_are_exact(op: Op, sample: Sample, device: torch.device, dtype: torch.d
     if provider is None:
         return
     _require_fresh_tensors(op, args, op.torch_ops.run_forward(*args, provider), "forward result")
+    for i, gradient in require_exact_fakes(op, args).items():
+        what, like = f"gradient of {name_of(op, i)}", args[i]
+        assert gradient.dtype == like.dtype, f"{what}: dtype {gradient.dtype}, not {like.dtype}"
+        assert gradient.shape == like.shape, f"{what}: shape {gradient.shape}, not {like.shape}"
+
+
+def require_exact_fakes(op: Op, args: Sequence[Any]) -> dict[int, Tensor]:
+    """That results are as their fakes say; the gradients that backward gives, by position."""
+    provider = provider_of(op, args)
+    if provider is None:
+        return {}
     results = op.torch_ops.forward(*args, provider)
     names = [f"forward result {i}" for i in range(len(results))]
     _compare_with_fake(names, op.torch_ops.forward, (*args, provider), results)
     if not has_gradient(op, args):
-        return
+        return {}
     outputs = results[: op.spec.outputs]
     grads = [torch.randn_like(o) if o.is_floating_point() else None for o in outputs]
     call = backward_arguments(op, args, provider, results, grads)
@@ -94,10 +105,7 @@ def fakes_are_exact(op: Op, sample: Sample, device: torch.device, dtype: torch.d
     asked = [i for i, ask in enumerate(call[-1]) if ask]
     names = [f"gradient of {name_of(op, i)}" for i in asked]
     _compare_with_fake(names, op.torch_ops.backward, call, gradients)
-    for what, i, gradient in zip(names, asked, gradients, strict=True):
-        like = args[i]
-        assert gradient.dtype == like.dtype, f"{what}: dtype {gradient.dtype}, not {like.dtype}"
-        assert gradient.shape == like.shape, f"{what}: shape {gradient.shape}, not {like.shape}"
+    return dict(zip(asked, gradients, strict=True))
 
 
 def _require_fresh_tensors(op: Op, args: Sequence[Any], results: Sequence[Any], kind: str) -> None:

@@ -280,6 +280,30 @@ def overflows(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return torch.where(y.abs() > 1e3, y.half().to(y.dtype), y), mean
 
 
+def zero_rows_are_nan(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return forward(torch.where((x == 0).all(-1, keepdim=True), torch.nan, x), weight)
+
+
+def overflows_for_large_weights(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return forward(x, weight.exp().log() if weight.dtype == torch.float32 else weight)
+
+
+def overflows_for_large_weights_backward(ctx, dy, dmean):
+    dx, dweight = backward(ctx, dy, dmean)
+    large = ctx.inputs[1].abs().exp()
+    return dx, None if dweight is None else dweight * (large / large)
+
+
+def weight_gradient_rounded_to_the_dtype_of_x(ctx, dy, dmean):
+    dx, dweight = backward(ctx, dy, dmean)
+    dtype = ctx.inputs[0].dtype
+    return dx, None if dweight is None else dweight.to(dtype).to(dweight.dtype)
+
+
+def upstream_scaled_in_its_dtype(ctx, dy, dmean):
+    return backward(ctx, None if dy is None else 8 * dy / 8, dmean)
+
+
 def intermediate_in_the_dtype_of_x(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return forward((4 * x) / 4, weight)
 
@@ -364,6 +388,8 @@ FAULTS = {
         ("forward", overflows, ["regimes"]),
         ("forward", intermediate_in_the_dtype_of_x, ["regimes_in_16_bits"]),
         ("forward", weight_taken_for_the_dtype_of_x, ["mixed_dtypes"]),
+        ("forward", zero_rows_are_nan, ["regimes"]),
+        ("forward", overflows_for_large_weights, ["regimes_of_others"]),
         ("forward", reads_beyond_its_input, ["reads_stay_inside"]),
         ("forward", adds_by_atomics, ["writes_are_disjoint"]),
         ("forward", output_in_a_buffer, ["calls_are_apart"]),
@@ -379,6 +405,9 @@ FAULTS = {
         ("backward", gradient_in_float32, ["fakes_are_exact"]),
         ("backward", offset, ["gradients_match_reference", "backward_twice"]),
         ("backward", weight_gradient_in_dtype_of_x, ["fakes_are_exact"]),
+        ("backward", weight_gradient_rounded_to_the_dtype_of_x, ["mixed_dtypes"]),
+        ("backward", overflows_for_large_weights_backward, ["regimes_of_others"]),
+        ("backward", upstream_scaled_in_its_dtype, ["regimes_in_16_bits"]),
         ("backward", writes_upstream, ["nothing_is_written_to"]),
         ("backward", writes_saved, ["nothing_is_written_to"]),
         ("backward", upstream_read_as_dense, ["upstream_layouts"]),

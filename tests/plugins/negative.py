@@ -264,6 +264,27 @@ OPS["sharded_along_what_it_reduces"] = (
 )
 
 
+def weight_rounded_to_the_dtype_of_x(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return forward(x, weight.to(x.dtype))
+
+
+def samples_of_many(device: torch.device, dtype: torch.dtype) -> Any:
+    """Enough elements for a mean error to tell one rounding from two."""
+    x = torch.randn(40, 16, device=device, dtype=dtype)
+    yield Sample(x, torch.randn(16, device=device, dtype=dtype))
+
+
+OPS["weight_rounded_to_the_dtype_of_x"] = (
+    replace(
+        SOUND,
+        name="negative::weight_rounded_to_the_dtype_of_x",
+        forward=weight_rounded_to_the_dtype_of_x,
+        samples=samples_of_many,
+    ),
+    "mixed_dtypes",
+)
+
+
 def narrow(x: Tensor) -> tuple[Tensor, ...]:
     return (x[:, :3].contiguous(),)
 

@@ -12,7 +12,11 @@ from trilith.plugins.report import check_op, run_check
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = {"wrong_in_bfloat16_only": torch.bfloat16, "sums_in_its_own_dtype": torch.float16}
+DTYPES = {
+    "wrong_in_bfloat16_only": torch.bfloat16,
+    "sums_in_its_own_dtype": torch.float16,
+    "weight_rounded_to_the_dtype_of_x": torch.bfloat16,
+}
 BY_NAME = {check.__name__: check for check in CHECKS}
 
 

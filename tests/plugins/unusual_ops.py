@@ -25,8 +25,9 @@ def prefixed(x: Tensor, prefix: Tensor) -> tuple[Tensor, ...]:
 
 
 def prefixed_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-    split = ctx.inputs[1].shape[0]
-    return dy[split:].clone(), dy[:split].clone()
+    x, prefix = ctx.inputs
+    dprefix, dx = dy.split([prefix.shape[0], x.shape[0]])
+    return dx.to(x.dtype, copy=True), dprefix.to(prefix.dtype, copy=True)
 
 
 def prefixed_samples(device: torch.device, dtype: torch.dtype) -> Any:
