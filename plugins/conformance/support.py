@@ -96,7 +96,10 @@ def named_check(function: Check) -> Check:
 
 
 def bound(op: Op, sample: Sample) -> list[Any]:
-    return list(op.parameters.bind(sample.args, sample.kwargs))
+    args = list(op.parameters.bind(sample.args, sample.kwargs))
+    for i in tensors_of(args):
+        _require_real(name_of(op, i), args[i])
+    return args
 
 
 def as_tuple(outputs: Any) -> tuple[Any, ...]:
@@ -104,7 +107,13 @@ def as_tuple(outputs: Any) -> tuple[Any, ...]:
     for i, output in enumerate(found):
         if not isinstance(output, Tensor):
             raise TypeError(f"output {i} must be a tensor, got {output!r}")
+        _require_real(f"output {i}", output)
     return found
+
+
+def _require_real(what: str, tensor: Tensor) -> None:
+    if tensor.is_complex():
+        raise TypeError(f"{what} must be real, got {tensor.dtype}; use torch.view_as_real of it")
 
 
 def with_grad(args: Sequence[Any], wanted: Sequence[int]) -> list[Any]:

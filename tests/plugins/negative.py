@@ -285,6 +285,23 @@ OPS["weight_rounded_to_the_dtype_of_x"] = (
 )
 
 
+def complex_output(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    y = (x * weight).float()
+    return (torch.complex(y, y),)
+
+
+OPS["complex_output"] = (
+    replace(
+        SOUND,
+        name="negative::complex_output",
+        forward=complex_output,
+        reference=lambda x, weight: complex_output(x, weight)[0],
+        fake=lambda x, weight: (x.new_empty(x.shape, dtype=torch.complex64),),
+    ),
+    "forward_matches_reference",
+)
+
+
 def narrow(x: Tensor) -> tuple[Tensor, ...]:
     return (x[:, :3].contiguous(),)
 

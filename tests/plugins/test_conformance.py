@@ -31,7 +31,7 @@ AT_MOST_INTERPRETED = {
     "writes_are_disjoint": 4,
     "regimes": 2,
     "runs_are_bit_equal": 2,
-    "calls_are_apart": 1,
+    "calls_are_apart": 2,
     "backward_twice": 3,
     "autocast": 2,
     "checkpointing": 2,
