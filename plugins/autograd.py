@@ -50,6 +50,7 @@ def autograd_function(op: Op) -> type[torch.autograd.Function]:
                 ctx.set_materialize_grads(False)
             integers = [o for o in outputs if not o.is_floating_point()]
             if integers:
+                _require_real(spec.name, integers)
                 ctx.mark_non_differentiable(*integers)
             return outputs[0] if n_outputs == 1 else outputs
 
@@ -159,6 +160,16 @@ def reference_gradient(
         )
     )
     return [next(found) if need else None for need in needs]
+
+
+def _require_real(name: str, outputs: Sequence[Tensor]) -> None:
+    """No gradient would flow through a complex one, and nobody would be told."""
+    for output in outputs:
+        if output.is_complex():
+            raise TypeError(
+                f"{name}: forward must return real tensors, got {output.dtype}; return "
+                "torch.view_as_real of it"
+            )
 
 
 def _meta(value: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

@@ -22,6 +22,7 @@ from trilith.plugins.conformance import (
     samples_of,
 )
 from trilith.plugins.conformance.modules import MODULE_CHECKS, ModuleCheck
+from trilith.plugins.conformance.support import require_assertions
 from trilith.plugins.coverage import Coverage, coverage
 from trilith.plugins.manager import Manager
 from trilith.plugins.op import Op
@@ -44,6 +45,7 @@ HINTS = {
     "every_element_is_written": "mask loads and stores alike; zero what no program owns",
     "mixed_dtypes": "load each tensor in its own dtype, or raise TypeError for what is not taken",
     "regimes": "compute in float32; subtract the maximum or mean first; let NaN and inf through",
+    "regimes_of_others": "as regimes, of every tensor: of a large x exp(x) is inf",
     "regimes_in_16_bits": "nothing between load and store in 16 bits: 2 * 4e4 is none of float16's",
     "gradient_subsets": "ask ctx.needs_input_grad; each gradient must stand alone",
     "unused_outputs": "a gradient may be zeros, or None where materialize_grads=False",
@@ -53,14 +55,15 @@ HINTS = {
     "guard_bands": "mask every load and store to the tensor's own elements; no fixed multiples",
     "reads_stay_inside": "mask every load to the tensor's own elements, whoever uses the value",
     "writes_are_disjoint": "give each element one program; sum by partials and a second kernel",
-    "nothing_is_written_to": "never write to inputs, gradients or ctx.outputs; allocate",
+    "nothing_is_written_to": "write to no input, gradient or ctx.outputs; nor may the reference",
     "backward_twice": "backward must be linear in grad, and keep no state",
     "runs_are_bit_equal": "no atomics; reduce in a fixed order",
+    "calls_are_apart": "keep no workspace from call to call; return as aux what backward needs",
     "processes_agree": "nothing drawn, hashed or counted at import: take it as an argument",
     "empty_tensors": "the reference must accept empty tensors",
     "double_backward": "the reference must be differentiable twice; save all nonlinear inputs",
     "functorch_transforms": "reference: no branching on values; a Function has setup_context",
-    "fakes_are_exact": "give `fake=` (`fake_backward=`), and let the launcher allocate by it",
+    "fakes_are_exact": "give `fake=` (`fake_backward=`); of a view, the reference gives a clone",
     "autocast": "autocast='low' casts inputs; 'keep' leaves them",
     "checkpointing": "the same inputs must give the same bits: take seeds as arguments",
     "inference_mode": "nothing in forward may need autograd",
@@ -74,8 +77,9 @@ HINTS = {
 
 MODULE_HINTS = {
     "shapes_are_kept": "README's table of slots says what each is called with, and must return",
-    "nothing_is_foreseen": "language models are causal: attend to no later token, nor mix it in",
+    "nothing_is_foreseen": "no statistics over time or batch; attend to no later token",
     "gradients_reach_all": "register no parameter that forward leaves out; detach nothing",
+    "gradients_are_derivatives": "a backward of your own must be the derivative of its forward",
     "builds_are_apart": "make a new module, with parameters of its own, in each build(config)",
     "copies_agree": "no lambda, handle or lock as an attribute; state in parameters and buffers",
 }
@@ -242,6 +246,7 @@ def _not_run(op: Op, part: Coverage) -> list[Row]:
 
 
 def _row(op: Op, part: Coverage, check: Check, device: torch.device, **given: Any) -> Row:
+    require_assertions()
     count, reason, begun = 0, "", time.perf_counter()
     shares: list[float] = []
     compare.observers.append(shares.append)

@@ -31,19 +31,25 @@ from trilith.plugins.conformance.memory import (
     upstream_layouts,
 )
 from trilith.plugins.conformance.numbers import (
-    backward_twice,
     double_backward,
     empty_tensors,
     forward_matches_reference,
     gradient_subsets,
     gradients_match_reference,
-    mixed_dtypes,
-    regimes,
-    regimes_in_16_bits,
-    runs_are_bit_equal,
     unused_outputs,
 )
 from trilith.plugins.conformance.processes import processes_agree
+from trilith.plugins.conformance.regimes import (
+    mixed_dtypes,
+    regimes,
+    regimes_in_16_bits,
+    regimes_of_others,
+)
+from trilith.plugins.conformance.repeats import (
+    backward_twice,
+    calls_are_apart,
+    runs_are_bit_equal,
+)
 from trilith.plugins.conformance.shards import shards_agree
 from trilith.plugins.conformance.support import (
     Check,
@@ -88,6 +94,7 @@ CHECKS: tuple[Check, ...] = (
     *NUMERIC_CHECKS,
     mixed_dtypes,
     regimes,
+    regimes_of_others,
     regimes_in_16_bits,
     gradient_subsets,
     unused_outputs,
@@ -99,6 +106,7 @@ CHECKS: tuple[Check, ...] = (
     nothing_is_written_to,
     backward_twice,
     runs_are_bit_equal,
+    calls_are_apart,
     processes_agree,
     empty_tensors,
     double_backward,
@@ -116,14 +124,27 @@ CHECKS: tuple[Check, ...] = (
 )
 # Of one tensor after another: a few samples say as much as all.
 PER_TENSOR: frozenset[Check] = frozenset(
-    {gradient_subsets, input_layouts, upstream_layouts, offsets_beyond_32_bits, mixed_dtypes}
+    {
+        gradient_subsets,
+        input_layouts,
+        upstream_layouts,
+        offsets_beyond_32_bits,
+        mixed_dtypes,
+        regimes_of_others,
+    }
 )
 
 
 def dtypes_of_check(check: Check, dtypes: Sequence[torch.dtype]) -> tuple[torch.dtype, ...]:
-    """In which of an op's dtypes a check is run: numbers and fakes in all, others in the first."""
+    """In which of an op's dtypes a check is run: numbers and fakes in all, others in the first.
+
+    Mixtures are made of the first, and of the last in 16 bits: of bfloat16 beside float32.
+    """
     if check in NUMERIC_CHECKS or check is fakes_are_exact:
         return tuple(dtypes)
+    narrow = tuple(dtype for dtype in dtypes if dtype.itemsize == 2)
     if check is regimes_in_16_bits:
-        return tuple(dtype for dtype in dtypes if dtype.itemsize == 2)
+        return narrow
+    if check is mixed_dtypes:
+        return tuple(dict.fromkeys((*dtypes[:1], *narrow[-1:])))
     return tuple(dtypes[:1])

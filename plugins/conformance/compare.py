@@ -65,7 +65,8 @@ def assert_near(
         f"{error.numel()} elements"
     )
     few = actual.numel() < FEW
-    mean = factor * fair.mean() + (floor if few else floor / 10) + unit.mean() / 2
+    share = floor + unit.mean() if few else floor / 10 + unit.mean() / 2
+    mean = factor * fair.mean() + share
     if rounds_once and actual.element_size() == 2 and not few:
         mean = _ONCE * fair.mean() + floor / 10 + unit.mean() / 50
     assert error.mean() <= mean, f"{what}: mean error {error.mean():.2g}, bound {mean:.2g}"

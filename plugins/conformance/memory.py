@@ -116,10 +116,14 @@ def _far_apart(tensors: Sequence[Any]) -> Iterator[tuple[int, int, list[Any]]]:
 
 @named_check
 def nothing_is_written_to(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
-    """Inputs, gradients of outputs, outputs and saved tensors keep their values."""
+    """Inputs, gradients of outputs, outputs and saved tensors keep their values; inputs of the
+    reference too, which runs where no kernel does."""
     args = bound(op, sample)
     inputs = [(f"input {name_of(op, i)}", a) for i, a in enumerate(args) if isinstance(a, Tensor)]
     before = [(what, t, t.clone()) for what, t in inputs]
+    op.spec.reference(*args)
+    for what, tensor, copy in before:
+        assert_bits(f"by the reference, {what}", tensor, copy)
     upstream = fixed_upstream(op, args)
     before += [(f"gradient of output {i}", g, g.clone()) for i, g in enumerate(upstream)]
 

@@ -1,14 +1,16 @@
 """The checks of a module that a plugin brings for a slot: shapes, gradients, copies.
 
 Each is a function of (spec, config, device) that raises AssertionError; `MODULE_CHECKS` holds all.
-Modules are built from a small configuration, in eval mode.
+Modules are built from a small configuration, in eval mode unless a check says otherwise.
 """
 
 from __future__ import annotations
 
 import copy
 import io
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from trilith.plugins.spec import ModuleSpec
 
 ModuleCheck = Callable[[ModuleSpec, Any, torch.device], None]
 
-_BATCH, _TIME = 2, 5
+_BATCH, _TIME, _LONG = 2, 5, 40  # the longer sequence is more than a few blocks
+_STEP, _NEAR = 1e-4, 1e-2  # of a difference quotient, and how far a derivative may be from it
 
 
 def _named(function: ModuleCheck) -> ModuleCheck:
@@ -28,7 +31,7 @@ def _named(function: ModuleCheck) -> ModuleCheck:
 
 
 def _built(spec: ModuleSpec, config: Any, device: torch.device) -> nn.Module:
-    module = spec.build(config)
+    module = spec.build(replace(config, max_len=_LONG))
     assert isinstance(module, nn.Module), f"build must return an nn.Module, got {module!r}"
     return _started(module).to(device).eval()
 
@@ -44,10 +47,12 @@ def _started(module: nn.Module) -> nn.Module:
     return module
 
 
-def _inputs(module: nn.Module, spec: ModuleSpec, config: Any, device: torch.device) -> list[Tensor]:
+def _inputs(
+    module: nn.Module, spec: ModuleSpec, config: Any, device: torch.device, time: int = _TIME
+) -> list[Tensor]:
     """What its slot calls it with; nothing for a position of the scores."""
-    tokens = [_BATCH, _TIME, config.dim]
-    heads = [[_BATCH, n, _TIME, config.head_dim] for n in (config.n_heads, config.kv_heads)]
+    tokens = [_BATCH, time, config.dim]
+    heads = [[_BATCH, n, time, config.head_dim] for n in (config.n_heads, config.kv_heads)]
     shapes: Sequence[Sequence[int]] = [tokens]
     if spec.slot == "position":
         acts_on: Any = getattr(module, "acts_on", None)
@@ -72,12 +77,16 @@ def _shared(one: nn.Module, other: nn.Module) -> list[str]:
 
 @_named
 def shapes_are_kept(spec: ModuleSpec, config: Any, device: torch.device) -> None:
-    """Outputs are like inputs, and finite."""
-    module = _built(spec, config, device)
-    given = _inputs(module, spec, config, device)
-    if not given:
-        return
-    results = as_tuple(module(*given))
+    """Outputs are like inputs, bfloat16 ones too, and finite, for one token, a few and many."""
+    for dtype in (torch.float32, torch.bfloat16):
+        module = _built(spec, config, device).to(dtype)
+        for time in (1, _TIME, _LONG):
+            given = [t.to(dtype) for t in _inputs(module, spec, config, device, time)]
+            if given:
+                _require_alike(as_tuple(module(*given)), given)
+
+
+def _require_alike(results: Sequence[Tensor], given: Sequence[Tensor]) -> None:
     assert len(results) == len(given), f"{len(results)} outputs for {len(given)} inputs"
     for result, like in zip(results, given, strict=True):
         said = f"{result.dtype} {list(result.shape)}"
@@ -88,18 +97,42 @@ def shapes_are_kept(spec: ModuleSpec, config: Any, device: torch.device) -> None
 
 @_named
 def nothing_is_foreseen(spec: ModuleSpec, config: Any, device: torch.device) -> None:
-    """Outputs do not depend on later tokens."""
+    """Outputs depend on no later token, and on no other sequence of the batch; in training too."""
     module = _built(spec, config, device)
-    given = _inputs(module, spec, config, device)
-    others = [torch.cat([t[..., :-1, :], torch.randn_like(t[..., :1, :])], -2) for t in given]
-    if not given:
-        return
-    with torch.no_grad():
-        pairs = zip(as_tuple(module(*given)), as_tuple(module(*others)), strict=True)
-    for before, after in pairs:
-        earlier = before[..., : _TIME - 1, :], after[..., : _TIME - 1, :]
-        wrong = before.shape[-2] == _TIME and not torch.allclose(*earlier, rtol=1e-3, atol=1e-4)
-        assert not wrong, "an output changes with a later token"
+    for training, time in itertools.product((False, True), (_TIME, _LONG)):
+        module.train(training)
+        given = _inputs(module, spec, config, device, time)
+        if not given:
+            return
+        cuts = {cut: [_changed(t, -2, cut) for t in given] for cut in (time // 2, time - 1)}
+        sequences = [_changed(t, 0, 1) for t in given]
+        mode = ", in training" if training else ""
+        before = _outputs(module, given)
+        for cut, later in cuts.items():
+            for one, other in zip(before, _outputs(module, later), strict=True):
+                earlier = one[..., :cut, :], other[..., :cut, :]
+                wrong = one.shape[-2] == time and not _close(*earlier)
+                assert not wrong, f"an output changes with a later token{mode}"
+        for one, other in zip(before, _outputs(module, sequences), strict=True):
+            same = _close(one[:1], other[:1])
+            assert same, f"an output changes with another sequence of the batch{mode}"
+
+
+@torch.no_grad()
+def _outputs(module: nn.Module, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What a copy gives, each time with the same dropout: running statistics may move on."""
+    torch.manual_seed(2)  # whatever is to differ must have been drawn by now
+    return as_tuple(copy.deepcopy(module)(*given))
+
+
+def _changed(tensor: Tensor, dim: int, start: int) -> Tensor:
+    """Other values from `start` on."""
+    others = torch.randn_like(tensor).narrow(dim, start, tensor.shape[dim] - start)
+    return torch.cat([tensor.narrow(dim, 0, start), others], dim)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 @_named
@@ -110,11 +143,64 @@ def gradients_reach_all(spec: ModuleSpec, config: Any, device: torch.device) -> 
     if not given:
         return
     sum((o * torch.randn_like(o)).sum() for o in as_tuple(module(*given))).backward()
-    wanted = {f"input {i}": t for i, t in enumerate(given)}
-    wanted |= {name: p for name, p in module.named_parameters() if p.requires_grad}
-    for name, tensor in wanted.items():
+    for name, tensor in _differentiated(module, given).items():
         assert tensor.grad is not None, f"{name} gets no gradient"
         assert tensor.grad.isfinite().all(), f"the gradient of {name} is NaN or inf"
+
+
+@_named
+def gradients_are_derivatives(spec: ModuleSpec, config: Any, device: torch.device) -> None:
+    """Each gradient is what a step in a random direction changes the output by."""
+    module = _built(spec, config, device)
+    given = _inputs(module, spec, config, device)
+    if not given:
+        return
+    module, given = _in_float64(module, given)
+    weights = [torch.randn_like(o) for o in as_tuple(module(*given))]
+
+    def total() -> Tensor:
+        pairs = zip(as_tuple(module(*given)), weights, strict=True)
+        return torch.stack([(o * w).sum() for o, w in pairs]).sum()
+
+    wanted = _differentiated(module, [t.requires_grad_() for t in given])
+    gradients = torch.autograd.grad(total(), list(wanted.values()), allow_unused=True)
+    for (name, tensor), gradient in zip(wanted.items(), gradients, strict=True):
+        if gradient is None:
+            continue
+        direction = torch.randn_like(tensor)
+        said = (gradient * direction).sum().item()
+        change = _difference_quotient(total, tensor, direction)
+        size = max(gradient.norm().item(), abs(change))
+        assert abs(said - change) <= _NEAR * size, (
+            f"the gradient of {name} gives {said:.4g} in a direction in which the outputs change "
+            f"by {change:.4g}"
+        )
+
+
+def _in_float64(module: nn.Module, given: list[Tensor]) -> tuple[nn.Module, list[Tensor]]:
+    """Or as they are, where the module does not take it, as its kernels may not."""
+    wide, tensors = copy.deepcopy(module).double(), [t.double() for t in given]
+    try:
+        wide(*tensors)
+    except Exception:
+        return module, given
+    return wide, tensors
+
+
+def _differentiated(module: nn.Module, given: Sequence[Tensor]) -> dict[str, Tensor]:
+    wanted = {f"input {i}": t for i, t in enumerate(given)}
+    return wanted | {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def _difference_quotient(total: Callable[[], Tensor], tensor: Tensor, direction: Tensor) -> float:
+    """The change of `total` per step along the direction, by one to either side."""
+    start, found = tensor.clone(), []
+    for step in (_STEP, -_STEP):
+        tensor.copy_(start + step * direction)
+        found.append(total().item())
+    tensor.copy_(start)
+    return (found[0] - found[1]) / (2 * _STEP)
 
 
 @_named
@@ -143,6 +229,7 @@ MODULE_CHECKS: tuple[ModuleCheck, ...] = (
     shapes_are_kept,
     nothing_is_foreseen,
     gradients_reach_all,
+    gradients_are_derivatives,
     builds_are_apart,
     copies_agree,
 )

@@ -71,6 +71,7 @@ def telling(check: Callable[..., None], subject: Callable[..., str]) -> Callable
 
     @functools.wraps(check)
     def checked(*args: Any) -> None:
+        require_assertions()
         torch.manual_seed(1)
         try:
             check(*args)
@@ -81,13 +82,24 @@ def telling(check: Callable[..., None], subject: Callable[..., str]) -> Callable
     return checked
 
 
+def require_assertions() -> None:
+    if not __debug__:
+        raise RuntimeError(
+            "the conformance checks are assert statements, which this Python leaves out: run it "
+            "without -O and PYTHONOPTIMIZE"
+        )
+
+
 def named_check(function: Check) -> Check:
     """Names the op, the sample and the check in whatever goes wrong."""
     return telling(function, lambda op, sample, *_: f"{op.spec.name}({sample})")
 
 
 def bound(op: Op, sample: Sample) -> list[Any]:
-    return list(op.parameters.bind(sample.args, sample.kwargs))
+    args = list(op.parameters.bind(sample.args, sample.kwargs))
+    for i in tensors_of(args):
+        _require_real(name_of(op, i), args[i])
+    return args
 
 
 def as_tuple(outputs: Any) -> tuple[Any, ...]:
@@ -95,7 +107,13 @@ def as_tuple(outputs: Any) -> tuple[Any, ...]:
     for i, output in enumerate(found):
         if not isinstance(output, Tensor):
             raise TypeError(f"output {i} must be a tensor, got {output!r}")
+        _require_real(f"output {i}", output)
     return found
+
+
+def _require_real(what: str, tensor: Tensor) -> None:
+    if tensor.is_complex():
+        raise TypeError(f"{what} must be real, got {tensor.dtype}; use torch.view_as_real of it")
 
 
 def with_grad(args: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
@@ -118,23 +136,32 @@ def gradients_of(
     wanted: Sequence[int] | None = None,
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Outputs, and one gradient per wanted input (zeros where there is none)."""
-    wanted = floating(args) if wanted is None else wanted
+    outputs, pull = begun(function, args, floating(args) if wanted is None else wanted)
+    return outputs, pull(random_like(outputs) if upstream is None else upstream)
+
+
+def begun(
+    function: Callable[..., Any], args: Sequence[Any], wanted: Sequence[int]
+) -> tuple[tuple[Tensor, ...], Callable[..., list[Tensor]]]:
+    """Outputs, and what pulls gradients of them back to the wanted inputs, once or more often."""
     leaves = with_grad(args, wanted)
     outputs = as_tuple(function(*leaves))
     used = differentiable(outputs)
-    if upstream is None:
-        upstream = random_like(outputs)
-    if not used or not wanted:
-        return outputs, [torch.zeros_like(args[i]) for i in wanted]
-    found = torch.autograd.grad(
-        [outputs[i] for i in used],
-        [leaves[i] for i in wanted],
-        [upstream[i].to(outputs[i].dtype) for i in used],
-        allow_unused=True,
-    )
-    zeros = (torch.zeros_like(args[i]) for i in wanted)
-    gradients = [z if g is None else g for g, z in zip(found, zeros, strict=True)]
-    return tuple(o.detach() for o in outputs), gradients
+
+    def pull(upstream: Sequence[Tensor], *, again: bool = False) -> list[Tensor]:
+        zeros = [torch.zeros_like(args[i]) for i in wanted]
+        if not used or not wanted:
+            return zeros
+        found = torch.autograd.grad(
+            [outputs[i] for i in used],
+            [leaves[i] for i in wanted],
+            [upstream[i].to(outputs[i].dtype) for i in used],
+            retain_graph=again,
+            allow_unused=True,
+        )
+        return [z if g is None else g for g, z in zip(found, zeros, strict=True)]
+
+    return tuple(o.detach() for o in outputs), pull
 
 
 def in_float64(args: Sequence[Any]) -> list[Any]:
@@ -155,6 +182,29 @@ def oracle(compute: Callable[..., Any], *given: Sequence[Any]) -> list[Any]:
 
 def _moved(found: Sequence[Any], device: torch.device) -> list[Any]:
     return [t.to(device) if isinstance(t, Tensor) else _moved(t, device) for t in found]
+
+
+def rounds_inside(op: Op) -> bool:
+    """Whether it has matrix products in 16 bits, as the ops have that autocast lowers."""
+    said = op.spec.rounds_inside
+    return op.spec.autocast == "low" if said is None else said
+
+
+def half_a_step_away(op: Op, args: Sequence[Any]) -> list[Any]:
+    """The arguments in float64, each element half a step of fp32 up or down.
+
+    As much as this changes, an op may err that computes in fp32. One that rounds to 16 bits inside,
+    before a matrix product, may err by half a step of a 16-bit tensor's own dtype.
+    """
+    chosen = floating(args)
+    moved = in_float64(args)
+    for i in chosen:
+        dtype = args[i].dtype
+        own = dtype == torch.float64 or (args[i].element_size() == 2 and rounds_inside(op))
+        step = torch.finfo(dtype if own else torch.float32).eps
+        sign = torch.rand(args[i].shape, device=args[i].device).round() - 0.5
+        moved[i] = moved[i] * (1 + step * sign)
+    return moved
 
 
 def largest(tensors: Sequence[Any]) -> float:

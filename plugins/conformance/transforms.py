@@ -72,17 +72,32 @@ def functorch_transforms(op: Op, sample: Sample, device: torch.device, dtype: to
 
 @named_check
 def fakes_are_exact(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
-    """Shapes, dtypes and strides of what the ops return, and of what their fakes say."""
+    """Shapes, dtypes and strides of what the ops return, and of what their fakes say.
+
+    None shares memory with an input, the reference's neither: where no kernel runs it is a result.
+    """
     args = bound(op, sample)
+    _require_fresh_tensors(op, args, as_tuple(op.spec.reference(*args)), "the reference's output")
     provider = provider_of(op, args)
     if provider is None:
         return
-    _require_fresh_tensors(op, args, op.torch_ops.run_forward(*args, provider))
+    _require_fresh_tensors(op, args, op.torch_ops.run_forward(*args, provider), "forward result")
+    for i, gradient in require_exact_fakes(op, args).items():
+        what, like = f"gradient of {name_of(op, i)}", args[i]
+        assert gradient.dtype == like.dtype, f"{what}: dtype {gradient.dtype}, not {like.dtype}"
+        assert gradient.shape == like.shape, f"{what}: shape {gradient.shape}, not {like.shape}"
+
+
+def require_exact_fakes(op: Op, args: Sequence[Any]) -> dict[int, Tensor]:
+    """That results are as their fakes say; the gradients that backward gives, by position."""
+    provider = provider_of(op, args)
+    if provider is None:
+        return {}
     results = op.torch_ops.forward(*args, provider)
     names = [f"forward result {i}" for i in range(len(results))]
     _compare_with_fake(names, op.torch_ops.forward, (*args, provider), results)
     if not has_gradient(op, args):
-        return
+        return {}
     outputs = results[: op.spec.outputs]
     grads = [torch.randn_like(o) if o.is_floating_point() else None for o in outputs]
     call = backward_arguments(op, args, provider, results, grads)
@@ -90,22 +105,19 @@ def fakes_are_exact(op: Op, sample: Sample, device: torch.device, dtype: torch.d
     asked = [i for i, ask in enumerate(call[-1]) if ask]
     names = [f"gradient of {name_of(op, i)}" for i in asked]
     _compare_with_fake(names, op.torch_ops.backward, call, gradients)
-    for what, i, gradient in zip(names, asked, gradients, strict=True):
-        like = args[i]
-        assert gradient.dtype == like.dtype, f"{what}: dtype {gradient.dtype}, not {like.dtype}"
-        assert gradient.shape == like.shape, f"{what}: shape {gradient.shape}, not {like.shape}"
+    return dict(zip(asked, gradients, strict=True))
 
 
-def _require_fresh_tensors(op: Op, args: Sequence[Any], results: Sequence[Any]) -> None:
+def _require_fresh_tensors(op: Op, args: Sequence[Any], results: Sequence[Any], kind: str) -> None:
     at_least = op.spec.outputs
     assert len(results) >= at_least, (
         f"forward must return {at_least} outputs, then aux, got {len(results)} results"
     )
     owners = {args[i].untyped_storage().data_ptr(): name_of(op, i) for i in tensors_of(args)}
     for i, result in enumerate(results):
-        assert isinstance(result, Tensor), f"forward result {i} must be a tensor, got {result!r}"
+        assert isinstance(result, Tensor), f"{kind} {i} must be a tensor, got {result!r}"
         owner = owners.get(result.untyped_storage().data_ptr()) if result.numel() else None
-        assert owner is None, f"forward result {i} must have memory of its own, it shares {owner}'s"
+        assert owner is None, f"{kind} {i} must have memory of its own, it shares {owner}'s"
 
 
 def _compare_with_fake(

@@ -147,6 +147,32 @@ def gradient_in_a_buffer(ctx, dy, dmean):
     return _buffers.setdefault(dx.shape, torch.empty_like(dx)).copy_(dx), dweight
 
 
+def aux_in_a_buffer(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    aux = _buffers.setdefault(weight.shape, torch.empty_like(weight, dtype=torch.float32))
+    return *forward(x, weight), aux.copy_(weight)
+
+
+def weight_from_aux(ctx, dy, dmean):
+    x, weight = ctx.inputs
+    return backward(replace(ctx, inputs=(x, ctx.aux[0].to(weight.dtype))), dy, dmean)
+
+
+def fake_with_aux(x, weight):
+    return *fake(x, weight), weight.new_empty(weight.shape, dtype=torch.float32)
+
+
+_last: list[Tensor] = []
+
+
+def remembers_the_last_weight(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    _last[:] = [weight]
+    return forward(x, weight)
+
+
+def with_the_last_weight(ctx, dy, dmean):
+    return backward(replace(ctx, inputs=(ctx.inputs[0], _last[0])), dy, dmean)
+
+
 def gradient_in_float32(ctx, dy, dmean):
     dx, dweight = backward(ctx, dy, dmean)
     return None if dx is None else dx.float(), dweight
@@ -254,6 +280,30 @@ def overflows(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return torch.where(y.abs() > 1e3, y.half().to(y.dtype), y), mean
 
 
+def zero_rows_are_nan(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return forward(torch.where((x == 0).all(-1, keepdim=True), torch.nan, x), weight)
+
+
+def overflows_for_large_weights(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return forward(x, weight.exp().log() if weight.dtype == torch.float32 else weight)
+
+
+def overflows_for_large_weights_backward(ctx, dy, dmean):
+    dx, dweight = backward(ctx, dy, dmean)
+    large = ctx.inputs[1].abs().exp()
+    return dx, None if dweight is None else dweight * (large / large)
+
+
+def weight_gradient_rounded_to_the_dtype_of_x(ctx, dy, dmean):
+    dx, dweight = backward(ctx, dy, dmean)
+    dtype = ctx.inputs[0].dtype
+    return dx, None if dweight is None else dweight.to(dtype).to(dweight.dtype)
+
+
+def upstream_scaled_in_its_dtype(ctx, dy, dmean):
+    return backward(ctx, None if dy is None else 8 * dy / 8, dmean)
+
+
 def intermediate_in_the_dtype_of_x(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return forward((4 * x) / 4, weight)
 
@@ -276,6 +326,10 @@ def reference_with_nan_when_empty(x, weight):
 def reference_detached(x, weight):
     y, mean = reference(x, weight)
     return y, mean.detach() + 0 * x.sum()
+
+
+def reference_in_place(x, weight):
+    return reference(x if x.requires_grad else x.relu_(), weight)
 
 
 def reference_that_branches(x, weight):
@@ -334,9 +388,11 @@ FAULTS = {
         ("forward", overflows, ["regimes"]),
         ("forward", intermediate_in_the_dtype_of_x, ["regimes_in_16_bits"]),
         ("forward", weight_taken_for_the_dtype_of_x, ["mixed_dtypes"]),
+        ("forward", zero_rows_are_nan, ["regimes"]),
+        ("forward", overflows_for_large_weights, ["regimes_of_others"]),
         ("forward", reads_beyond_its_input, ["reads_stay_inside"]),
         ("forward", adds_by_atomics, ["writes_are_disjoint"]),
-        ("forward", output_in_a_buffer, ["runs_are_bit_equal"]),
+        ("forward", output_in_a_buffer, ["calls_are_apart"]),
         ("forward", writes_input, ["nothing_is_written_to"]),
         ("forward", noisy, ["runs_are_bit_equal"]),
         ("forward", input_read_as_dense, ["input_layouts"]),
@@ -345,10 +401,13 @@ FAULTS = {
         ("forward", counts_calls, ["runs_are_bit_equal", "inference_mode", "autocast"]),
         ("backward", wrong_factor, ["gradients_match_reference", "functorch_transforms"]),
         ("backward", ignores_upstream, ["gradients_match_reference", "backward_twice"]),
-        ("backward", gradient_in_a_buffer, ["backward_twice"]),
+        ("backward", gradient_in_a_buffer, ["backward_twice", "calls_are_apart"]),
         ("backward", gradient_in_float32, ["fakes_are_exact"]),
         ("backward", offset, ["gradients_match_reference", "backward_twice"]),
         ("backward", weight_gradient_in_dtype_of_x, ["fakes_are_exact"]),
+        ("backward", weight_gradient_rounded_to_the_dtype_of_x, ["mixed_dtypes"]),
+        ("backward", overflows_for_large_weights_backward, ["regimes_of_others"]),
+        ("backward", upstream_scaled_in_its_dtype, ["regimes_in_16_bits"]),
         ("backward", writes_upstream, ["nothing_is_written_to"]),
         ("backward", writes_saved, ["nothing_is_written_to"]),
         ("backward", upstream_read_as_dense, ["upstream_layouts"]),
@@ -359,6 +418,7 @@ FAULTS = {
         ("reference", reference_with_nan_when_empty, ["empty_tensors"]),
         ("reference", reference_detached, ["gradients_match_reference"]),
         ("reference", reference_that_branches, ["functorch_transforms"]),
+        ("reference", reference_in_place, ["nothing_is_written_to"]),
         ("cost", cost_in_elements, ["cost_is_sound"]),
         ("sharding", mean_as_a_sum, ["shards_agree"]),
         ("sharding", weight_whole_beside_split_columns, ["shards_agree"]),
@@ -370,3 +430,11 @@ FAULTS = {
     ]
 }
 FAULTS["saves_too_little"] = (replace(SOUND, save_inputs=("weight",)), ["double_backward"])
+FAULTS["aux_in_a_buffer"] = (
+    replace(SOUND, forward=aux_in_a_buffer, backward=weight_from_aux, fake=fake_with_aux),
+    ["calls_are_apart"],
+)
+FAULTS["state_beside_the_call"] = (
+    replace(SOUND, forward=remembers_the_last_weight, backward=with_the_last_weight),
+    ["calls_are_apart"],
+)

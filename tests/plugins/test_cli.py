@@ -156,3 +156,23 @@ def test_check_runs_kernels_in_the_interpreter_without_a_gpu():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "trilith::dropout by trilith" in done.stdout
+
+
+def test_check_refuses_a_python_without_assertions():
+    code = """
+from trilith.plugins.__main__ import main
+for name in ("trilith::dropout", "rms_norm"):
+    try:
+        main(["check", name])
+    except RuntimeError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", code],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.stdout.count("the conformance checks are assert statements") == 2, done.stderr
+    assert "passed" not in done.stdout

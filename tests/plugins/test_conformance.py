@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.plugins.faulty_ops import FAULTS, SOUND
+from tests.plugins.unusual_ops import UNUSUAL
 from tests.support.aot import import_kernels
 from tests.support.devices import DEVICE, DTYPES, INTERPRETING, dtype_name
 from trilith.plugins import Op, registry
@@ -30,6 +31,7 @@ AT_MOST_INTERPRETED = {
     "writes_are_disjoint": 4,
     "regimes": 2,
     "runs_are_bit_equal": 2,
+    "calls_are_apart": 2,
     "backward_twice": 3,
     "autocast": 2,
     "checkpointing": 2,
@@ -119,6 +121,15 @@ def run(op, check, dtype):
 def test_sound_op_passes(make, check):
     for dtype in dtypes_of_check(check, DTYPES):
         run(make(SOUND), check, dtype)
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_op_passes(make, name):
+    op = make(UNUSUAL[name])
+    for check in CHECKS:
+        if not check.__name__.startswith("compiles"):
+            for dtype in dtypes_of_check(check, DTYPES):
+                run(op, check, dtype)
 
 
 @pytest.mark.parametrize(

@@ -72,12 +72,81 @@ class KeepsStateBeside(Gain):
         return super().forward(x) + self.offset
 
 
+class WidensBfloat16(Gain):
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+class FewTokens(Gain):
+    def forward(self, x):
+        if x.shape[1] > 5:
+            raise ValueError("x must have at most 5 tokens")
+        return super().forward(x)
+
+
+class LooksAheadInLongSequences(Gain):
+    def forward(self, x):
+        return super().forward(x if x.shape[1] < 9 else x + x.roll(-1, 1))
+
+
+class MixesInTraining(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim)
+
+    def forward(self, x):
+        return self.norm(x.mT).mT
+
+
+class MixesTheBatch(Gain):
+    def forward(self, x):
+        return super().forward(x - x.mean(0, keepdim=True))
+
+
+class FiveTimesTheGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gain):
+        ctx.save_for_backward(gain)
+        return x * gain
+
+    @staticmethod
+    def backward(ctx, dy):
+        (gain,) = ctx.saved_tensors
+        return 5 * dy * gain, 0 * gain
+
+
+class DifferentiatesWrongly(Gain):
+    def forward(self, x):
+        return FiveTimesTheGradient.apply(x, self.gain)
+
+
+class KeepsARunningSize(Gain):
+    """Right: in training a call moves what none of its outputs depends on."""
+
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.register_buffer("size", torch.ones(()))
+
+    def forward(self, x):
+        if self.training:
+            self.size.lerp_(x.detach().square().mean(), 0.1)
+        return super().forward(x)
+
+
 ONE = Gain(16)
 WRONG = {
     "transposes": (lambda config: Transposes(config.dim), "shapes_are_kept"),
     "mixes": (lambda config: Mixes(config.dim), "nothing_is_foreseen"),
     "detaches": (lambda config: Detaches(config.dim), "gradients_reach_all"),
     "one_for_all": (lambda config: ONE, "builds_are_apart"),
+    "widens_bfloat16": (lambda config: WidensBfloat16(config.dim), "shapes_are_kept"),
+    "looks_ahead": (lambda config: LooksAheadInLongSequences(config.dim), "nothing_is_foreseen"),
+    "mixes_in_training": (lambda config: MixesInTraining(config.dim), "nothing_is_foreseen"),
+    "mixes_the_batch": (lambda config: MixesTheBatch(config.dim), "nothing_is_foreseen"),
+    "differentiates_wrongly": (
+        lambda config: DifferentiatesWrongly(config.dim),
+        "gradients_are_derivatives",
+    ),
     "holds_a_lambda": (lambda config: HoldsALambda(config.dim), "copies_agree"),
     "keeps_state_beside": (lambda config: KeepsStateBeside(config.dim), "copies_agree"),
 }
@@ -97,8 +166,14 @@ def test_a_wrong_module_is_caught_by_one_check(fault):
     assert failed[check].hint
 
 
-def test_a_sound_module_passes():
-    assert not [row for row in rows_of(lambda config: Gain(config.dim)).values() if row.reason]
+@pytest.mark.parametrize("kind", [Gain, KeepsARunningSize])
+def test_a_sound_module_passes(kind):
+    assert not [row for row in rows_of(lambda config: kind(config.dim)).values() if row.reason]
+
+
+def test_a_module_of_few_tokens_is_caught():
+    rows = rows_of(lambda config: FewTokens(config.dim))
+    assert "shapes_are_kept: ValueError: x must have" in rows["shapes_are_kept"].reason
 
 
 def test_every_check_of_modules_catches_something():

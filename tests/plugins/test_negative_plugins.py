@@ -6,13 +6,18 @@ import pytest
 import torch
 
 from tests.plugins.negative import OPS, PLUGINS, SOUND, Bringing
+from tests.plugins.negative_further import FURTHER
 from trilith.plugins import Manager, PluginWarning, Registry
 from trilith.plugins.conformance import CHECKS
 from trilith.plugins.report import check_op, run_check
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = {"wrong_in_bfloat16_only": torch.bfloat16, "sums_in_its_own_dtype": torch.float16}
+DTYPES = {
+    "wrong_in_bfloat16_only": torch.bfloat16,
+    "sums_in_its_own_dtype": torch.float16,
+    "weight_rounded_to_the_dtype_of_x": torch.bfloat16,
+}
 BY_NAME = {check.__name__: check for check in CHECKS}
 
 
@@ -24,9 +29,9 @@ def manager():
         op.destroy()
 
 
-@pytest.mark.parametrize("fault", OPS)
+@pytest.mark.parametrize("fault", OPS | FURTHER)
 def test_the_kit_catches(manager, fault):
-    spec, check = OPS[fault]
+    spec, check = (OPS | FURTHER)[fault]
     assert manager.add(f"bad:{fault}", lambda: Bringing(spec))
     op = manager.registry.op(spec.name)
     with pytest.raises(AssertionError, match=rf"^{spec.name}\(.*: {check}: "):

@@ -824,3 +824,24 @@ class TestForwardThatIsToldWhatBackwardNeeds:
         )
         compiled(x, bias).sum().backward()
         assert calls[-2:] == [f"forward {[*wanted, False]}", "made" if wanted[0] else "missing"]
+
+
+def test_a_complex_output_is_refused_where_a_gradient_is_wanted(make):
+    def polar(x: Tensor) -> tuple[Tensor, ...]:
+        return x.square(), torch.polar(x, x)
+
+    op = make(
+        OpSpec(
+            name="test_op::polar",
+            forward=polar,
+            backward=lambda ctx, dy, dz: (2 * ctx.inputs[0] * dy,),
+            reference=polar,
+            samples=lambda device, dtype: [],
+            outputs=2,
+            devices=EVERYWHERE,
+        )
+    )
+    x = torch.rand(3, device=DEVICE)
+    assert op(x)[1].is_complex()
+    with pytest.raises(TypeError, match="forward must return real tensors, got torch.complex64"):
+        op(x.requires_grad_())
