@@ -154,7 +154,8 @@ class _Cached:
 
     def logits(self, new: list[Tensor]) -> Tensor:
         counts = [len(tokens) for tokens in new]
-        padded = pad_sequence(new, batch_first=True)
+        alike = min(counts) == max(counts)  # as after the prompts: one launch, whatever the batch
+        padded = torch.stack(new) if alike else pad_sequence(new, batch_first=True)
         if isinstance(self.starts, int):
             self.starts = torch.zeros(len(new), dtype=torch.long, device=padded.device)
         for _, cache in self.caches:
@@ -163,7 +164,7 @@ class _Cached:
             hidden = self.model.hidden(padded)
             taken: Tensor | int = padded.shape[1]
             last = hidden[:, -1]
-            if min(counts) < taken:  # else nothing need be copied to the device
+            if not alike:  # else nothing need be copied to the device
                 taken = torch.tensor(counts, device=padded.device)
                 last = hidden[torch.arange(len(new), device=padded.device), taken - 1]
             self.starts = self.starts + taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,8 +23,19 @@ _NO_LAUNCH = {
     "aten::new_empty_strided",
     "aten::lift_fresh",
     "aten::_unsafe_view",
-    "aten::_local_scalar_dense",
 }
+_READS = "aten::_local_scalar_dense"  # a number, by the host
+_SYNCS = {
+    _READS,
+    "aten::equal",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::unique_consecutive",
+    "aten::bincount",
+}
+_INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
 
 
 @contextmanager
@@ -33,11 +45,40 @@ def operators(observe: Observe) -> Iterator[None]:
     Views and allocations start none. An op written in Python is looked into instead: a copy or a
     fill inside it is seen. What Triton's interpreter does to run a kernel is not.
     """
+
+    def launched(name: str, *call: Any) -> None:
+        if name != _READS:
+            observe(name, *call)
+
+    with _observed(launched):
+        yield
+
+
+@contextmanager
+def _observed(observe: Observe) -> Iterator[None]:
     mode = _Operators(observe)
     with ExitStack() as stack:
         _hide_the_interpreter(mode, stack)
         stack.enter_context(mode)
         yield
+
+
+@contextmanager
+def syncs() -> Iterator[Counter[str]]:
+    """Counts, by operator, where the host would wait for a device: it reads a number, or what comes
+    out has a size that only the data tell."""
+    counts: Counter[str] = Counter()
+
+    def observe(name: str, args: tuple[Any, ...], *_: Any) -> None:
+        if name in _SYNCS or (name in _INDEXING and _picks_by_mask(args[1])):
+            counts[name] += 1
+
+    with _observed(observe):
+        yield counts
+
+
+def _picks_by_mask(indices: Any) -> bool:
+    return any(index is not None and index.dtype == torch.bool for index in indices)
 
 
 def _hide_the_interpreter(mode: _Operators, stack: ExitStack) -> None:

@@ -16,12 +16,13 @@ _BODY = torch._C.DispatchKey.CompositeExplicitAutograd
 
 
 class Live:
-    """Bytes of the storages made since the count began: those that are alive, and their peak.
+    """Bytes of the storages made since the count began: all, those that are alive, and their peak.
 
     What an operator of PyTorch needs while it runs, such as a product's workspace, is not seen.
     """
 
     def __init__(self) -> None:
+        self.made = 0
         self.now = 0
         self.peak = 0
         self._known: set[int] = set()
@@ -34,6 +35,7 @@ class Live:
             return
         size = storage.nbytes() if size is None else size
         self._known.add(key)
+        self.made += size
         self.now += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._drop, key, size)

@@ -10,10 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.devices import DEVICE
+from perf.meters.aten import syncs
+from perf.meters.launches import launches
+from perf.meters.live import live_bytes
+from tests.support.devices import DEVICE, INTERPRETING
 from trilith.blocks import LMConfig, SelfAttention, build_lm
 from trilith.blocks.generation import Sampling, cache_obstacle
 
+needs_kernels = pytest.mark.skipif(
+    not (INTERPRETING or DEVICE == "cuda"), reason="the reference's work grows with the text"
+)
 SIZES = {"vocab_size": 40, "dim": 16, "n_layers": 2, "n_heads": 4, "max_len": 24}
 KINDS = {
     "rotary": {},
@@ -62,6 +68,42 @@ def test_a_cache_runs_the_model_on_one_token_a_step():
     model.embedding.register_forward_hook(lambda _, args, out: seen.append(args[0].shape))
     model.generate(prompts(4, 2), 3)
     assert seen == [(2, 4), (2, 1), (2, 1)]
+
+
+def cost_of_a_step(model, batch, length, new):
+    """Launches, and bytes allocated, of the third step."""
+    stream = model.generate_stream(prompts(*[length] * batch), new)
+    next(stream), next(stream)
+    with launches() as launched, live_bytes() as live:
+        next(stream)
+    return launched.total(), live.made
+
+
+@needs_kernels
+def test_a_step_costs_the_same_whatever_was_read_and_is_to_come():
+    model = model_of("grouped", torch.float32)
+    short, read, to_come = (
+        cost_of_a_step(model, 2, *sizes) for sizes in ((4, 3), (18, 3), (4, 20))
+    )
+    assert short == read == to_come
+    assert cost_of_a_step(model, 4, 4, 3)[0] == short[0]
+
+
+@needs_kernels
+def test_without_stop_tokens_the_host_waits_for_nothing():
+    model = model_of("grouped", torch.float32)
+    with syncs() as waits:
+        list(model.generate_stream(prompts(4, 4), 3))
+    assert not waits
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_only_the_last_token_of_a_text_has_logits(use_cache, monkeypatch):
+    model, shapes = model_of(), []
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda h: shapes.append(h.shape) or logits(h))
+    model.generate(prompts(5, 5), 3, use_cache=use_cache)
+    assert shapes == [(2, SIZES["dim"])] * 3
 
 
 def test_a_batch_equals_its_prompts_one_by_one():

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from perf.meters.aten import syncs
 from perf.meters.bands import share_read
 from perf.meters.compiled import scheduled
 from perf.meters.launches import launches
@@ -146,6 +147,29 @@ class _Square(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: x[x > 0],
+        lambda x: (x > 0).nonzero(),
+        lambda x: torch.equal(x, x),
+    ],
+)
+def test_where_the_host_would_wait_is_counted(waiting):
+    with syncs() as waits:
+        waiting(torch.randn(4))
+    assert waits.total() == 1
+
+
+def test_a_lookup_does_not_wait():
+    x, at = torch.randn(4), torch.tensor([1, 2])
+    with syncs() as waits:
+        x[at] + x.index_select(0, at)
+    assert not waits
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameters():
