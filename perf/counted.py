@@ -5,8 +5,9 @@
 Kernels run in Triton's interpreter. Parts of names, as softmax, count only those. --check exits
 with 1 if a figure is worse than in perf/baselines/counted.json; --update writes the figures there.
 --binaries adds spills and narrow loads of a sample of every kernel, compiled ahead of time for
-each architecture; its baseline is kept per Triton version. On CI tests/test_aot.py holds the same
-binaries to it. It is of all kernels, and so takes no NAME, as --update does.
+each architecture; its baseline is kept per Triton version, and a variant of it that no call
+launches any more is worse too. On CI tests/test_aot.py holds the same binaries to it. It is of all
+kernels, and so takes no NAME, nor does --update.
 """
 
 from __future__ import annotations
@@ -143,9 +144,9 @@ def _all_else(results: dict[str, Any], with_binaries: bool, update: bool) -> lis
     results |= {"peers": peers, "host": host}
     parts = [block_table(results["figures"], peers), host_table(host)]
     if with_binaries:
-        reports = binaries.survey()
+        reports, launched = binaries.survey()
         compiled = binaries.figures(reports)
-        results["binaries"] = {version("triton"): compiled}
+        results |= {"binaries": {version("triton"): compiled}, "launched": sorted(launched)}
         parts.append(binaries.table(compiled))
         if update:
             known.write(known.FILE, reports)
@@ -161,7 +162,7 @@ def _judge(results: dict[str, Any], names: list[str], check: bool, update: bool)
         before = {name: own for name, own in before.items() if any(n in name for n in names)}
     found = gate.changes(before, results["figures"])
     for triton, own in results["binaries"].items():
-        found += binaries.changes(compiled.get(triton, {}), own)
+        found += binaries.changes(compiled.get(triton, {}), own, results["launched"])
     print("\n".join(map(str, found)) or "every figure is as it was")
     if update:
         kept = {k: results[k] for k in ("figures", "torch")}
