@@ -11,9 +11,11 @@ A benchmark is a regression only if a bootstrap confidence interval of the ratio
 no change and the effect is above 5 %, and if both hold again when it is run again: of checkouts in
 both, of results in this checkout, which should be what AFTER.json was taken from.
 
-Exits with 1 if there is a regression, with 2 if the results cannot be compared or not confirmed
-here: another GPU or processor, another version of PyTorch or Triton. --no-rerun judges by the
-results alone.
+Exits with 1 if there is a regression. Exits with 2 if that cannot be said: the results cannot be
+compared or not confirmed here (another GPU or processor, another version of PyTorch or Triton),
+have no samples or too few of them, or lack a benchmark after that was there before. --no-rerun
+judges by the results alone, --allow-missing takes what is missing for removed. What is counted is
+left to perf.counted.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ from pathlib import Path
 import numpy as np
 
 from perf.gate import markdown
-from perf.results import Benchmark, load
+from perf.results import Benchmark, Unreadable, load
 
 SMALLEST_EFFECT = 0.05
 CONFIDENCE = 0.99
+FEWEST_SAMPLES = 5  # the interval of one has no width, that of a few hardly any
+SLOWER, TOO_FEW = "SLOWER", "too few samples"
 _RESAMPLES = 4000
 _SEED = 0
 _MUST_MATCH = ("device", "gpu", "processor", "torch", "triton")
@@ -57,14 +61,16 @@ class Comparison:
     ratio: float
     low: float
     high: float
+    samples: int  # of the side that has fewer
     again: Comparison | None = None
 
     @property
     def verdict(self) -> str:
+        if self.samples < FEWEST_SAMPLES:
+            return TOO_FEW
         if self.low > 1 and self.ratio > 1 + SMALLEST_EFFECT:
-            if self.again is not None and self.again.verdict != "SLOWER":
-                return "same: slower once, not again"
-            return "SLOWER"
+            again = SLOWER if self.again is None else self.again.verdict
+            return again if again in (SLOWER, TOO_FEW) else "same: slower once, not again"
         if self.high < 1 and self.ratio < 1 - SMALLEST_EFFECT:
             return "faster"
         return "same"
@@ -84,7 +90,8 @@ def compared(name: str, rounds: Sequence[tuple[Samples, Samples]]) -> Comparison
     spread = np.median(np.take_along_axis(resampled, drawn, 0), axis=0)
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(spread, [tail, 100 - tail])
-    return Comparison(name, float(np.median(ratios)), float(low), float(high))
+    samples = min(sum(map(len, side)) for side in zip(*rounds, strict=True))
+    return Comparison(name, float(np.median(ratios)), float(low), float(high), samples)
 
 
 def _medians(samples: Samples, generator: np.random.Generator) -> np.ndarray:
@@ -93,25 +100,33 @@ def _medians(samples: Samples, generator: np.random.Generator) -> np.ndarray:
     return np.median(values[drawn], axis=1)
 
 
-def compare(rounds: Rounds) -> tuple[list[Comparison], list[str]]:
-    """Comparisons of the benchmarks in every run, slowest first, and a line for each of the others.
+def compare(rounds: Rounds) -> tuple[list[Comparison], list[str], list[str]]:
+    """Comparisons of the benchmarks timed in every run, slowest first; a line for each that is
+    missing of those timed before; and one for each that is new.
 
     Raises:
         Incomparable: the runs were on different hardware or software, or share no benchmark.
     """
+    rounds = [(_timed(before), _timed(after)) for before, after in rounds]
     for before, after in rounds:
         _require_alike(before, after)
-    befores, afters = (set.intersection(*(set(r[i]) for r in rounds)) for i in (0, 1))
-    both = befores & afters
+    befores, afters = ([set(r[i]) for r in rounds] for i in (0, 1))
+    both = set.intersection(*befores, *afters)
     if not both:
-        raise Incomparable("cannot compare: no benchmark is in both results")
+        raise Incomparable("cannot compare: no timed benchmark is in both results")
     found = [
         compared(name, [(b[name].samples, a[name].samples) for b, a in rounds])
         for name in sorted(both)
     ]
-    alone = [f"missing after: {name}" for name in sorted(befores - both)]
-    alone += [f"new: {name}" for name in sorted(afters - both)]
-    return sorted(found, key=lambda c: -c.ratio), alone
+    known, still = set.union(*befores), set.intersection(*afters)
+    missing = [f"missing after: {name}" for name in sorted(known - still)]
+    missing += [f"missing in a run before: {name}" for name in sorted((known & still) - both)]
+    new = [f"new: {name}" for name in sorted(set.union(*afters) - known)]
+    return sorted(found, key=lambda c: -c.ratio), missing, new
+
+
+def _timed(results: Results) -> Results:
+    return {name: benchmark for name, benchmark in results.items() if benchmark.is_timed}
 
 
 def _require_alike(before: Results, after: Results) -> None:
@@ -133,10 +148,10 @@ def confirmed(
     Raises:
         Incomparable: what runs again does so on other hardware or software.
     """
-    slower = [c.name for c in found if c.verdict == "SLOWER"]
+    slower = [c.name for c in found if c.verdict == SLOWER]
     if not slower:
         return found
-    again, _ = compare(rerun([known[name].test for name in slower]))
+    again, *_ = compare(rerun([known[name].test for name in slower]))
     fresh = {c.name: c for c in again}
     lost = [name for name in slower if name not in fresh]
     if lost:
@@ -168,15 +183,17 @@ def run_benchmarks(checkout: Path, tests: Sequence[str]) -> Results:
         if answer.returncode not in (0, 1) or not file.exists() or not file.stat().st_size:
             last = (answer.stdout + answer.stderr)[-2000:]
             raise Incomparable(f"cannot run the benchmarks of {checkout}:\n{last}")
-        return load([file])
+        return _loaded(file)
 
 
 def _is_checkout(path: Path) -> bool:
     return (path / "pyproject.toml").exists()
 
 
-def judge(options: argparse.Namespace, run: Runner) -> tuple[list[Comparison], list[str]]:
-    """All comparisons, confirmed where they must be, and what is in one only.
+def judge(
+    options: argparse.Namespace, run: Runner
+) -> tuple[list[Comparison], list[str], list[str]]:
+    """All comparisons, confirmed where they must be, and what is missing and new.
 
     Raises:
         Incomparable: they cannot be compared or confirmed, with the reason.
@@ -197,22 +214,26 @@ def judge(options: argparse.Namespace, run: Runner) -> tuple[list[Comparison], l
         def rerun(tests: Sequence[str]) -> Rounds:
             return [(rounds[0][0], run(_ROOT, tests))]
 
-    found, alone = compare(rounds)
+    found, missing, new = compare(rounds)
     if options.rerun:
         try:
             found = confirmed(found, rounds[0][1], lambda tests: _only_shared(rerun(tests)))
         except Incomparable as why:
             raise Incomparable(f"{why}\n--no-rerun judges by these results alone") from why
-    return found, alone
+    return found, missing, new
 
 
 def _loaded(path: Path) -> Results:
     try:
         results = load([path])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Incomparable(f"cannot read results from {path}: {error!r}") from error
-    if not results:
-        raise Incomparable(f"cannot compare: no results in {path}")
+    except Unreadable as error:
+        raise Incomparable(str(error)) from error
+    without = [name for name, benchmark in results.items() if not benchmark.has_samples]
+    if without:
+        raise Incomparable(
+            f"cannot compare: {path} has no finite positive samples of {without[0]}, one of "
+            f"{len(without)}; save with --results, --benchmark-json or --benchmark-save-data"
+        )
     return results
 
 
@@ -226,21 +247,34 @@ def main(arguments: Sequence[str] | None = None, run: Runner = run_benchmarks) -
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--no-rerun", dest="rerun", action="store_false")
-    parser.add_argument("--rounds", type=int, default=4, help="pairs of runs of two checkouts")
+    parser.add_argument("--allow-missing", action="store_true")
+    parser.add_argument("--rounds", type=_positive, default=4, help="pairs of runs of checkouts")
     parser.add_argument("--select", nargs="+", default=[], help="pytest arguments, for checkouts")
     options = parser.parse_args(arguments)
     try:
-        found, alone = judge(options, run)
+        found, missing, new = judge(options, run)
     except Incomparable as why:
         print(why)
         return 2
     head = ["benchmark", "after / before", f"{CONFIDENCE:.0%} interval", "again", "verdict"]
     rows = [[c.name, f"{c.ratio:.3f}", _interval(c), _again(c), c.verdict] for c in found]
     print(markdown(head, rows))
-    print("\n".join(alone))
-    slower = [c for c in found if c.verdict == "SLOWER"]
-    print(f"{len(found)} compared, {len(slower)} slower, {len(alone)} in one only")
-    return 1 if slower else 0
+    print("\n".join(missing + new))
+    slower, few = (sum(c.verdict == verdict for c in found) for verdict in (SLOWER, TOO_FEW))
+    print(f"{len(found)} compared, {slower} slower, {len(missing)} missing, {len(new)} new")
+    if few:
+        print(f"cannot say: {few} with fewer than {FEWEST_SAMPLES} samples; run more rounds")
+    if missing and not options.allow_missing:
+        print(f"cannot say: {len(missing)} missing; --allow-missing if they were removed")
+    if slower:
+        return 1
+    return 2 if few or (missing and not options.allow_missing) else 0
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
 def _interval(c: Comparison) -> str:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import tempfile
 from collections import defaultdict
+from collections.abc import Generator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,18 @@ def pytest_configure(config: pytest.Config) -> None:
     # Threads that wait for each other turn times of small calls on a busy machine into noise.
     torch.set_num_threads(1)
     if config.option.results is not None:
+        _require_writable(config.option.results)
         config.pluginmanager.register(ResultsByFamily(config))
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"--results {folder} cannot be written: {error.strerror}"
+        raise pytest.UsageError(reason) from error
 
 
 class ResultsByFamily:
@@ -48,8 +61,15 @@ class ResultsByFamily:
             "commit_info": hook.pytest_benchmark_generate_commit_info(config=self.config),
         }
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_teardown(self, item: pytest.Item) -> None:
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Torn down whether or not the results can be kept, so that the next case is run."""
+        try:
+            return (yield)
+        finally:
+            self._keep(item)
+
+    def _keep(self, item: pytest.Item) -> None:
         benchmark = getattr(item, "funcargs", {}).get("benchmark")
         if benchmark is not None and benchmark.stats is not None and not benchmark.has_error:
             family = item.path.stem.removeprefix("bench_")
@@ -66,7 +86,6 @@ class ResultsByFamily:
         if family not in self.before:
             self.before[family] = self._measured_before(family)
         results["benchmarks"] = self.before[family] + results["benchmarks"]
-        self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self.folder / f"{family}.json.part"
         unfinished.write_text(json.dumps(results, indent=1, default=str))
         unfinished.replace(self.folder / f"{family}.json")

@@ -5,8 +5,9 @@
 Kernels run in Triton's interpreter. Parts of names, as softmax, count only those. --check exits
 with 1 if a figure is worse than in perf/baselines/counted.json; --update writes the figures there.
 --binaries adds spills and narrow loads of a sample of every kernel, compiled ahead of time for
-each architecture; its baseline is kept per Triton version. On CI tests/test_aot.py holds the same
-binaries to it.
+each architecture; its baseline is kept per Triton version, and a variant of it that no call
+launches any more is worse too. On CI tests/test_aot.py holds the same binaries to it. It is of all
+kernels, and so takes no NAME, nor does --update.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,8 @@ def host_table(host: Figures) -> str:
     return gate.markdown(head, rows)
 
 
-def main() -> int:
+def chosen(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the subjects to count; what cannot be done is refused before counting."""
     parser = argparse.ArgumentParser(prog="python -m perf.counted", description=__doc__)
     parser.add_argument("names", nargs="*", help="parts of names, as softmax; none for all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -94,13 +97,28 @@ def main() -> int:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="fail on a figure worse than before")
     action.add_argument("--update", action="store_true", help="make the figures the baseline")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     names = list(subjects(options.names))
     if not names:
         parser.error(f"nothing is called {' or '.join(options.names)}")
     if options.names and options.update:
         parser.error("a baseline has every figure: --update takes no names")
+    if options.names and options.binaries:
+        parser.error(
+            "the sample is of all kernels: --binaries takes no names; "
+            "python -m tests.support.aot --filter NAME compiles those of one"
+        )
+    if options.json:
+        try:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.open("a").close()
+        except OSError as error:
+            parser.error(f"--json {options.json} cannot be written: {error.strerror}")
+    return options, names
 
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options, names = chosen(arguments)
     start = time.perf_counter()
     torch.set_num_threads(1)
     figures, seconds = count_all(names, os.cpu_count() or 1)
@@ -110,9 +128,10 @@ def main() -> int:
         parts += _all_else(results, options.binaries, options.update)
     print("\n\n".join(parts))
     print(f"\ncounted in {time.perf_counter() - start:.0f} s")
+    status = _judge(results, options.names, options.check, options.update)
     if options.json:
         gate.write(options.json, results)
-    return _judge(results, options.names, options.check, options.update)
+    return status
 
 
 def _all_else(results: dict[str, Any], with_binaries: bool, update: bool) -> list[str]:
@@ -125,9 +144,9 @@ def _all_else(results: dict[str, Any], with_binaries: bool, update: bool) -> lis
     results |= {"peers": peers, "host": host}
     parts = [block_table(results["figures"], peers), host_table(host)]
     if with_binaries:
-        reports = binaries.survey()
+        reports, launched = binaries.survey()
         compiled = binaries.figures(reports)
-        results["binaries"] = {version("triton"): compiled}
+        results |= {"binaries": {version("triton"): compiled}, "launched": sorted(launched)}
         parts.append(binaries.table(compiled))
         if update:
             known.write(known.FILE, reports)
@@ -143,7 +162,7 @@ def _judge(results: dict[str, Any], names: list[str], check: bool, update: bool)
         before = {name: own for name, own in before.items() if any(n in name for n in names)}
     found = gate.changes(before, results["figures"])
     for triton, own in results["binaries"].items():
-        found += binaries.changes(compiled.get(triton, {}), own)
+        found += binaries.changes(compiled.get(triton, {}), own, results["launched"])
     print("\n".join(map(str, found)) or "every figure is as it was")
     if update:
         kept = {k: results[k] for k in ("figures", "torch")}

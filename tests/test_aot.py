@@ -2,7 +2,8 @@
 
 The compiling happens in a process without TRITON_INTERPRET; `python -m tests.support.aot` prints
 the figures. What Triton would take from its cache, had it compiled the committed sources before, is
-not compiled again: its figures are in `perf/baselines/known_binaries.json`.
+not compiled again: its figures are in `perf/baselines/known_binaries.json`. No figure may be worse
+than in `perf/baselines/counted.json`, and no variant there may be one that is no longer launched.
 """
 
 import importlib.util
@@ -82,7 +83,8 @@ def survey(arch, report, *options):
     always = ("--arch", arch, "--json", str(report), "--jobs", jobs)
     answer = run("tests.support.aot", *always, *options)
     assert report.exists(), answer.stdout + answer.stderr
-    return json.loads(report.read_text())
+    found = json.loads(report.read_text())
+    return found["reports"], found["launched"]
 
 
 def excused(report, problem):
@@ -98,7 +100,7 @@ def excused(report, problem):
 @pytest.mark.parametrize("arch", aot.TARGETS)
 def test_binaries(arch, tmp_path):
     sample = ("--most", *map(str, aot.SAMPLED[arch]), "--known", str(known.FILE))
-    reports = survey(arch, tmp_path / "reports.json", *sample)
+    reports, launched = survey(arch, tmp_path / "reports.json", *sample)
     assert reports
     faults = [
         f"{r['kernel']} [{r['variant']}] of {r['op']}({r['sample']}): {problem}"
@@ -113,8 +115,10 @@ def test_binaries(arch, tmp_path):
     stale = [e for a, e in NO_MMA_ALLOWED if a == arch and compiled[e]["mma"]]
     assert not stale, f"these have tensor-core instructions: {stale}"
     baseline = gate.read(BASELINE).get("binaries", {}).get(version("triton"), {})
-    worse = [str(c) for c in binaries.changes(baseline, binaries.figures(reports)) if c.is_worse]
-    assert not worse, "\n" + "\n".join(worse)
+    found = binaries.changes(baseline, binaries.figures(reports), launched)
+    worse = [str(change) for change in found if change.is_worse]
+    meant = "if it is meant: python -m perf.counted --binaries --update"
+    assert not worse, "\n".join(["", *map(str, found), meant])
 
 
 @needs_triton
@@ -135,7 +139,8 @@ def test_every_op_has_shapes():
 @needs_triton
 def test_survey_sees_faults(tmp_path):
     """Spills, too much shared memory, a dot without MMA and a broken case are each reported."""
-    reports = survey("sm_90", tmp_path / "reports.json", "--cases", "tests.support.faulty_kernels")
+    cases = ("--cases", "tests.support.faulty_kernels")
+    reports, _ = survey("sm_90", tmp_path / "reports.json", *cases)
     problems = {r["kernel"]: " ".join(r["problems"]) for r in reports}
     assert "spills: " in problems["spilling_kernel"]
     assert "shared memory: " in problems["sharing_kernel"]
@@ -156,7 +161,7 @@ def test_what_is_known_is_not_compiled_and_what_has_changed_is(tmp_path, monkeyp
         (tmp_path / folder / "own_kernels.py").write_text(source)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path / folder))
         cases = ("--cases", "own_kernels", "--filter", "copy_kernel")
-        found = survey("sm_90", tmp_path / f"{folder}.json", *cases, *options)
+        found, _ = survey("sm_90", tmp_path / f"{folder}.json", *cases, *options)
         return [r for r in found if r["kernel"] == "copy_kernel"]
 
     fresh = copies_of("fresh", source)
@@ -168,7 +173,7 @@ def test_what_is_known_is_not_compiled_and_what_has_changed_is(tmp_path, monkeyp
     assert [r["registers"] for r in again] == [r["registers"] for r in fresh]
 
     broken = ("--cases", "tests.support.faulty_kernels", "--filter", "broken_kernel")
-    failed = survey("sm_90", tmp_path / "broken.json", *broken, "--known", str(file))
+    failed, _ = survey("sm_90", tmp_path / "broken.json", *broken, "--known", str(file))
     assert any("does not compile" in problem for r in failed for problem in r["problems"])
     known.write(tmp_path / "nothing.json", failed)
     assert known.read(tmp_path / "nothing.json") == {}
@@ -183,10 +188,18 @@ def test_what_is_known_is_not_compiled_and_what_has_changed_is(tmp_path, monkeyp
 
 
 @needs_triton
+def test_what_the_sample_leaves_out_is_launched_all_the_same(tmp_path):
+    one = ("--filter", "_softmax_fwd_kernel", "--most", "1", "--known", str(known.FILE))
+    reports, launched = survey("sm_90", tmp_path / "reports.json", *one)
+    assert len(reports) == 1 and len(launched) > 1
+
+
+@needs_triton
 def test_survey_specialises_as_the_jit_does(tmp_path):
     """Divisible by 16 or not, aligned or not: three variants of one kernel, two of them narrow."""
     options = ("--cases", "tests.support.faulty_kernels", "--filter", "copy_kernel")
-    reports = survey("sm_90", tmp_path / "reports.json", *options)
+    reports, launched = survey("sm_90", tmp_path / "reports.json", *options)
     copies = [r for r in reports if r["kernel"] == "copy_kernel"]
     assert sorted(r["wide"] for r in copies) == [0.0, 1.0]
+    assert {aot.title(r["kernel"], "sm_90", r["variant"], r["op"]) for r in copies} == {*launched}
     assert all(r["registers"] > 0 for r in copies)

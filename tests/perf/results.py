@@ -15,7 +15,7 @@ def entry(name, data, environment=H200, **info):
     described = {"workload": name, "dtype": "bf16", "direction": "forward", "provider": "trilith"}
     return {
         "name": name,
-        "stats": {"data": data, "median": float(np.median(data))},
+        "stats": {"data": data, "median": float(np.median(data)) if data else 1e-4},
         "extra_info": described | {"environment": environment} | info,
     }
 

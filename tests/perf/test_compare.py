@@ -1,8 +1,10 @@
 """Comparing results: regressions are found, noise is not one."""
 
+import math
+
 import pytest
 
-from perf.compare import Incomparable, main, run_benchmarks
+from perf.compare import FEWEST_SAMPLES, TOO_FEW, Incomparable, main, run_benchmarks
 from perf.compare import compared as compared_in_rounds
 from perf.results import Benchmark
 from tests.perf.results import H200, entry, samples, write
@@ -66,6 +68,27 @@ def test_what_cannot_be_read_is_told(tmp_path, capsys):
         assert wrong.name in printed and printed.startswith("cannot ")
 
 
+SHAPES = ["[1, 2]", "null", "{}", '{"benchmarks": [1]}', '{"benchmarks": [{"name": "a"}]}']
+
+
+@pytest.mark.parametrize("text", SHAPES)
+def test_json_of_another_shape_is_refused_in_one_line(tmp_path, capsys, text):
+    whole, other = tmp_path / "whole.json", tmp_path / "other.json"
+    write(whole, [entry("a", samples(1e-4))])
+    other.write_text(text)
+    assert main([str(whole), str(other)]) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"cannot read {other}: ")
+
+
+@pytest.mark.parametrize("rounds", ["0", "-1", "some"])
+def test_rounds_are_a_number_of_runs(tmp_path, capsys, rounds):
+    with pytest.raises(SystemExit) as left:
+        main([str(tmp_path), str(tmp_path), "--rounds", rounds], never)
+    assert left.value.code == 2
+    assert "--rounds" in capsys.readouterr().err
+
+
 def benchmark(name, data, environment=H200):
     return Benchmark(name, data, 0.0, {"environment": environment}, f"perf/bench.py::{name}")
 
@@ -114,17 +137,66 @@ def test_other_hardware_or_software_is_refused_in_one_line(tmp_path, capsys, fac
     assert lines == [f"cannot compare: {fact} was {H200[fact]} before, is {other} after"]
 
 
-def test_benchmarks_in_one_only_are_listed(tmp_path, capsys):
+def test_a_benchmark_that_is_missing_after_does_not_pass_unless_allowed(tmp_path, capsys):
     before = [entry("norm", samples(1e-4)), entry("old", samples(1e-4))]
     after = [entry("norm", samples(1e-4, seed=1)), entry("fresh", samples(1e-4))]
-    assert run(tmp_path, before, after) == 0
+    assert run(tmp_path, before, after) == 2
     out = capsys.readouterr().out
-    assert "missing after: old" in out and "new: fresh" in out
+    assert "missing after: old" in out and "new: fresh" in out and "--allow-missing" in out
+    assert run(tmp_path, before, after, "--allow-missing") == 0
+    assert run(tmp_path, after[:1], after) == 0, "a new benchmark is no reason to fail"
+    slow = [entry("norm", samples(2e-4, seed=1))]
+    assert run(tmp_path, before, slow, "--no-rerun") == 1, "what is missing hides no regression"
 
 
 def test_results_that_share_nothing_are_refused(tmp_path, capsys):
     assert run(tmp_path, [entry("a", samples(1e-4))], [entry("b", samples(1e-4))]) == 2
-    assert "no benchmark is in both" in capsys.readouterr().out
+    assert "no timed benchmark is in both" in capsys.readouterr().out
+
+
+UNFIT = {"none": [], "NaN": [math.nan], "infinite": [math.inf], "zero": [0.0], "negative": [-1e-4]}
+
+
+@pytest.mark.parametrize("wrong", UNFIT.values(), ids=UNFIT)
+@pytest.mark.parametrize("side", [0, 1])
+def test_samples_that_are_no_times_are_refused_with_how_to_save_them(tmp_path, capsys, wrong, side):
+    good, bad = entry("norm", samples(1e-4)), entry("norm", samples(1e-4))
+    bad["stats"]["data"] = samples(1e-4) + wrong if wrong else []
+    sides = [[good], [good]]
+    sides[side] = [bad]
+    assert run(tmp_path, *sides) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"{side}.json has no finite positive samples of norm" in line
+    assert "--benchmark-save-data" in line and "--results" in line
+
+
+def test_results_that_pytest_benchmark_saved_without_data_are_refused(tmp_path, capsys):
+    saved = entry("norm", samples(1e-4))
+    del saved["stats"]["data"]
+    assert run(tmp_path, [saved], [saved]) == 2
+    assert "--benchmark-save-data" in capsys.readouterr().out
+
+
+def test_of_too_few_samples_nothing_is_said(tmp_path, capsys):
+    assert compared("norm", [1e-3], [1.06e-3]).verdict == TOO_FEW
+    few = [1e-3] * (FEWEST_SAMPLES - 1)
+    assert run(tmp_path, [entry("norm", few)], [entry("norm", few)], "--no-rerun") == 2
+    assert TOO_FEW in capsys.readouterr().out
+    enough = [1e-3] * FEWEST_SAMPLES
+    assert run(tmp_path, [entry("norm", enough)], [entry("norm", enough)]) == 0
+
+
+def test_too_few_samples_in_a_second_run_confirm_nothing(tmp_path):
+    runner = again([benchmark("norm", [2e-4])])
+    assert run(tmp_path, FAST, SLOW, runner=runner) == 2
+
+
+def test_the_time_of_counting_is_not_compared(tmp_path, capsys):
+    norm = entry("norm", samples(1e-4))
+    before, after = (entry("counted", [seconds], figures={}) for seconds in (1.0, 2.0))
+    assert run(tmp_path, [norm, before], [norm, after]) == 0
+    assert "1 compared" in capsys.readouterr().out
+    assert run(tmp_path, [norm, before], [norm]) == 0
 
 
 def test_a_folder_of_results_is_read_whole(tmp_path, capsys):
@@ -193,6 +265,20 @@ def test_checkouts_are_run_in_turns(checkouts):
 def test_a_machine_that_slows_down_hides_no_regression(checkouts):
     assert main([*map(str, checkouts)], Machine(1.1)) == 1
     assert main([*map(str, checkouts)], Machine(1.1, later=1.0)) == 0
+
+
+def test_a_benchmark_that_fails_in_one_run_is_missing(checkouts, capsys):
+    def runner(checkout, tests):
+        results = Machine(1.0)(checkout, tests)
+        runner.runs += 1
+        if runner.runs != runner.fails:
+            results["loss"] = benchmark("loss", samples(1e-3))
+        return results
+
+    for runner.fails, where in ((2, "missing after: loss"), (1, "missing in a run before: loss")):
+        runner.runs = 0
+        assert main([*map(str, checkouts)], runner) == 2
+        assert where in capsys.readouterr().out
 
 
 def test_a_checkout_and_a_results_file_are_not_compared(checkouts, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What a slower function turns red: the figures that the gate holds, on small shapes."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,18 @@ from tests.support.devices import INTERPRETING
 from trilith import kernels
 
 pytestmark = pytest.mark.skipif(not INTERPRETING, reason="counts loads and stores by interpreting")
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """`perf.counted`, whose counting takes no time."""
+    from perf import counted
+
+    def count_all(names, jobs):
+        return {name: {"forward launches": 99.0} for name in names}, dict.fromkeys(names, 0.0)
+
+    monkeypatch.setattr(counted, "count_all", count_all)
+    return counted
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +65,36 @@ def test_names_choose_what_is_counted(counting):
     names = list(counting.subjects(["rotary", "gpt block"]))
     assert {"gpt block", "gpt block under torch.compile", "rotary under torch.compile"} <= {*names}
     assert not [name for name in names if "softmax" in name]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["softmax", "--binaries", "--check"], "--binaries takes no names"),
+        (["softmax", "--json", "/proc/nope/figures.json"], "figures.json cannot be written"),
+        (["softmax", "--json", "/"], "--json / cannot be written"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_counting(
+    counted, capsys, monkeypatch, options, reason
+):
+    monkeypatch.setattr(counted, "count_all", None)
+    with pytest.raises(SystemExit) as left:
+        counted.main(options)
+    assert left.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_the_verdict_comes_before_the_figures_are_written(counted, capsys, monkeypatch, tmp_path):
+    file = tmp_path / "below" / "figures.json"
+    assert counted.main(["softmax-M256", "--check", "--json", str(file)]) == 1
+    assert list(json.loads(file.read_text())["figures"]) == ["softmax-M256-N2048"]
+
+    def fails(path, results):
+        raise OSError("no space left")
+
+    capsys.readouterr()
+    monkeypatch.setattr(counted.gate, "write", fails)
+    with pytest.raises(OSError, match="no space"):
+        counted.main(["softmax-M256", "--check", "--json", str(file)])
+    assert "WORSE   softmax-M256-N2048: forward launches" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 import pytest
 
-from perf.report import by_subject, losses, main, report, roofline_points
+from perf.report import beyond, by_subject, losses, main, report, roofline_points
 from perf.results import load
 from tests.perf.results import H200, entry, samples, write
 
@@ -78,6 +78,42 @@ def test_roofline_points_are_flops_per_byte_and_flops_per_second(results):
     intensity, rate = point["attention-trilith"]
     assert intensity == 2500
     assert rate == pytest.approx(5e11 / 1.2e-3, rel=0.01)
+
+
+def test_what_is_above_a_limit_is_told_and_not_plotted(results, tmp_path):
+    ahead = timed("loss", "liger", 1e-4), timed("loss", "trilith", 3e-4)
+    found = load([results, write(tmp_path / "loss.json", ahead)]).values()
+    assert beyond(found) == ["- loss bf16 forward liger: 2.3 × the limit"]
+    assert {b.name for b, *_ in roofline_points(found)} == {b.name for b in found} - {"loss-liger"}
+    text = report(list(found))
+    assert "## Above a limit" in text and "loss bf16 forward liger: 2.3 ×" in text
+    assert "Above a limit" not in report(list(load([results]).values()))
+
+
+def refusal(capsys, *arguments):
+    with pytest.raises(SystemExit) as left:
+        main([*map(str, arguments)])
+    assert left.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_is_no_results_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for name, text in (("broken", "{"), ("null", "null"), ("none", '{"benchmarks": []}')):
+        (tmp_path / f"{name}.json").write_text(text)
+    for wrong in ("nowhere.json", "empty", "broken.json", "null.json", "none.json"):
+        assert f"cannot read {tmp_path / wrong}: " in refusal(capsys, tmp_path / wrong)
+
+
+def test_results_of_another_suite_are_refused(tmp_path, capsys):
+    foreign = entry("theirs", samples(1e-4))
+    foreign["extra_info"] = {}
+    assert "not of this suite: theirs" in refusal(capsys, write(tmp_path / "a.json", [foreign]))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(results, capsys):
+    for out in (results, results / "below", "/proc/nope"):
+        assert f"--out {out} cannot be written: " in refusal(capsys, results, "--out", out)
 
 
 def test_the_command_writes_report_and_plots(results, tmp_path):

@@ -392,6 +392,11 @@ def _examine_at(index: int) -> Report:
     return examine(_launches[index])
 
 
+def title(kernel: str, arch: str, variant: str, op: str) -> str:
+    """What launches share whose binaries are held to the same figures."""
+    return f"{kernel} {arch} [{variant or op}]"
+
+
 def thinned(launches: list[Launch], most: Sequence[int]) -> list[Launch]:
     """The most laden launch of each entry of attention's tables, and so many of other kernels.
 
@@ -434,19 +439,23 @@ def _elements_per_warp(launch: Launch) -> float:
 
 def survey(
     archs: list[str], name: str = "", jobs: int = 2, source: str = "", most: Sequence[int] = ()
-) -> list[Report]:
-    """Reports of the distinct launches on the given architectures, compiled in `jobs` processes."""
+) -> tuple[list[Report], list[str]]:
+    """Reports of the distinct launches on the given architectures, compiled in `jobs` processes;
+    and the titles of all launches, also of those that `most` leaves out."""
     import_kernels()
     reports: list[Report] = []
+    titles: set[str] = set()
     _launches.clear()
     for arch in archs:
         launches, failures = captured(arch, name, source)
+        titles |= {title(x.kernel.__name__, arch, _variant(x), x.op) for x in launches}
         _launches.extend(thinned(launches, most) if most else launches)
         reports.extend(failures)
     if jobs == 1:
-        return reports + [examine(launch) for launch in _launches]
+        return reports + [examine(launch) for launch in _launches], sorted(titles)
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        return reports + pool.map(_examine_at, range(len(_launches)), chunksize=1)
+        reports += pool.map(_examine_at, range(len(_launches)), chunksize=1)
+    return reports, sorted(titles)
 
 
 def table(reports: list[Report]) -> str:
@@ -499,9 +508,12 @@ def main() -> int:
         _known.update(known.read(options.known))
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        reports = survey(options.arch, options.filter, options.jobs, options.cases, options.most)
+        reports, titles = survey(
+            options.arch, options.filter, options.jobs, options.cases, options.most
+        )
     if options.json:
-        Path(options.json).write_text(json.dumps([asdict(r) for r in reports]))
+        written = {"reports": [asdict(r) for r in reports], "launched": titles}
+        Path(options.json).write_text(json.dumps(written))
     print(table(reports))
     failed = [r for r in reports if r.problems]
     for r in failed:
