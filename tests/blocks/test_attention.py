@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from tests.support.devices import DEVICE
-from trilith.blocks import Rotary, SelfAttention
+from trilith.blocks import Alibi, KVCache, Rotary, SelfAttention
 
 B, T, DIM, HEADS = 2, 9, 24, 4
 
@@ -92,3 +92,21 @@ def test_dropout_acts_in_training_only():
 def test_heads_that_do_not_divide_are_refused(n_kv_heads):
     with pytest.raises(ValueError, match="n_kv_heads must divide n_heads=4"):
         SelfAttention(qkv=nn.Identity(), out=nn.Identity(), n_heads=HEADS, n_kv_heads=n_kv_heads)
+
+
+def test_a_row_that_is_free_is_filled_while_others_go_on():
+    attention, x = make(), torch.randn(B, T, DIM, device=DEVICE)
+    with torch.no_grad():
+        whole, alone = attention(x), attention(x[1:, -1:])
+        attention.cache = KVCache(T)
+        attention(x[:, :-1])
+        attention.cache.truncate(1, 0)
+        last = attention(x[:, -1:])
+    torch.testing.assert_close(last, torch.cat([whole[:1, -1:], alone]), rtol=1e-4, atol=1e-5)
+
+
+def test_slopes_do_not_go_with_a_cache():
+    attention = make(position=Alibi(HEADS))
+    attention.cache = KVCache(T)
+    with pytest.raises(NotImplementedError, match="cache must be None with Alibi"):
+        attention(torch.randn(B, T, DIM, device=DEVICE))

@@ -1,5 +1,7 @@
 """Caches: what is stored where, by the kernel and its reference, and what is refused."""
 
+import re
+
 import pytest
 import torch
 
@@ -112,6 +114,26 @@ def test_no_room_is_an_error_and_changes_nothing(kind):
     assert cache.filled == [ROOM] * B
 
 
+def test_pages_hold_max_len_tokens_whatever_their_size():
+    cache = PagedKVCache(16, PAGE, ROOM - 1)
+    cache.append(*tokens(ROOM - 2))
+    before = state(cache)
+    with pytest.raises(ValueError, match=f"sequences of {ROOM}, got 1 free blocks and max_len"):
+        cache.append(*tokens(2))
+    assert_unchanged(cache, before)
+    cache.append(*tokens(1))
+    assert cache.filled == [ROOM - 1] * B and cache.block_table.shape == (B, ROOM // PAGE)
+
+
+@by_kind
+def test_what_is_expected_is_of_one_append(kind):
+    cache = make(kind)
+    cache.expect([1, 0, 2])
+    cache.append(*tokens(2))
+    cache.append(*tokens(3))
+    assert cache.filled == cache.lengths.tolist() == [4, 3, 5]
+
+
 def test_blocks_that_run_out_are_an_error_until_a_sequence_is_freed():
     cache = make("pages", blocks=4)
     cache.append(*tokens(PAGE))
@@ -141,9 +163,10 @@ def test_tokens_that_do_not_fit_change_nothing(kind):
     cache.expect([1])
     with pytest.raises(ValueError, match=r"expect must be given 3 counts, got \[1\]"):
         cache.append(k, v)
-    cache.expect([1, 2, 3])
-    with pytest.raises(ValueError, match=r"counts must be from 0 to 2, got \[1, 2, 3\]"):
-        cache.append(k, v)
+    for wrong in ([1, 2, 3], [1, -1, 2]):
+        cache.expect(wrong)
+        with pytest.raises(ValueError, match=re.escape(f"counts must be from 0 to 2, got {wrong}")):
+            cache.append(k, v)
     cache.expect([1.5, 2, 2])
     with pytest.raises(TypeError, match=r"counts must be ints, got \[1.5, 2, 2\]"):
         cache.append(k, v)

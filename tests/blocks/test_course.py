@@ -69,7 +69,9 @@ def test_stochastic_depth_drops_samples_and_scales_the_rest():
     (dx,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(dx, (kept / 0.75)[:, None, None].expand_as(dx).to(dx.dtype))
     assert layer.eval()(x) is x
-    assert not StochasticDepth(1.0)(x).any()
+    y = StochasticDepth(1.0)(x)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert not y.any() and (dx == 0).all()
 
 
 def test_stochastic_depth_under_checkpoint_draws_the_same():

@@ -136,6 +136,21 @@ def test_twice_is_once():
     assert not trilith.unfuse(model).entries
 
 
+class TheirSiLU(nn.Module):
+    __module__ = "transformers.activations"
+
+    def forward(self, x):
+        return nn.functional.silu(x)
+
+
+def test_nothing_is_left_of_what_fuse_did():
+    model = nn.ModuleList([Model(), SwiGLU(), PlainRMSNorm(12), TheirSiLU()])
+    before = [(set(vars(m)), len(m._forward_pre_hooks)) for m in model.modules()]
+    assert {entry.name for entry in trilith.fuse(model).swapped} >= {"0.norm", "1", "2", "3"}
+    trilith.unfuse(model)
+    assert [(set(vars(m)), len(m._forward_pre_hooks)) for m in model.modules()] == before
+
+
 def test_other_instances_are_untouched():
     fused, other = nn.Sequential(nn.LayerNorm(4)), nn.LayerNorm(4)
     trilith.fuse(fused)
@@ -230,6 +245,11 @@ class ClampedNorm(PlainRMSNorm):
         return super().forward(x.clamp(-100, 100))
 
 
+class Float32Norm(PlainRMSNorm):
+    def forward(self, x):
+        return super().forward(x.float())
+
+
 class ClampedMLP(SwiGLU):
     def forward(self, x):
         gate, up = self.gate_proj(x).clamp(max=10.0), self.up_proj(x).clamp(-10.0, 10.0)
@@ -253,13 +273,14 @@ class ScaledMLP(SwiGLU):
         lambda: EpsOutside(12),
         lambda: GatedNorm(12),
         lambda: ClampedNorm(12),
+        lambda: Float32Norm(12),
         ClampedMLP,
         DroppingMLP,
         ScaledMLP,
     ],
-    ids=["eps outside", "gate", "clamped norm", "clamped MLP", "dropout", "scale"],
+    ids=["eps outside", "gate", "clamped norm", "dtype", "clamped MLP", "dropout", "scale"],
 )
-def test_what_differs_on_large_numbers_in_training_or_with_arguments_is_left(make, training):
+def test_what_differs_on_some_inputs_or_in_training_is_left(make, training):
     module = make().train(training)
     generator = torch.get_rng_state()
     assert "" not in {entry.name for entry in trilith.fuse(module).swapped}
@@ -286,6 +307,31 @@ def test_hooks_are_kept_and_hooked_linears_are_called():
     assert sorted(seen) == ["LayerNorm", "LayerNorm", "Linear", "Linear"]
     trilith.unfuse(model)
     assert len(model.norm._forward_hooks) == 1
+
+
+def test_hooks_from_before_can_be_removed_after():
+    norm, seen = nn.LayerNorm(4).to(DEVICE), []
+    handle = norm.register_forward_pre_hook(lambda *_: seen.append(norm))
+    trilith.fuse(norm)
+    norm(torch.randn(2, 4, device=DEVICE))
+    handle.remove()
+    norm(torch.randn(2, 4, device=DEVICE))
+    assert seen == [norm]
+
+
+@pytest.mark.parametrize("own", ["forward", "hook"])
+def test_a_norm_within_a_layer_that_does_more_is_called(own):
+    layer = nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True).to(DEVICE)
+    x, seen = torch.randn(2, 3, 4, device=DEVICE), []
+    if own == "forward":
+        layer.norm2.forward = lambda x: seen.append(x) or x
+    else:
+        layer.norm2.register_forward_pre_hook(lambda *_: seen.append(x))
+    trilith.fuse(layer)
+    layer(x)
+    with torch.no_grad():
+        layer.eval()(x)
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

@@ -95,6 +95,25 @@ def test_blocks_run_who_was_chosen_for_a_part(provide, model, part):
     assert (part, "trilith") not in ran
 
 
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [
+        (lambda: MLP(up=nn.Linear(16, 16), down=nn.Linear(16, 16), dropout=0.5), 1),
+        (lambda: Residual(branch=nn.Linear(16, 16), dropout=0.5), 1),
+        (lambda: TransformerEncoderLayer(16, 2, 16, dropout=0.5), 3),
+    ],
+    ids=["mlp", "residual", "encoder"],
+)
+def test_every_dropout_is_who_was_chosens(provide, make, count):
+    provide("trilith::dropout")
+    module, x = make().to(DEVICE), torch.randn(3, 16, device=DEVICE)
+    scope = trilith.use_implementation("trilith::dropout", "acme")
+    with torch.no_grad(), scope, trilith.trace() as events:
+        module(x)
+    ran = [event.provider for event in events if event.op == "trilith::dropout"]
+    assert ran == ["acme"] * count
+
+
 def test_the_reference_is_a_choice_too():
     ran = _ran("rms_norm", trilith.use_implementation("trilith::rms_norm", "reference"))
     assert ("trilith::rms_norm", "reference") in ran

@@ -149,6 +149,28 @@ def test_a_stream_can_be_left_and_the_model_is_as_it_was():
     assert len(next(stream)) == 1 and not list(model.buffers(recurse=False))
 
 
+def test_a_stream_ends_with_its_last_sequence():
+    model, texts = model_of(), prompts(5, 3)
+    (first,) = model.generate_stream(texts, 1)
+    assert len(list(model.generate_stream(texts, 6, stop_tokens=first.tolist()))) == 1
+
+
+class Breaks(nn.Module):
+    def forward(self, x):
+        raise KeyError("in the middle")
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "whole"])
+def test_an_error_leaves_the_model_as_it_was(use_cache):
+    model = model_of("learned")
+    model.blocks[1].mlp.branch = Breaks()
+    with pytest.raises(KeyError):
+        model.generate(prompts(4, 2), 3, use_cache=use_cache)
+    assert all(m.training for m in model.modules())
+    assert all(m.cache is None for m in model.modules() if isinstance(m, SelfAttention))
+    assert model.position.offsets is None
+
+
 def test_a_seed_decides_what_is_drawn():
     model, texts = model_of(), prompts(5, 3)
 
@@ -189,6 +211,20 @@ def test_tokens_are_drawn_by_their_chances(options, chances):
     assert (shares[torch.tensor(chances) == 0] == 0).all()
 
 
+def test_a_share_that_is_reached_exactly_is_enough():
+    logits = torch.log(torch.tensor([[0.25, 0.5, 0.25]])).expand(200, 3)
+    assert (Sampling(temperature=1.0, top_p=0.5)(logits) == 1).all()
+
+
+def test_logits_of_16_bits_are_drawn_from_in_float32():
+    logits = torch.randn(1, 500).bfloat16().expand(2000, -1)
+    drawn = [
+        Sampling(temperature=0.7, generator=torch.Generator().manual_seed(0))(given)
+        for given in (logits, logits.float())
+    ]
+    assert torch.equal(*drawn)
+
+
 class Running(nn.Module):
     """A mixer that knows no cache: the mean of what came before."""
 
@@ -206,6 +242,24 @@ def test_an_attention_without_a_cache_computes_the_text_anew():
     assert all(torch.equal(a, e) for a, e in zip(tokens, expected, strict=True))
     with pytest.raises(ValueError, match="use_cache must be False or None here, got True: block 1"):
         model.generate(texts, 5, use_cache=True)
+
+
+class Ahead(nn.Module):
+    """A position that knows no offsets."""
+
+    acts_on = "tokens"
+
+    def forward(self, x):
+        return x + torch.arange(x.shape[1], device=x.device)[:, None].sin()
+
+
+def test_a_position_without_offsets_computes_the_text_anew():
+    model, texts = model_of("learned"), prompts(4, 2)
+    model.position = Ahead()
+    assert cache_obstacle(model) == "the position module position takes no offsets"
+    with torch.no_grad():
+        expected = [greedy_by_forward(model, text, 5) for text in texts]
+    assert all(map(torch.equal, model.generate(texts, 5), expected))
 
 
 def test_blocks_that_share_an_attention_compute_the_text_anew():
@@ -250,10 +304,18 @@ def test_text_fills_the_positions_to_the_last(use_cache):
         model.generate(prompts(20), 6, use_cache=use_cache)
 
 
+def test_the_shortest_of_several_positions_is_the_limit():
+    model = model_of()
+    model.blocks[1].attention.branch.position.max_len = 8
+    with pytest.raises(ValueError, match="must fit the positions' max_len=8, got a prompt of 6"):
+        model.generate(prompts(6), 4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature must be 0 or positive, got -1.0"),
+        ({"temperature": float("inf")}, "temperature must be 0 or positive, got inf"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"max_new_tokens": -1}, "max_new_tokens must not be negative, got -1"),
@@ -261,6 +323,7 @@ def test_text_fills_the_positions_to_the_last(use_cache):
         ({"prompts": [torch.zeros(0).long()]}, "prompts must be 1-D"),
         ({"prompts": torch.zeros(3).long()}, "prompts must be 1-D .* given as prompt"),
         ({"prompts": [torch.zeros(3)]}, "prompts must be integer token ids, got torch.float32"),
+        ({"prompts": [torch.ones(3).bool()]}, "prompts must be integer token ids, got torch.bool"),
         ({"top_k": 2.5}, "top_k must be an int, got float"),
         ({"max_new_tokens": 2.0}, "max_new_tokens must be an int, got float"),
         ({"stop_tokens": 5}, r"stop_tokens must be several ids, got 5; give \[5\]"),

@@ -152,6 +152,22 @@ def test_blocks_of_other_arguments_or_results_have_norms_and_no_jacobian():
     assert unmasked.singular > 0
 
 
+def test_frozen_and_unused_parameters_have_no_gradient():
+    first, second, unused = model = stack(lambda: nn.Linear(DIM, DIM))[:3]
+    first.requires_grad_(False)
+    x = torch.randn(8, DIM, device=DEVICE)
+    flow = trilith.inspect.gradient_flow(model, lambda m: second(first(x)).square().mean())
+    assert [row.name for row in flow.layers] == ["0", "1"]
+    assert math.isnan(flow.layers[0].parameters) and flow.layers[1].parameters > 0
+
+
+def test_each_module_keeps_its_mode():
+    block = nn.Sequential(nn.Linear(DIM, DIM), nn.BatchNorm1d(DIM)).to(DEVICE)
+    block[1].eval()
+    flow_of(nn.Sequential(block))
+    assert [m.training for m in block.modules()] == [True, True, False]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_jacobians_of_a_16_bit_model_are_those_in_float32(dtype):
     model = stack(lambda: nn.Linear(DIM, DIM)).to(dtype)

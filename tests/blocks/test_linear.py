@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 
 from tests.blocks.twin import TwinLM
 from tests.support.devices import DEVICE
-from trilith.blocks import MLP, GatedMLP, LMConfig, build_lm, linear
+from trilith.blocks import MLP, GatedMLP, LMConfig, Residual, RMSNorm, build_lm, linear
 from trilith.blocks.drop_in.swap import unhooked
 from trilith.blocks.linear import plain_linear, reset_linear
 
@@ -206,6 +206,15 @@ def test_wrapped_and_plain_linear_give_the_same():
     fused = plain(x)
     plain.up.register_forward_hook(lambda *_: None)
     torch.testing.assert_close(plain(x), fused, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("called", ["gate", "up"])
+def test_one_of_a_gated_pair_may_be_called(called):
+    block = Residual(branch=make_mlp(True, lambda linear: linear), pre=RMSNorm(6)).to(DEVICE)
+    x = torch.randn(5, 6, device=DEVICE)
+    expected = block(x)
+    getattr(block.branch, called).register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kernels_run", [True, False])

@@ -212,6 +212,15 @@ def test_causal_models_keep_their_logits_where_they_are_told_to():
     assert model(**inputs("Llama")).logits is not None
 
 
+def test_the_loss_of_the_last_logits_is_as_before():
+    model, given = build("Llama"), inputs("Llama")
+    given["labels"] = given["labels"][:, -3:]
+    expected = results(model, given, logits_to_keep=3)
+    trilith.fuse(model)
+    actual = results(model, given, logits_to_keep=3)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_a_causal_model_whose_loss_is_another_is_left():
     class Scaled(transformers.LlamaForCausalLM):
         def forward(self, *args, **kwargs):

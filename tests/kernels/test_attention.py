@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
+import trilith
 from tests.kernels.eager_attention import eager
 from tests.support.compare import assert_like_eager
 from tests.support.devices import DEVICE, DTYPES, INTERPRETING, dtype_name
@@ -339,6 +340,15 @@ def test_a_causal_window_sees_nothing_ahead(causal):
         attention(q, k, v, causal=causal, window=(3, 2)),
         attention(q, k, v, causal=causal, window=(3, 0)),
     )
+
+
+@pytest.mark.parametrize("window", [(2, None), (2, 0), (1, 0)], ids=str)
+def test_a_window_counts_where_no_kernel_runs(window):
+    q, k, v = qkv(6, 6)
+    expected = attention(q.double(), k.double(), v.double(), window=window)
+    with trilith.use_implementation("trilith::attention", "reference"):
+        out = attention(q, k, v, window=window)
+    torch.testing.assert_close(out, expected.float())
 
 
 def test_a_stride_0_mask_equals_the_whole_one():

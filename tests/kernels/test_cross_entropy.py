@@ -287,6 +287,14 @@ def test_the_result_has_the_inputs_dtype_but_under_autocast():
             assert cross_entropy(x, targets).dtype == torch.float32
 
 
+def test_a_weight_may_require_a_gradient_where_none_is_recorded():
+    x, target = logits_and_labels(4, 3)
+    weight = torch.rand(3, device=DEVICE, requires_grad=True)
+    with torch.no_grad():
+        actual, expected = (f(x, target, weight) for f in (cross_entropy, F.cross_entropy))
+    torch.testing.assert_close(actual, expected)
+
+
 def test_byte_labels_are_taken():
     x, target = logits_and_labels(4, 9)
     weight = torch.rand(9, device=DEVICE)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import trilith
 from tests.support.compare import assert_fair, assert_like_eager
 from tests.support.covering import pairwise
 from tests.support.devices import DEVICE, DTYPES, dtype_name
@@ -177,6 +178,15 @@ def test_equals_attention_of_the_last_queries():
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("term", ["sinks", "softcap"])
+def test_full_rows_have_sinks_and_softcap_where_no_kernel_runs(term):
+    q, k, v, lengths = draw([5, 5], S=5)
+    given = {term: randn(2) if term == "sinks" else 1.0}
+    with trilith.use_implementation("trilith::decode_attention", "reference"):
+        out = decode_attention(q, k, v, lengths, **given)
+    torch.testing.assert_close(out, attention(q, k, v, **given))
+
+
 def test_the_splits_are_of_shapes_alone():
     grids = []
 
@@ -211,12 +221,14 @@ def test_strided_arguments():
     assert_same("moved", decode_attention(*moved, lengths, **spread), expected)
 
 
-def test_a_gradient_is_refused_with_advice():
-    q, k, v, lengths = draw([9], S=9)
+@pytest.mark.parametrize("wanted", range(3), ids=["q", "k", "v"])
+def test_a_gradient_is_refused_with_advice(wanted):
+    given = draw([9], S=9)
+    given[wanted].requires_grad_()
     with pytest.raises(NotImplementedError, match=r"no gradient; call it under torch.no_grad"):
-        decode_attention(q.requires_grad_(), k, v, lengths)
+        decode_attention(*given)
     with torch.no_grad():
-        decode_attention(q, k, v, lengths)
+        decode_attention(*given)
 
 
 Q, K, N = torch.zeros(2, 4, 1, 8), torch.zeros(2, 2, 5, 8), torch.zeros(2, dtype=torch.int32)

@@ -37,18 +37,17 @@ print(json.dumps({name: f.cache_key for name, f in functions.items() if name.end
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton's compiler")
 def test_keys_do_not_depend_on_what_ran_before():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    forward, reverse = (
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-c", SCRIPT, order],
-                cwd=ROOT,
-                env=environment,
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
+    found = []
+    for order in ("forward", "reverse"):
+        process = subprocess.run(
+            [sys.executable, "-c", SCRIPT, order],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
-        for order in ("forward", "reverse")
-    )
+        assert process.returncode == 0, process.stderr
+        found.append(json.loads(process.stdout))
+    forward, reverse = found
     assert len(forward) > 30
     assert [name for name in forward if forward[name] != reverse[name]] == []

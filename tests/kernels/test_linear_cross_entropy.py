@@ -316,6 +316,14 @@ def test_unfused_under_autocast_is_float32():
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(loss, (x, head, target)))
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_loss_of_16_bits_is_float32_under_autocast(reduction):
+    x, head, target, _ = drawn(4, 8, 9, torch.bfloat16)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss = linear_cross_entropy(x, head, target, reduction=reduction)
+    assert loss.dtype == torch.float32
+
+
 def test_no_tokens_at_all():
     x, head, target, _ = drawn(0, 16, 9, bias=False)
     loss = linear_cross_entropy(x, head, target)

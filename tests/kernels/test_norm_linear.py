@@ -133,6 +133,8 @@ def test_errors_name_what_is_wrong():
         rms_norm_linear(x, None, randn(3, 5))
     with pytest.raises(ValueError, match=r"layer_norm_linear: bias must have shape \(3,\)"):
         layer_norm_linear(x, None, None, weight, randn(4))
+    with pytest.raises(ValueError, match=r"rms_norm_linear: bias must have weight's dtype"):
+        rms_norm_linear(x, None, weight, randn(3).bfloat16())
     with pytest.raises(ValueError, match=r"rms_norm_linear: norm_weight must have shape \(6,\)"):
         rms_norm_linear(x, randn(4), weight)
     for layers, wrong in (

@@ -26,6 +26,7 @@ from trilith.plugins import (
     PluginWarning,
     Registry,
     Sample,
+    ScoreMod,
     discovery,
     hookimpl,
 )
@@ -153,6 +154,25 @@ def test_implementations_and_modules_of_a_failed_plugin_are_taken_back(manager, 
         manager.add("b:bad", lambda: Plugin(implementations=[other], modules=[module, module]))
     assert [i.provider for i in registry.op("acme_impl::op").implementations] == ["acme_impl"]
     assert registry.module_names("norm") == []
+
+
+def _score_mod(name: str) -> ScoreMod:
+    return ScoreMod(name, None, None, lambda score, b, h, q, k: score)
+
+
+def test_a_score_mod_of_a_failed_plugin_is_taken_back(registry):
+    with pytest.raises(KeyError), registry.transaction():
+        registry.add_score_mod(_score_mod("acme.mod"), "acme:mods")
+        raise KeyError
+    assert registry.score_mod_names() == []
+
+
+def test_modules_and_score_mods_are_listed_by_owner(registry):
+    for owner in ("acme", "bolt"):
+        registry.add_module(ModuleSpec("norm", f"{owner}.norm", nn.LayerNorm), f"{owner}:x")
+        registry.add_score_mod(_score_mod(f"{owner}.mod"), f"{owner}:x")
+    assert registry.module_names("norm", owner="bolt:x") == ["bolt.norm"]
+    assert registry.score_mod_names(owner="bolt:x") == ["bolt.mod"]
 
 
 def test_a_misspelt_hook_is_named(manager):
@@ -381,8 +401,20 @@ def test_parts_are_ops_that_some_plugin_has(manager, registry):
     )
 
 
-def _wraps():
-    return (yield)
+def test_installed_plugins_come_before_one_that_is_added(manager, registry):
+    installed = [Entry("acme", "ops", Plugin(ops=[_spec("acme_add::op")]))]
+    registry.before_lookup = lambda: manager.loaded or manager.load(installed)
+    other = Implementation("acme_add::op", "fast", _double, lambda ctx, dy: (dy,))
+    assert manager.add("b:impl", lambda: Plugin(implementations=[other]))
+    assert manager.loaded == ["acme:ops", "b:impl"]
+
+
+def _wrapping(**how: bool) -> SimpleNamespace:
+    @hookimpl(**how)
+    def wraps() -> Any:
+        return (yield)
+
+    return SimpleNamespace(trilith_register_ops=wraps)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +424,8 @@ def _wraps():
         (SimpleNamespace(trilith_register_ops=lambda: []), "trilith_register_ops must be marked"),
         (SimpleNamespace(register=hookimpl(lambda: [])), "unknown hook register"),
         (SimpleNamespace(trilith_register_ops=hookimpl(lambda what: [])), "what"),
-        (SimpleNamespace(trilith_register_ops=hookimpl(_wraps, wrapper=True)), "not wrap others"),
+        (_wrapping(wrapper=True), "not wrap others"),
+        (_wrapping(hookwrapper=True), "not wrap others"),
     ],
 )
 def test_hooks_that_pluggy_would_pass_over_are_refused(manager, plugin, reason):

@@ -99,6 +99,13 @@ class TestDispatch:
         names = {event.name for event in profile.events()}
         assert {f"{op.spec.name}_fwd", f"{op.spec.name}_bwd"} <= names
 
+    def test_dispatch_mode_around_backward_alone_sees_it(self, make):
+        op = make(RELU2)
+        out = op(randn(3, 4), 2.0)
+        with Seen() as seen:
+            out.sum().backward()
+        assert f"{op.spec.name}_bwd" in seen.names
+
     def test_tensor_subclass_is_dispatched(self, make):
         op = make(RELU2)
         assert isinstance(op(torch.ones(3, device=DEVICE).as_subclass(Wrapped), 2.0), Wrapped)
@@ -313,6 +320,12 @@ class TestBackwardContext:
         op(a, b).sum().backward()
         assert (b.grad == 0).all()
 
+    def test_gradients_left_out_of_what_is_not_saved_are_zero(self, make):
+        op = make(PLUS_SQUARE, backward=lambda ctx, dy: (None, 2 * ctx.inputs[1] * dy))
+        a, b = randn(3, 4), randn(3, 4)
+        op(a, b).sum().backward()
+        assert (a.grad == 0).all()
+
     def test_too_many_gradients(self, make):
         op = make(RELU2, backward=lambda ctx, dy: (dy, None, None))
         with pytest.raises(RuntimeError, match="at most 2 gradients, one per parameter.*got 3"):
@@ -359,6 +372,16 @@ def split_reference(x):
     return x * 2, x * 3, (x > 0).to(torch.int32)
 
 
+class Stops(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
 class TestSeveralOutputs:
     def split(self, make, seen, **changes):
         def backward(ctx, *grads):
@@ -392,9 +415,16 @@ class TestSeveralOutputs:
         assert all(o.requires_grad for o in floats)
         assert not integers.requires_grad
 
-    def test_create_graph_with_unused_outputs(self, make):
+    def test_no_gradient_from_above_is_none_below(self, make):
+        seen, x = [], randn(3, 4)
+        outputs = self.split(make, seen, materialize_grads=False)(x)
+        Stops.apply(outputs[0]).sum().backward()
+        assert x.grad is None and not seen
+
+    @pytest.mark.parametrize("materialize", [False, True])
+    def test_create_graph_with_unused_outputs(self, make, materialize):
         x = randn(3, 4)
-        outputs = self.split(make, [], materialize_grads=False)(x)
+        outputs = self.split(make, [], materialize_grads=materialize)(x)
         (dx,) = torch.autograd.grad(outputs[1].square().sum(), x, create_graph=True)
         (d2x,) = torch.autograd.grad(dx.sum(), x)
         torch.testing.assert_close(d2x, torch.full_like(x, 18.0))
@@ -439,6 +469,10 @@ class TestFakes:
         assert fake.stride() == op.torch_ops.backward(*call)[0].stride() == (1, 3)
 
 
+def product(x: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
+    return (x @ x.mT * scale,)
+
+
 class TestAutocast:
     @pytest.mark.parametrize(
         ("policy", "dtype"), [("low", torch.bfloat16), ("keep", torch.float32)]
@@ -463,10 +497,16 @@ class TestAutocast:
             make(RELU2, forward=forward, autocast="low")(x, index, x.double())
         assert seen == [(torch.bfloat16, torch.int64, torch.float64)]
 
-    def test_backward_is_under_none_as_forward_was(self, make):
-        def product(x: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
-            return (x @ x.mT * scale,)
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_a_provider_that_is_run_is_under_none(self, make, grad):
+        op = make(RELU2, forward=product, reference=lambda x, scale: x @ x.mT * scale)
+        x = randn(5, 7, grad=grad)
+        expected = op(x, 2.0)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            actual = op.run(op.choose(x, 2.0), x, 2.0)
+        assert torch.equal(actual, expected)
 
+    def test_backward_is_under_none_as_forward_was(self, make):
         def gradient(ctx, dy):
             x, scale = ctx.inputs
             return ((dy + dy.mT) @ x * scale,)

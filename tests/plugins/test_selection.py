@@ -29,6 +29,7 @@ from trilith.plugins import (
     hookimpl,
     selection,
 )
+from trilith.plugins.manager import PluginError
 from trilith.plugins.selection import environment_variable
 
 CPU = torch.device("cpu")
@@ -288,6 +289,14 @@ def test_an_op_that_is_its_reference_says_so_of_a_call_in_its_scope_too(manager)
         assert not op.is_reference_on_cpu  # somebody may be told
 
 
+def test_an_op_that_the_environment_names_is_not_its_reference_on_a_cpu(manager, monkeypatch):
+    monkeypatch.setenv("TRILITH_IMPL_ACME_SEL_OP", "reference")
+    op = _op(manager, devices=("cuda",))
+    assert not op.is_reference_on_cpu
+    assert _tag(op) == 0.0
+    assert not op.is_reference_on_cpu
+
+
 def test_an_exception_ends_the_scope(manager):
     op = _op(manager, _other("acme_sel::op"))
     with pytest.raises(KeyError), trilith.use_implementation(op, "other"):
@@ -411,6 +420,11 @@ def test_the_environment_names_a_provider(manager, monkeypatch):
         assert _tag(op) == 1.0
 
 
+def test_an_empty_variable_names_nobody(manager, monkeypatch):
+    monkeypatch.setenv("TRILITH_IMPL_ACME_SEL_OP", "")
+    assert _tag(_op(manager)) == 1.0
+
+
 def test_the_environment_raises_for_what_is_not_there_or_cannot_run(manager, monkeypatch):
     op = _op(manager, _other("acme_sel::op", devices=("cuda",)))
     monkeypatch.setenv("TRILITH_IMPL_ACME_SEL_OP", "othr")
@@ -443,6 +457,17 @@ def test_a_plugin_without_an_opinion_leaves_it_to_the_next(manager):
     assert _tag(op) == 2.0
 
 
+def test_of_two_opinions_that_of_who_came_last_counts(manager):
+    op = _op(manager, _other("acme_sel::op"), select="other")
+    _plugin(manager, "b:chooser", select="reference")
+    assert _tag(op) == 0.0
+
+
+def test_nobody_chooses_where_nothing_can_run(manager):
+    op = _op(manager, devices=("cuda",), select="reference")
+    assert op.selection(CPU, torch.float32).is_choice is False
+
+
 def test_a_plugin_may_choose_the_reference(manager):
     op = _op(manager, select="reference")
     assert _tag(op) == 0.0
@@ -460,6 +485,28 @@ def test_a_choice_that_fails_is_told_and_ignored(manager, select, reason):
     with pytest.warns(PluginWarning, match=f"acme:sel is not heard about acme_sel::op.*{reason}"):
         assert _tag(op) == 1.0
     assert manager.failures[0].stage == "trilith_select_implementation"
+
+
+def test_a_choice_that_fails_is_listed_once_and_raises_in_strict_mode(manager, monkeypatch):
+    op = _op(manager, select="nobody")
+    for _ in range(2):
+        op.forget_selections()
+        with pytest.warns(PluginWarning, match="acme:sel is not heard"):
+            assert _tag(op) == 1.0
+    assert len(manager.failures) == 1
+    monkeypatch.setenv("TRILITH_STRICT_PLUGINS", "1")
+    op.forget_selections()
+    with pytest.raises(PluginError, match="must answer one of acme_sel, reference, got 'nobody'"):
+        _tag(op)
+
+
+def test_a_tie_of_each_op_is_told(manager):
+    names = ["acme_tied::one", "acme_tied::two"]
+    others = [_other(name, priority=0) for name in names]
+    _plugin(manager, ops=[_spec(name) for name in names], implementations=others)
+    for name in names:
+        with pytest.warns(PluginWarning, match=f"{name}: acme_tied .* same priority"):
+            _tag(manager.registry.op(name))
 
 
 def test_a_tie_is_told_once_and_names_both(manager):

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS_PASSED, TESTS_FAILED = 0, 1
 _WARM = ("torch._dynamo", "triton.runtime.interpreter", "numpy", "hypothesis.strategies", "pytest")
 # What a mutant that is no longer valid Python or Triton fails with: no test noticed anything.
-_BROKEN = re.compile(r"^E +\S*(SyntaxError|NameError|CompilationError|StaleMutant)", re.M)
+_BROKEN = re.compile(r"^E +\S*(SyntaxError|NameError|CompilationError|(Stale|Unknown)Mutant)", re.M)
 
 
 beside_the_table: list[Mutant] = []  # of this process, and of its forks
@@ -44,6 +44,10 @@ beside_the_table: list[Mutant] = []  # of this process, and of its forks
 
 class StaleMutant(Exception):
     """The text that a mutant replaces is not in the source exactly once."""
+
+
+class UnknownMutant(Exception):
+    """A process that is no fork of this one has the table alone to find a mutant in."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,9 @@ class _Finder(MetaPathFinder):
 
 def install(name: str) -> None:
     """Mutate this process: call before the module is imported."""
-    mutant = _by_name()[name]
+    mutant = _by_name().get(name)
+    if mutant is None:
+        raise UnknownMutant(f"{name} is not in the table, and this process was started anew")
     if mutant.module in sys.modules:
         raise RuntimeError(f"mutant {name}: {mutant.module} is imported already")
     sys.meta_path.insert(0, _Finder(mutant))

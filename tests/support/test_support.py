@@ -301,6 +301,7 @@ class TestMutants:
             (1, "E   NameError: x\nFAILED tests/a.py::b - NameError", "ERROR"),
             (1, "E   triton.CompilationError: at 1:0\nFAILED tests/a.py::b", "ERROR"),
             (2, "E   tests.support.mutants.StaleMutant: text\nERROR tests/a.py", "ERROR"),
+            (1, "E   tests.support.mutants.UnknownMutant: x is\nFAILED tests/a.py::b", "ERROR"),
             (1, "ERROR tests/a.py::b", "ERROR"),
             (5, "no tests ran", "ERROR"),
             (-11, "", "ERROR"),
@@ -318,6 +319,10 @@ class TestMutants:
 
         with pytest.raises(RuntimeError, match="_norm_kernels is imported already"):
             mutants.install(MUTANTS[0].name)
+
+    def test_a_name_that_is_not_in_the_table_is_told(self):
+        with pytest.raises(mutants.UnknownMutant, match="other is not in the table"):
+            mutants.install("other")
 
     @pytest.mark.parametrize(
         ("verdict", "failing", "status", "last"),

@@ -78,6 +78,7 @@ def masks(kind, batched=True):
         "causal": {"attn_mask": torch.triu(torch.ones(T, S, device=DEVICE) > 0, 1)}
         | {"is_causal": True},
     }
+    given["causal-padding"] = given["causal"] | given["padding"]
     return given[kind]
 
 
@@ -112,7 +113,9 @@ def test_attention_of_every_construction(options, kind, launches):
     assert any("fwd" in name for name in launches)
 
 
-@pytest.mark.parametrize("kind", ["padding", "mask", "heads", "added", "both-added", "causal"])
+@pytest.mark.parametrize(
+    "kind", ["padding", "mask", "heads", "added", "both-added", "causal", "causal-padding"]
+)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_masks_mean_what_they_mean_in_torch(kind, batch_first, launches):
     ours, theirs = pair(batch_first=batch_first)

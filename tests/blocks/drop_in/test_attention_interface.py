@@ -170,6 +170,21 @@ def test_dropout_and_switching_by_name():
     torch.testing.assert_close(model.eval()(**given).logits, plain, rtol=1e-5, atol=1e-6)
 
 
+def test_one_sequence_of_keys_may_be_that_of_a_batch():
+    q, k = torch.randn(3, 2, 4, 8, device=DEVICE), torch.randn(1, 2, 5, 8, device=DEVICE)
+    out, _ = attention_forward(torch.nn.Module(), q, k, k, None, is_causal=False)
+    repeated = k.expand(3, -1, -1, -1)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, repeated, repeated)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+def test_a_single_query_has_dropout():
+    q = torch.randn(64, 1, 1, 8, device=DEVICE)
+    with torch.no_grad():
+        out, _ = attention_forward(torch.nn.Module(), q, q, q, None, dropout=0.5)
+    assert 0 < (out == 0).all(-1).sum() < 64
+
+
 def test_a_paged_cache_is_refused():
     q = torch.zeros(1, 2, 1, 8, device=DEVICE)
     with pytest.raises(NotImplementedError, match="continuous batching is not supported"):

@@ -52,6 +52,16 @@ def test_batch_norm_loads_torchs_state_and_copies():
         ours.train()(torch.randn(1, 3))
 
 
+def test_statistics_that_are_not_tracked_any_more_stay():
+    ours, theirs = drop_in.BatchNorm1d(5).to(DEVICE), nn.BatchNorm1d(5).to(DEVICE)
+    before = copy.deepcopy(ours.state_dict())
+    x = torch.randn(6, 5, device=DEVICE) + 3
+    for module in (ours, theirs):
+        module.track_running_stats = False
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.state_dict(), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["Softmax", "LogSoftmax"])
 def test_softmax_modules(name):
     x = torch.randn(3, 4, 5, device=DEVICE)

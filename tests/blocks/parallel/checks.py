@@ -31,6 +31,7 @@ from trilith.blocks.parallel import (
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
+from trilith.blocks.parallel.pipeline import Stage
 from trilith.blocks.parallel.vocab import VocabParallel
 from trilith.kernels._runtime.launch import observers
 
@@ -526,3 +527,32 @@ def what_cannot_be_split_is_refused():
     )
     with pytest.raises(ValueError, match="T divisible by the 2 ranks of the mesh, got"):
         whole_rows(*batch(length=5))
+    logits = distribute_tensor(torch.zeros(3, 1), mesh_of(2), [Shard(1)])
+    with pytest.raises(ValueError, match="each of 2 ranks must have a class, got 1 classes"):
+        vocab_parallel_cross_entropy(logits, torch.zeros(3, dtype=torch.long))
+
+
+@check(worlds=(2,))
+def nothing_is_dropped_of_spread_sequences_in_evaluation():
+    model, mesh = model_of("llama", dropout=0.5).eval(), mesh_of(2)
+    tokens, _ = batch()
+    wanted = model(tokens)
+    context_parallel(model, mesh)
+    found = model(tokens.chunk(2, 1)[dist.get_rank()])
+    torch.testing.assert_close(found, wanted.chunk(2, 1)[dist.get_rank()])
+
+
+@check(worlds=(2,))
+def stages_recompute_what_the_model_would():
+    stage, calls = Stage(model_of("llama", checkpoint_activations=True), 0, 2), []
+    stage.blocks["0"].register_forward_pre_hook(lambda *_: calls.append(0))
+    stage(batch()[0]).sum().backward()
+    assert len(calls) == 2
+
+
+@check(worlds=(2,))
+def a_frozen_head_stays_frozen():
+    model = model_of("llama")
+    model.head.requires_grad_(False)
+    parallelize_module(model, mesh_of(2), tensor_parallel_plan(model))
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["head.weight"]
