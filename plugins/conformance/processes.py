@@ -9,10 +9,10 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from typing import Any, TextIO
 
 import torch
@@ -112,12 +112,13 @@ def _ask(question: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def serve() -> None:
-    """Answer what is asked on the standard input; what plugins print goes to the standard error."""
-    answers = sys.stdout
-    with redirect_stdout(sys.stderr):
-        manager.load()
-        for line in sys.stdin:
-            _tell(answers, _answer(**json.loads(line)))
+    """Answer what is asked on the standard input; what plugins print, below Python too, goes to the
+    standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    manager.load()
+    for line in sys.stdin:
+        _tell(answers, _answer(**json.loads(line)))
 
 
 def _tell(to: TextIO, answer: dict[str, Any] | None) -> None:
