@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import trilith
+from perf.meters.live import live_bytes
 from tests.kernels.eager_attention import eager
 from tests.support.compare import assert_like_eager
 from tests.support.devices import DEVICE, DTYPES, INTERPRETING, dtype_name
@@ -671,6 +672,16 @@ BAD_CALLS = {
         'precision must be "ieee" or "tf32"',
     ),
 }
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["plain", "mask"])
+def test_grouped_keys_are_not_copied(mask):
+    q, k, v = qkv(16, 64, B=1, H=8, Hkv=1)
+    bias = randn(1, 1, 16, 64) if mask else None
+    with torch.no_grad(), live_bytes() as live:
+        out = scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
+    rows = out.numel() // out.shape[-1]
+    assert live.made <= out.nbytes + 2 * 4 * rows  # lse, in base 2 too
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)
