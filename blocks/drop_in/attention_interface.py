@@ -79,8 +79,6 @@ def attention_forward(
     for name, what in _NOT_THERE.items():
         if options.get(name) is not None:
             raise NotImplementedError(f'attn_implementation="{NAME}": {what}')
-    if s_aux is None and not torch.compiler.is_compiling():
-        _require_another_attention(type(module).__module__)
     T, S = query.shape[2], key.shape[2]
     if query.shape[0] != key.shape[0]:
         batch = max(query.shape[0], key.shape[0])
@@ -91,6 +89,9 @@ def attention_forward(
         lengths = torch.full((len(key),), S, dtype=torch.int32, device=key.device)
         out = cast(Tensor, decode_attention(query, key, value, lengths, **options))
         return out.transpose(1, 2).contiguous(), None
+    is_causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if attention_mask is None and T > 1 and not (is_causal or softcap or s_aux is not None):
+        _require_known_causality(type(module).__module__)
     options |= _masking(module, T, S, attention_mask, is_causal)
     if position_bias is not None:
         options["bias"] = _with_mask(position_bias, options["bias"])
@@ -98,18 +99,26 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _require_known_causality(name: str) -> None:
+    """That a file's models say without a mask what is causal, as torch's attention needs it."""
+    if torch.compiler.is_compiling():
+        return
+    if not _says_what_is_causal(name):
+        raise NotImplementedError(
+            f'attn_implementation="{NAME}": models of {name} do not say, without a mask, what is '
+            'causal; use "eager"'
+        )
+
+
 @cache
-def _require_another_attention(name: str) -> None:
-    """That the models of a file run with torch's attention: others don't say what is causal."""
+def _says_what_is_causal(name: str) -> bool:
+    """Whether transformers lets torch's attention run in a file's models, which it does not for
+    soft caps and sinks either."""
     from transformers import PreTrainedModel
 
     own = [c for c in vars(sys.modules[name]).values() if isinstance(c, type)]
     models = [c for c in own if issubclass(c, PreTrainedModel) and c.__module__ == name]
-    if models and not any(model._supports_sdpa for model in models):
-        raise NotImplementedError(
-            f'attn_implementation="{NAME}": {models[0].__name__} does not take other attention '
-            'than its own; use "eager"'
-        )
+    return not models or any(model._supports_sdpa for model in models)
 
 
 def _masking(
@@ -128,7 +137,7 @@ def _masking(
             "key_padding_mask": padding,
             "bias": None,
         }
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = True if is_causal is None else is_causal
     alone = mask is None and T > 1
     return {"causal": "top_left" if causal and alone else False, "bias": mask}
 

@@ -200,15 +200,19 @@ def test_what_changes_the_result_and_is_not_there_is_refused(name):
         attention_forward(module, q, q, q, None, **{name: torch.zeros(1, 4, 2)})
 
 
-def test_a_model_that_takes_no_other_attention_is_refused():
+def test_a_model_that_does_not_say_what_is_causal_is_refused():
     config = transformers.SplinterConfig(
         vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, question_token_id=4,
     )  # fmt: skip
-    model = transformers.SplinterModel(config).to(DEVICE)
+    model = transformers.SplinterModel(config).to(DEVICE, torch.float64).eval()
+    tokens = torch.ones(1, 3, dtype=torch.long, device=DEVICE)
+    padding = torch.tensor([[1, 1, 0]], device=DEVICE)
+    expected = model(tokens, attention_mask=padding)[0]
     model.set_attn_implementation("trilith")
-    with pytest.raises(NotImplementedError, match="does not take other attention than its own"):
-        model(torch.ones(1, 3, dtype=torch.long, device=DEVICE))
+    torch.testing.assert_close(model(tokens, attention_mask=padding)[0], expected)
+    with pytest.raises(NotImplementedError, match="do not say, without a mask, what is causal"):
+        model(tokens)
 
 
 def test_a_mask_that_the_model_changed_is_refused():
