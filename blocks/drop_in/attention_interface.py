@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trilith.kernels import attention, decode_attention
 
 NAME = "trilith"
+_CAUSAL, _WINDOWED = torch.uint8, torch.int8  # dtypes of masks by rule
 _SPARSE = 'attention to keys that the model chooses is not supported; use "sdpa"'
 _NOT_THERE = {
     "cache": "continuous batching is not supported; use generate()",
@@ -66,7 +67,7 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """What a model calls: query (B, H, T, D), key and value with a divisor of H heads.
 
-    The mask is 4-D, boolean or added; or `attention_mask`'s uint8 one; or None, for which causal
+    The mask is 4-D, boolean or added; or `attention_mask`'s of 8 bits; or None, for which causal
     modules count from the first key, as with scaled_dot_product_attention. A window comes with the
     mask alone: not every model names its window here.
 
@@ -124,15 +125,15 @@ def _says_what_is_causal(name: str) -> bool:
 def _masking(
     module: nn.Module, T: int, S: int, mask: Tensor | None, is_causal: bool | None
 ) -> dict[str, Any]:
-    if mask is not None and mask.dtype == torch.uint8:
-        W = mask.shape[3]
-        if mask.shape[2] != S:
+    if mask is not None and mask.dtype in (_CAUSAL, _WINDOWED):
+        W, is_windowed = mask.shape[3], mask.dtype == _WINDOWED
+        if mask.shape[2] != S or not (W < S if is_windowed else W == S):
             raise NotImplementedError(
                 f'attn_implementation="{NAME}": {type(module).__name__} changes the mask for keys '
                 'of its own; use "sdpa"'
             )
         padding = mask[:, 0, :, 0].view(torch.bool)
-        window = (W - 1, 0) if W < S else None
+        window = (W - 1, 0) if is_windowed else None
         return {"causal": "bottom_right", "window": window} | {
             "key_padding_mask": padding,
             "bias": None,
@@ -168,7 +169,8 @@ def attention_mask(
 
     Returns:
         None where nothing is masked, or nothing but what comes after each query.
-        (B, 1, S, W) uint8, no memory behind its last dimension: the queries are the last of S keys
+        (B, 1, S, W) int8, or uint8 where W = S, so that a model that changes it is noticed, with
+        no memory behind its last dimension: the queries are the last of S keys
         and causal; key s takes part where [:, 0, s], for the W queries from its own on.
         (B, 1, 1, S) boolean: keys that take part, for all queries.
         (B, 1, T, S) boolean, as for scaled_dot_product_attention, where no rule is known.
@@ -201,7 +203,8 @@ def attention_mask(
         return None
     if padding is None:
         padding = torch.ones((batch_size, kv_length), dtype=torch.bool, device=device)
-    return padding.view(torch.uint8)[:, None, :, None].expand(-1, -1, -1, window)
+    kind = _WINDOWED if window < kv_length else _CAUSAL
+    return padding.view(kind)[:, None, :, None].expand(-1, -1, -1, window)
 
 
 def _padding(mask: Tensor | None, length: int, offset: int) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 import trilith
 from tests.blocks.test_transformers import DECODER, MODELS, inputs, transformers
 from tests.support.devices import DEVICE
-from trilith.blocks.drop_in.attention_interface import attention_forward
+from trilith.blocks.drop_in.attention_interface import attention_forward, attention_mask
 
 trilith.register_transformers()
 
@@ -215,12 +215,29 @@ def test_a_model_that_does_not_say_what_is_causal_is_refused():
         model(tokens)
 
 
-def test_a_mask_that_the_model_changed_is_refused():
-    q, k = (torch.randn(1, 2, n, 8, device=DEVICE) for n in (4, 6))
-    mask = torch.ones(1, 1, 4, 1, dtype=torch.uint8, device=DEVICE).expand(1, 1, 4, 3)
+def padded(mask):
+    return torch.nn.functional.pad(mask, (0, 2))
+
+
+def cut(mask):
+    return mask[..., :2]
+
+
+def of_one_query(mask):
+    return mask[:, :, -1:]
+
+
+@pytest.mark.parametrize(
+    ("window", "change"),
+    [(3, padded), (3, of_one_query), (None, padded), (None, cut), (None, of_one_query)],
+)
+def test_a_mask_that_the_model_changed_is_refused(window, change):
+    q = torch.randn(1, 2, 5, 8, device=DEVICE)
+    padding = torch.tensor([[False, True, True, True, True]], device=DEVICE)
+    mask = attention_mask(1, 5, 5, attention_mask=padding, local_size=window, device=DEVICE)
     attention_forward(torch.nn.Module(), q, q, q, mask)
     with pytest.raises(NotImplementedError, match="Module changes the mask for keys of its own"):
-        attention_forward(torch.nn.Module(), q, k, k, torch.nn.functional.pad(mask, (0, 2)))
+        attention_forward(torch.nn.Module(), q, q, q, change(mask))
 
 
 def test_importing_trilith_imports_no_transformers():
