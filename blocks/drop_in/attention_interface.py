@@ -16,7 +16,7 @@ from trilith.kernels import attention, decode_attention
 
 NAME = "trilith"
 _CAUSAL, _WINDOWED = torch.uint8, torch.int8  # dtypes of masks by rule
-_SPARSE = 'attention to keys that the model chooses is not supported; use "sdpa"'
+_SPARSE = 'attention to keys that the model chooses is not supported; use "eager"'
 _NOT_THERE = {
     "cache": "continuous batching is not supported; use generate()",
     "indices": _SPARSE,
@@ -130,7 +130,7 @@ def _masking(
         if mask.shape[2] != S or not (W < S if is_windowed else W == S):
             raise NotImplementedError(
                 f'attn_implementation="{NAME}": {type(module).__name__} changes the mask for keys '
-                'of its own; use "sdpa"'
+                'of its own; use "eager"'
             )
         padding = mask[:, 0, :, 0].view(torch.bool)
         window = (W - 1, 0) if is_windowed else None
