@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.nn.modules import module as _torch
 
@@ -24,6 +25,8 @@ from trilith.kernels import (
 )
 from trilith.plugins import TRITON_DEVICES, may_fuse
 from trilith.plugins.sharding import is_dtensor
+
+_WEIGHTS = (nn.Parameter, Tensor, FakeTensor)
 
 
 def plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -56,9 +59,11 @@ def hooks_of_all_modules() -> bool:
 
 def plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Of a weight that is numbers as they are: a quantized one has a type of its own."""
-    return plain(module, nn.Linear) and (
-        type(module.weight) in (nn.Parameter, Tensor) or is_dtensor(module.weight)
-    )
+    if not plain(module, nn.Linear):
+        return False
+    weight = module._parameters.get("weight")  # quicker than the attribute, which a view may be
+    weight = cast(Tensor, module.weight) if weight is None else weight
+    return type(weight) in _WEIGHTS or is_dtensor(weight)
 
 
 def kernels_run(x: Tensor) -> bool:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations
 
 from tests.blocks.twin import TwinLM
@@ -89,6 +90,13 @@ def config_of(kind: str) -> LMConfig:
 def test_linear_itself_is_plain():
     assert plain_linear(nn.Linear(3, 3))
     assert plain_linear(nn.Linear(3, 3, bias=False))
+    assert plain_linear(nn.Linear(3, 3, device="meta"))
+    with FakeTensorMode():
+        assert plain_linear(nn.Linear(3, 3))
+    view = nn.Linear(3, 3)
+    weight = view._parameters.pop("weight")
+    view.weight = weight.detach()  # as FSDP's flat parameters have them
+    assert plain_linear(view)
 
 
 @pytest.mark.parametrize("kind", NOT_PLAIN)
