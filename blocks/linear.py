@@ -61,8 +61,9 @@ def plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Of a weight that is numbers as they are: a quantized one has a type of its own."""
     if not plain(module, nn.Linear):
         return False
-    weight = module._parameters.get("weight")  # quicker than the attribute, which a view may be
-    weight = cast(Tensor, module.weight) if weight is None else weight
+    weight: Tensor | None = module._parameters.get("weight")  # quicker than the attribute
+    if weight is None:
+        weight = cast(Tensor, module.weight)
     return type(weight) in _WEIGHTS or is_dtensor(weight)
 
 
