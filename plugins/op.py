@@ -56,6 +56,7 @@ class Op:
         self.scope: ContextVar[str | None] = ContextVar(spec.name, default=None)
         self.open_scopes: list[str] = []
         self._version = 0
+        self.is_reference_on_cpu = False
         self._selections: dict[tuple[torch.device, torch.dtype, str | None], Selection] = {}
         self._owners: dict[str, str] = {}
         self._by_provider: dict[str, Implementation] = {}
@@ -285,30 +286,14 @@ class Op:
     def _set_guard(self) -> None:
         # Dynamo guards on this string: compiled code made under another one is not run.
         self._guard = f"{self._version}:{self.open_scopes[-1] if self.open_scopes else ''}"
-        if self._selections:
-            self.is_reference_on_cpu = self._is_reference_on_cpu()
-        else:
-            vars(self).pop("is_reference_on_cpu", None)  # plugins have a say first
-
-    def __getattr__(self, name: str) -> bool:
-        """`is_reference_on_cpu` before the first choice: the same as after it, so that whoever runs
-        a layer twice, as `torch.jit.trace` does, sees the same twice."""
-        if name != "is_reference_on_cpu":
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        if _is_dynamo_compiling() or self._is_asked_for():
-            return False
-        self.selection(torch.device("cpu"), torch.float32)
-        return self._is_reference_on_cpu()
+        self.is_reference_on_cpu = self._is_reference_on_cpu()
 
     def _is_reference_on_cpu(self) -> bool:
-        if self._is_asked_for():
+        """False until plugins had a say, and while somebody traces or asked for one by name."""
+        variable = selection.environment_variable(self.spec.name)
+        if not self._selections or self._is_wired or self.open_scopes or variable in os.environ:
             return False
         return not any("cpu" in implementation.devices for implementation in self.implementations)
-
-    def _is_asked_for(self) -> bool:
-        """Whether somebody traces, or named who runs it."""
-        variable = selection.environment_variable(self.spec.name)
-        return self._is_wired or bool(self.open_scopes) or variable in os.environ
 
     def tensors_of(self, args: Sequence[Any]) -> list[Tensor | None]:
         """The tensors among a call's arguments, None where one is left out."""
