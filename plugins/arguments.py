@@ -6,16 +6,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-
 
 def parameter_names(function: Callable[..., Any]) -> list[str] | None:
-    """None for a function that takes some by position alone, or any number."""
+    """None for a function that takes some otherwise than by position or name, or any number."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # of a builtin
         return None
-    return [p.name for p in parameters] if all(p.kind in _NAMED for p in parameters) else None
+    either = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+    return [p.name for p in parameters] if either else None
 
 
 def by_name(function: Callable[..., Any], names: list[str] | None) -> Callable[..., Any]:
@@ -26,9 +25,9 @@ def by_name(function: Callable[..., Any], names: list[str] | None) -> Callable[.
     wanted = parameter_names(function)
     if wanted is None or names is None or wanted == names or not set(wanted) <= set(names):
         return function
-    places = [(name, names.index(name)) for name in wanted]
+    places = [names.index(name) for name in wanted]
 
     def with_all(*args: Any) -> Any:
-        return function(**{name: args[place] for name, place in places})
+        return function(*[args[place] for place in places])
 
     return with_all

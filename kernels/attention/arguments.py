@@ -21,28 +21,33 @@ from trilith.plugins.autocast import autocasts
 
 def require_axes(op: str, *axes: str, **tensors: Tensor) -> None:
     """Floating-point tensors on one device, with these axes."""
-    require_tensors(op, **tensors)
-    require_floating(op, **tensors)
-    first = next(iter(tensors.values()))
-    require_same_device(op, first, **tensors)
+    lead: Tensor | None = None
     for arg, tensor in tensors.items():
-        rule = f"be {len(axes)}-D ({', '.join(axes)})"
-        require(tensor.ndim == len(axes), op, arg, rule, tuple(tensor.shape))
+        if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+            require_tensors(op, **{arg: tensor})
+            require_floating(op, **{arg: tensor})
+        if lead is None:
+            lead = tensor
+        elif tensor.device != lead.device:
+            require_same_device(op, lead, **{arg: tensor})
+        if tensor.ndim != len(axes):
+            rule = f"be {len(axes)}-D ({', '.join(axes)})"
+            require(False, op, arg, rule, tuple(tensor.shape))
 
 
 def require_one_dtype(op: str, **tensors: Tensor) -> None:
     """Unless autocast, which takes any, gives them one."""
-    dtypes = [t.dtype for t in tensors.values()]
-    if len(set(dtypes)) > 1 and not autocasts(next(iter(tensors.values()))):
-        *args, last = tensors
-        got = ", ".join(map(str, dtypes))
-        raise TypeError(f"{op}: {', '.join(args)} and {last} must have one dtype, got {got}")
+    if len({t.dtype for t in tensors.values()}) == 1 or autocasts(next(iter(tensors.values()))):
+        return
+    *args, last = tensors
+    got = ", ".join(str(t.dtype) for t in tensors.values())
+    raise TypeError(f"{op}: {', '.join(args)} and {last} must have one dtype, got {got}")
 
 
 def require_groups(op: str, heads: int, key_heads: int) -> None:
     """Each key head is read by as many query heads."""
-    divides = heads % key_heads == 0 if key_heads else heads == 0
-    require(divides, op, "q's heads", f"be a multiple of the keys' {key_heads}", heads)
+    if heads % key_heads if key_heads else heads:
+        require(False, op, "q's heads", f"be a multiple of the keys' {key_heads}", heads)
 
 
 def require_head_dim(op: str, q: Tensor, v: Tensor) -> None:
