@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from perf.gate import markdown
 from perf.results import Benchmark, Unreadable, load
@@ -95,9 +96,16 @@ def compared(name: str, rounds: Sequence[tuple[Samples, Samples]]) -> Comparison
 
 
 def _medians(samples: Samples, generator: np.random.Generator) -> np.ndarray:
-    values = np.asarray(samples, dtype=np.float64)
-    drawn = generator.integers(len(values), size=(_RESAMPLES, len(values)))
-    return np.median(values[drawn], axis=1)
+    """Medians of resamples. A resample is as many uniform draws of a rank, so that its middle one
+    is beta-distributed, and of an even number the next one is the least of those above it."""
+    values = np.sort(np.asarray(samples, dtype=np.float64))
+    count, middle = len(values), (len(values) + 1) // 2
+    low = generator.beta(middle, count - middle + 1, size=_RESAMPLES)
+    high = low
+    if count % 2 == 0:
+        high = 1 - (1 - low) * generator.random(_RESAMPLES) ** (1 / middle)
+    low, high = (values[(u * count).astype(int).clip(max=count - 1)] for u in (low, high))
+    return (low + high) / 2
 
 
 def compare(rounds: Rounds) -> tuple[list[Comparison], list[str], list[str]]:
@@ -162,7 +170,7 @@ def confirmed(
 def pairs(before: Path, after: Path, tests: Sequence[str], count: int, run: Runner) -> Rounds:
     """`count` pairs of runs; which of the two goes first alternates."""
     rounds: list[tuple[Results, Results]] = []
-    for i in range(count):
+    for i in tqdm(range(count), "pairs of runs"):
         order = (before, after) if i % 2 == 0 else (after, before)
         results = {checkout: run(checkout, tests) for checkout in order}
         rounds.append((results[before], results[after]))

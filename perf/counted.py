@@ -46,9 +46,20 @@ BASELINE = Path(__file__).parent / "baselines" / "counted.json"
 
 
 def op_table(figures: Figures) -> str:
-    kinds = ("bytes / minimal", "requests / minimal", "launches", "launches, strided")
-    columns = [f"{direction} {kind}" for kind in kinds for direction in ("forward", "backward")]
-    columns.insert(4, "saved / minimal")
+    memory = _both("bytes / minimal", "requests / minimal")
+    counts = _both("launches", "launches, strided")
+    return _table_of_ops(figures, [*memory, "saved / minimal", *counts])
+
+
+def arithmetic_table(figures: Figures) -> str:
+    return _table_of_ops(figures, _both("products / minimal", "operations", "special"))
+
+
+def _both(*kinds: str) -> list[str]:
+    return [f"{direction} {kind}" for kind in kinds for direction in ("forward", "backward")]
+
+
+def _table_of_ops(figures: Figures, columns: Sequence[str]) -> str:
     rows = []
     for name in (w.name for w in OPS if w.name in figures):
         found = [figures[name].get(column) for column in columns]
@@ -123,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     figures, seconds = count_all(names, os.cpu_count() or 1)
     results = {"figures": figures, "torch": torch.__version__, "seconds": seconds, "binaries": {}}
-    parts = [op_table(figures), compile_table(figures)]
+    parts = [op_table(figures), arithmetic_table(figures), compile_table(figures)]
     if not options.names:
         parts += _all_else(results, options.binaries, options.update)
     print("\n\n".join(parts))

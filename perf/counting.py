@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from perf.attention_workloads import (
@@ -29,6 +29,7 @@ from perf.fused_workloads import (
     layer_norm_linear,
     rms_norm_linear_pair,
 )
+from perf.meters.arithmetic import Arithmetic, arithmetic
 from perf.meters.bands import share_read
 from perf.meters.compiled import partitioned, scheduled
 from perf.meters.launches import launches
@@ -123,21 +124,25 @@ GOALS = {"gpt": 10.1, "gated": 11.4}  # elements saved per token and width
 
 
 def count_op(workload: Workload) -> dict[str, float]:
-    """Bytes over minimal bytes, and launches, of forward and, where there is one, backward; bytes
-    saved between them over forward's minimal ones; and launches where no tensor is contiguous."""
+    """Bytes over minimal bytes, launches and arithmetic of forward and, where there is one, backward;
+    bytes saved between them over forward's minimal ones; and launches where no tensor is contiguous.
+    """
     args = seeded_arguments(workload, CPU, BF16)
     assert workload.cost is not None
     cost = workload.cost(*args)
     results: list[Any] = []
-    with traffic() as forward:
+    with traffic() as forward, arithmetic() as done:
         saved = saved_bytes(lambda: results.append(workload.trilith(*args)))
     (out,) = results
+    elements = max(t.numel() for t in tree_leaves(args) if isinstance(t, torch.Tensor))
     figures = _figures_of("forward", forward, cost.forward_bytes)
+    figures |= _arithmetic_of("forward", done, cost.forward_flops, elements)
     if leaves(args):
         above = gradient_for(out)
-        with traffic() as backward:
+        with traffic() as backward, arithmetic() as done:
             torch.autograd.grad(out, leaves(args), above)
         figures |= _figures_of("backward", backward, cost.backward_bytes)
+        figures |= _arithmetic_of("backward", done, cost.backward_flops, elements)
         figures["saved / minimal"] = round(saved / cost.forward_bytes, 6)
     return figures | _strided(workload)
 
@@ -168,6 +173,19 @@ def _figures_of(direction: str, moved: Traffic, minimal: int) -> dict[str, float
         f"{direction} requests / minimal": round(moved.requested / minimal, 6),
         f"{direction} launches": len(moved.launches),
     }
+
+
+def _arithmetic_of(
+    direction: str, done: Arithmetic, flops: int, elements: int
+) -> dict[str, float]:
+    """Products over those that the op declares; operations per element of its largest tensor."""
+    figures = {
+        f"{direction} operations": round(done.elementwise / elements, 4),
+        f"{direction} special": round(done.special / elements, 4),
+    }
+    if done.products:
+        figures[f"{direction} products / minimal"] = round(2 * done.products / flops, 4)
+    return figures
 
 
 def count_skipped(left: int, right: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from perf.compare import FEWEST_SAMPLES, TOO_FEW, Incomparable, main, run_benchmarks
@@ -55,6 +56,17 @@ def test_outliers_of_a_few_samples_do_not_decide():
 def test_the_same_samples_give_the_same_answer():
     before, after = samples(1e-4), samples(1.2e-4, seed=1)
     assert compared("norm", before, after) == compared("norm", before, after)
+
+
+@pytest.mark.parametrize("count", [5, 6, 31, 40])
+def test_the_interval_is_that_of_resampled_medians(count):
+    """The ends, against resamples drawn one by one: by the share of these that lie below."""
+    before, after = samples(1e-4, 0.2, n=count), samples(1e-4, 0.2, n=count, seed=1)
+    generator = np.random.default_rng(7)
+    drawn = [np.median(generator.choice(x, size=(20_000, count)), 1) for x in (after, before)]
+    ratios, result = drawn[0] / drawn[1], compared("norm", before, after)
+    below = [(ratios < end).mean() for end in (result.low, np.nextafter(result.high, 2))]
+    assert below == pytest.approx([0.005, 0.995], abs=0.004)
 
 
 def test_what_cannot_be_read_is_told(tmp_path, capsys):

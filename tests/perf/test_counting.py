@@ -51,6 +51,8 @@ def twice(x):
         (with_more_saved, "saved / minimal"),
         (twice, "forward requests / minimal"),
         (twice, "forward launches"),
+        (twice, "forward operations"),
+        (twice, "forward special"),
     ],
 )
 def test_a_slower_function_is_seen(counting, slower, figure):
@@ -59,6 +61,18 @@ def test_a_slower_function_is_seen(counting, slower, figure):
     after = counting.count_op(replace(workload, trilith=slower))
     worse = [c for c in gate.changes({"op": before}, {"op": after}) if c.is_worse]
     assert figure in {change.figure for change in worse}
+
+
+def of_wider_operands(q, k, v):
+    return kernels.attention(*(t.float() for t in (q, k, v)), causal=True).to(q.dtype)
+
+
+def test_products_of_wider_operands_are_seen(counting):
+    workload = counting.attention(1, 1, 32, 16)
+    before = counting.count_op(workload)
+    after = counting.count_op(replace(workload, trilith=of_wider_operands))
+    for figure in ("forward products / minimal", "backward products / minimal"):
+        assert after[figure] == 2 * before[figure] > 0
 
 
 def test_names_choose_what_is_counted(counting):

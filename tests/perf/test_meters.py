@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from perf.meters.arithmetic import Arithmetic, arithmetic
 from perf.meters.aten import syncs
 from perf.meters.bands import share_read
 from perf.meters.compiled import scheduled
@@ -46,6 +47,15 @@ def _accumulate_kernel(x_ptr, sum_ptr, BLOCK: tl.constexpr):
     """Each program adds a block to one sum."""
     x = tl.load(x_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
     tl.atomic_add(sum_ptr, tl.sum(x, axis=0))
+
+
+@triton.jit
+def _product_kernel(x_ptr, y_ptr, SIZE: tl.constexpr, OF: tl.constexpr):
+    """exp of x times its transpose."""
+    at = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + at[:, None] * SIZE + at[None, :])
+    y = tl.dot(x.to(OF), tl.trans(x).to(OF))
+    tl.store(y_ptr + at[:, None] * SIZE + at[None, :], tl.exp(y))
 
 
 def centre(x, *, twice=False):
@@ -102,6 +112,15 @@ class TestTraffic:
         assert total.item() == 256
         assert moved.total == x.nbytes + 2 * total.nbytes
         assert moved.requested == x.nbytes + 4 * 2 * total.nbytes
+
+
+@interpreted
+@pytest.mark.parametrize(("of", "halves"), [(tl.bfloat16, 1), (tl.float16, 1), (tl.float32, 2)])
+def test_arithmetic_is_counted_by_kind(of, halves):
+    x, y = torch.randn(16, 16), torch.empty(16, 16)
+    with arithmetic() as done:
+        launch(_product_kernel, (2,), x, y, SIZE=16, OF=of)
+    assert done == Arithmetic(2 * halves * 16**3, elementwise=2 * 16**2, special=2 * 16**2)
 
 
 @interpreted

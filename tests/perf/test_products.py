@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from perf.meters.products import products
+from perf.meters.arithmetic import arithmetic
 from tests.support.devices import INTERPRETING
 from trilith.kernels import decode_attention, varlen_attention
 
@@ -14,9 +14,9 @@ ROOM = 512
 
 def decoded(length, **options):
     q, k, v = (torch.randn(1, 2, n, 16) for n in (1, ROOM, ROOM))
-    with products() as done:
+    with arithmetic() as done:
         decode_attention(q, k, v, torch.tensor([length]), **options)
-    return sum(done)
+    return done.products
 
 
 def test_decoding_makes_products_of_the_keys_that_are_stored():
@@ -32,9 +32,9 @@ def test_packed_sequences_do_not_attend_to_each_other():
         q, k, v, above = torch.randn(4, sum(lengths), 1, 16).unbind()
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         leaves = [t.requires_grad_() for t in (q, k, v)]
-        with products() as done:
+        with arithmetic() as done:
             out = varlen_attention(*leaves, ends, ends)
             torch.autograd.grad(out, leaves, above)
-        return sum(done)
+        return done.products
 
     assert packed(64, 64, 64, 64) <= packed(256) / 4
