@@ -85,7 +85,10 @@ def compared(name: str, rounds: Sequence[tuple[Samples, Samples]]) -> Comparison
     generator = np.random.default_rng(_SEED)
     ratios = [np.median(after) / np.median(before) for before, after in rounds]
     resampled = np.stack(
-        [_medians(after, generator) / _medians(before, generator) for before, after in rounds]
+        [
+            resampled_medians(after, generator) / resampled_medians(before, generator)
+            for before, after in rounds
+        ]
     )
     drawn = generator.integers(len(rounds), size=(len(rounds), _RESAMPLES))
     spread = np.median(np.take_along_axis(resampled, drawn, 0), axis=0)
@@ -95,7 +98,7 @@ def compared(name: str, rounds: Sequence[tuple[Samples, Samples]]) -> Comparison
     return Comparison(name, float(np.median(ratios)), float(low), float(high), samples)
 
 
-def _medians(samples: Samples, generator: np.random.Generator) -> np.ndarray:
+def resampled_medians(samples: Samples, generator: np.random.Generator) -> np.ndarray:
     """Medians of resamples. A resample is as many uniform draws of a rank, so that its middle one
     is beta-distributed, and of an even number the next one is the least of those above it."""
     values = np.sort(np.asarray(samples, dtype=np.float64))

@@ -124,8 +124,8 @@ GOALS = {"gpt": 10.1, "gated": 11.4}  # elements saved per token and width
 
 
 def count_op(workload: Workload) -> dict[str, float]:
-    """Bytes over minimal bytes, launches and arithmetic of forward and, where there is one, backward;
-    bytes saved between them over forward's minimal ones; and launches where no tensor is contiguous.
+    """Of forward and, where there is one, backward: bytes over minimal bytes, launches, arithmetic;
+    bytes saved between them over forward's minimal ones; launches where no tensor is contiguous.
     """
     args = seeded_arguments(workload, CPU, BF16)
     assert workload.cost is not None
@@ -175,9 +175,7 @@ def _figures_of(direction: str, moved: Traffic, minimal: int) -> dict[str, float
     }
 
 
-def _arithmetic_of(
-    direction: str, done: Arithmetic, flops: int, elements: int
-) -> dict[str, float]:
+def _arithmetic_of(direction: str, done: Arithmetic, flops: int, elements: int) -> dict[str, float]:
     """Products over those that the op declares; operations per element of its largest tensor."""
     figures = {
         f"{direction} operations": round(done.elementwise / elements, 4),
