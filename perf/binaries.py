@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from perf import gate
-from tests.support.aot import SAMPLED, title
+from tests.support.aot import SAMPLED
 from tests.support.known import FILE
+from tests.support.launches import title
 
 Figures = dict[str, dict[str, float]]
 SPILLED, INSTRUCTIONS = "spilled bytes", "spill instructions"

@@ -21,7 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perf import binaries, gate
 from tests.support import aot, known
+from tests.support.architectures import LAUNCHED_AS, TARGETS
 from tests.support.entries import entry_name, live
+from tests.support.launches import cases, title
 from trilith.plugins import registry
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +99,7 @@ def excused(report, problem):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", aot.TARGETS)
+@pytest.mark.parametrize("arch", TARGETS)
 def test_binaries(arch, tmp_path):
     sample = ("--most", *map(str, aot.SAMPLED[arch]), "--known", str(known.FILE))
     reports, launched = survey(arch, tmp_path / "reports.json", *sample)
@@ -110,7 +112,7 @@ def test_binaries(arch, tmp_path):
     ]
     assert not faults, "\n" + "\n".join(faults)
     compiled = {r["entry"]: r for r in reports if r["entry"]}
-    tables = aot.LAUNCHED_AS.get(arch, arch)
+    tables = LAUNCHED_AS.get(arch, arch)
     assert compiled.keys() == {entry_name(e) for e in live() if e.architecture == tables}
     stale = [e for a, e in NO_MMA_ALLOWED if a == arch and compiled[e]["mma"]]
     assert not stale, f"these have tensor-core instructions: {stale}"
@@ -131,7 +133,7 @@ def test_the_cases_reach_every_entry_of_attentions_tables():
 @needs_triton
 def test_every_op_has_shapes():
     with FakeTensorMode():
-        shaped = {name for name, _ in aot.cases()}
+        shaped = {name for name, _ in cases()}
     ours = {name for name in registry.op_names() if name.startswith("trilith::")}
     assert ours <= shaped, f"tests/kernels/shapes_*.py have no call of {sorted(ours - shaped)}"
 
@@ -201,5 +203,5 @@ def test_survey_specialises_as_the_jit_does(tmp_path):
     reports, launched = survey("sm_90", tmp_path / "reports.json", *options)
     copies = [r for r in reports if r["kernel"] == "copy_kernel"]
     assert sorted(r["wide"] for r in copies) == [0.0, 1.0]
-    assert {aot.title(r["kernel"], "sm_90", r["variant"], r["op"]) for r in copies} == {*launched}
+    assert {title(r["kernel"], "sm_90", r["variant"], r["op"]) for r in copies} == {*launched}
     assert all(r["registers"] > 0 for r in copies)

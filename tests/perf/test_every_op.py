@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perf.meters.aten import syncs
 from perf.meters.live import live_bytes
-from tests.support.aot import import_kernels
 from tests.support.devices import DEVICE, INTERPRETING
+from tests.support.launches import import_kernels
 from trilith.kernels._runtime import plan
 from trilith.kernels._runtime.launch import observers
 from trilith.plugins import registry

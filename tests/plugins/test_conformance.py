@@ -8,8 +8,8 @@ import torch
 
 from tests.plugins.faulty_ops import FAULTS, SOUND
 from tests.plugins.unusual_ops import UNUSUAL
-from tests.support.aot import import_kernels
 from tests.support.devices import DEVICE, DTYPES, INTERPRETING, dtype_name
+from tests.support.launches import import_kernels
 from trilith.plugins import Op, registry
 from trilith.plugins.conformance import (
     CHECKS,

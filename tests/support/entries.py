@@ -51,7 +51,8 @@ def looked_up(found: list[Entry]) -> Iterator[None]:
 
 
 def main() -> int:
-    from tests.support.aot import KERNEL_TESTS, TARGETS, captured, import_kernels
+    from tests.support.architectures import TARGETS
+    from tests.support.launches import KERNEL_TESTS, captured, import_kernels
 
     import_kernels()
     reached = set()
