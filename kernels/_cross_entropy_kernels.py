@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trilith.kernels._runtime.elementary import expm1, log1p
-from trilith.kernels._runtime.functors import ACTIVATIONS, exp
+from trilith.kernels._runtime.elementary import exp, expm1, log1p
+from trilith.kernels._runtime.functors import ACTIVATIONS
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.rows import RowTile, row_offsets, row_tile
 from trilith.kernels._runtime.sizes import next_power_of_2

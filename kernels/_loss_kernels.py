@@ -11,30 +11,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trilith.kernels._runtime.elementary import log1p
+from trilith.kernels._runtime.elementary import softplus_tail
 from trilith.kernels._runtime.elementwise import NUM_WARPS, Plane, as_plane, offsets, tile_rows
-from trilith.kernels._runtime.functors import ACTIVATIONS, exp
+from trilith.kernels._runtime.functors import sigmoid_pair
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.matrix import room_for
 from trilith.kernels._runtime.reduce import column_sum
 
 _ELEMENTS = 1024
-_sigmoid = ACTIVATIONS["sigmoid"].f
 
 
 @triton.jit
 def _bce(x, t, q):
-    tail = log1p(exp(-tl.abs(x)))
+    tail = softplus_tail(x)
     loss = t * q * (tl.maximum(-x, 0.0) + tail) + (1.0 - t) * (tl.maximum(x, 0.0) + tail)
     return tl.where(x == float("-inf"), float("nan"), loss)  # as in torch
 
 
 @triton.jit
 def _bce_grads(x, t, q):
-    dx = (1.0 - t) * _sigmoid(x) - t * q * _sigmoid(-x)
-    tail = log1p(exp(-tl.abs(x)))
-    dt = q * tl.maximum(-x, 0.0) - tl.maximum(x, 0.0) + (q - 1.0) * tail
+    above, below = sigmoid_pair(x)
+    dx = (1.0 - t) * above - t * q * below
+    dt = q * tl.maximum(-x, 0.0) - tl.maximum(x, 0.0) + (q - 1.0) * softplus_tail(x)
     return dx, dt
 
 

@@ -37,7 +37,7 @@ from trilith.kernels._cross_entropy_kernels import (
     logits_tile,
     widened_logits,
 )
-from trilith.kernels._runtime.functors import exp
+from trilith.kernels._runtime.elementary import exp
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.plan import planned

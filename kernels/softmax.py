@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trilith.kernels._runtime.checks import require_floating, require_tensors
-from trilith.kernels._runtime.functors import exp
+from trilith.kernels._runtime.elementary import exp
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.plan import planned

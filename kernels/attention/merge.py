@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trilith.kernels._runtime.checks import require, require_floating, require_same_device
-from trilith.kernels._runtime.functors import exp
+from trilith.kernels._runtime.elementary import exp
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.plan import planned

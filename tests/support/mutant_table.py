@@ -885,8 +885,8 @@ MUTANTS = (
     Mutant(
         "pos_weight_left_out_of_the_gradient",
         _LOSSES,
-        "dx = (1.0 - t) * _sigmoid(x) - t * q * _sigmoid(-x)",
-        "dx = (1.0 - t) * _sigmoid(x) - t * _sigmoid(-x)",
+        "dx = (1.0 - t) * above - t * q * below",
+        "dx = (1.0 - t) * above - t * below",
         _LOSS_TESTS + " -k weights_broadcast",
     ),
     Mutant(
@@ -985,7 +985,21 @@ MUTANTS = (
         "trilith.kernels._runtime.elementary",
         "tl.where(x < 0.5, series, tl.log(1.0 + x))",
         "tl.log(1.0 + x)",
+        _CE_TESTS + " -k confident",
+    ),
+    Mutant(
+        "softplus_by_the_plain_logarithm",
+        "trilith.kernels._runtime.elementary",
+        "return e * (series * e + 1.0)",
+        "return tl.log(1.0 + e)",
         _LOSS_TESTS + " -k confident",
+    ),
+    Mutant(
+        "elu_by_a_difference",
+        _FUNCTORS,
+        "tl.where(z > 0, z, expm1(z))",
+        "tl.where(z > 0, z, exp(z) - 1.0)",
+        _ACT_TESTS,
     ),
     Mutant(
         "heads_that_take_turns_miscounted",
