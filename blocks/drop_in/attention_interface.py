@@ -102,8 +102,6 @@ def attention_forward(
 
 def _require_known_causality(name: str) -> None:
     """That a file's models say without a mask what is causal, as torch's attention needs it."""
-    if torch.compiler.is_compiling():
-        return
     if not _says_what_is_causal(name):
         raise NotImplementedError(
             f'attn_implementation="{NAME}": models of {name} do not say, without a mask, what is '
@@ -111,8 +109,13 @@ def _require_known_causality(name: str) -> None:
         )
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _says_what_is_causal(name: str) -> bool:
+    return _has_models_for_torchs_attention(name)
+
+
+@cache
+def _has_models_for_torchs_attention(name: str) -> bool:
     """Whether transformers lets torch's attention run in a file's models, which it does not for
     soft caps and sinks either."""
     from transformers import PreTrainedModel

@@ -211,6 +211,11 @@ def test_a_model_that_does_not_say_what_is_causal_is_refused():
     expected = model(tokens, attention_mask=padding)[0]
     model.set_attn_implementation("trilith")
     torch.testing.assert_close(model(tokens, attention_mask=padding)[0], expected)
+    q = torch.randn(1, 2, 4, 8, device=DEVICE)
+    layer = model.encoder.layer[0].attention.self
+    for attend in (attention_forward, torch.compile(attention_forward, backend="eager")):
+        with pytest.raises(NotImplementedError, match="do not say, without a mask, what is causal"):
+            attend(layer, q, q, q, None)
     with pytest.raises(NotImplementedError, match="do not say, without a mask, what is causal"):
         model(tokens)
 
