@@ -58,4 +58,4 @@ def _fixed_lead(op: Op) -> torch.dtype | None:
         lead = op.parameters.lead(op.parameters.bind(sample.args, sample.kwargs)).dtype
     except Exception:  # the checks say what is wrong with samples
         return None
-    return None if lead.is_floating_point else lead
+    return None if lead.is_floating_point and lead.itemsize > 1 else lead

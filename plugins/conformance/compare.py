@@ -18,6 +18,20 @@ _VANISHING = 1e-20  # of a saturated function's slope, which the reference may g
 FEW = 32  # elements below which the reference's own worst error says little
 
 
+def is_differentiable(tensor: Tensor) -> bool:
+    """Whether it holds numbers to differentiate by: floats, but for those of 8 bits, which are
+    stored data, as integers are; PyTorch does no arithmetic in them."""
+    return tensor.is_floating_point() and tensor.itemsize > 1
+
+
+def is_finite(tensor: Tensor) -> Tensor:
+    return _widened(tensor).isfinite()
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+
+
 def assert_near(
     what: str,
     actual: Tensor,
@@ -37,8 +51,11 @@ def assert_near(
     if not actual.is_floating_point():
         assert torch.equal(actual, expected.to(actual.dtype)), f"{what}: differs from the reference"
         return
-    rounded = expected.to(actual.dtype)
-    limit = torch.finfo(actual.dtype).max
+    dtype = actual.dtype
+    rounded = _widened(expected.to(dtype))
+    actual, expected = _widened(actual), _widened(expected)
+    yardsticks = tuple(map(_widened, yardsticks))
+    limit = torch.finfo(dtype).max
     overflow = expected.isfinite() & (expected.abs() > 0.99 * limit)
     _assert_pattern(what, actual, rounded, overflow, excused)
     finite = actual.isfinite() & expected.isfinite()
@@ -52,9 +69,9 @@ def assert_near(
         off = torch.where(finite & yardstick.isfinite(), (yardstick.double() - expected).abs(), 0)
         fair = torch.maximum(fair, off)
     size = torch.where(finite, expected.abs(), 0)
-    factor = 10 if actual.dtype == torch.float32 else 2
+    factor = 10 if dtype == torch.float32 else 2
     floor = _FLOOR * min(1.0, size.max().item()) + _VANISHING
-    unit = torch.finfo(actual.dtype).eps * size
+    unit = torch.finfo(dtype).eps * size
     bound = factor * fair.max() + floor + unit
     _observe(error, bound)
     worst = int((error - bound).argmax())
@@ -114,13 +131,14 @@ def assert_same(what: str, actual: Tensor, expected: Tensor, scale: float = 0.0)
     if not actual.is_floating_point():
         assert torch.equal(actual, expected), f"{what}: differs"
         return
+    dtype, actual, expected = actual.dtype, _widened(actual), _widened(expected)
     _assert_pattern(what, actual, expected, torch.zeros_like(actual, dtype=torch.bool))
     finite = expected.isfinite()
     if not finite.any():
         return
     size = torch.where(finite, expected.double().abs(), 0)
     error = torch.where(finite, (actual.double() - expected.double()).abs(), 0)
-    bound = 2 * torch.finfo(actual.dtype).eps * size + 256 * 2.0**-24 * size.max().clamp(min=scale)
+    bound = 2 * torch.finfo(dtype).eps * size + 256 * 2.0**-24 * size.max().clamp(min=scale)
     _observe(error, bound)
     worst = int((error - bound).argmax())
     assert (error <= bound).all(), (
@@ -130,6 +148,7 @@ def assert_same(what: str, actual: Tensor, expected: Tensor, scale: float = 0.0)
 
 
 def assert_bits(what: str, actual: Tensor, expected: Tensor) -> None:
+    actual, expected = _widened(actual), _widened(expected)
     same = torch.equal(actual.detach().nan_to_num(nan=0.5), expected.detach().nan_to_num(nan=0.5))
     assert same and torch.equal(actual.isnan(), expected.isnan()), f"{what} changed"
 

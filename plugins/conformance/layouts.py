@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trilith.plugins.conformance.compare import is_differentiable
+
 _SPARE = 4
 
 
@@ -72,7 +74,7 @@ def expanded_rows(tensor: Tensor) -> Tensor:
 
 def negated(tensor: Tensor) -> Tensor:
     """The negatives in memory, and torch's negative bit: so come imaginary parts of a conjugate."""
-    if not tensor.is_floating_point():
+    if not is_differentiable(tensor):
         return contiguous(tensor)
     return torch._neg_view(contiguous(-tensor))
 

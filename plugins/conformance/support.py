@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trilith.plugins.autograd import asked_of_backward
-from trilith.plugins.conformance.compare import assert_same
+from trilith.plugins.conformance.compare import assert_same, is_differentiable
 from trilith.plugins.op import Op
 from trilith.plugins.spec import Sample
 
@@ -42,8 +42,8 @@ def backward_arguments(
 
 
 def floating(args: Sequence[Any]) -> list[int]:
-    """Positions of the floating-point tensors."""
-    return [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+    """Positions of the tensors that one differentiates by."""
+    return [i for i, a in enumerate(args) if isinstance(a, Tensor) and is_differentiable(a)]
 
 
 def tensors_of(args: Sequence[Any]) -> list[int]:
@@ -122,11 +122,11 @@ def with_grad(args: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
 
 
 def differentiable(outputs: Sequence[Tensor]) -> list[int]:
-    return [i for i, o in enumerate(outputs) if o.is_floating_point() and o.requires_grad]
+    return [i for i, o in enumerate(outputs) if is_differentiable(o) and o.requires_grad]
 
 
 def random_like(outputs: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.randn_like(o) if o.is_floating_point() else o for o in outputs]
+    return [torch.randn_like(o) if is_differentiable(o) else o for o in outputs]
 
 
 def gradients_of(

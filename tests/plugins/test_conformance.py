@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.plugins.faulty_ops import FAULTS, SOUND
+from tests.plugins.ops_of_8_bits import FAULTS_OF_8_BITS
 from tests.plugins.unusual_ops import UNUSUAL
 from tests.support.devices import DEVICE, DTYPES, INTERPRETING, dtype_name
 from tests.support.launches import import_kernels
@@ -146,6 +147,13 @@ def test_fault_is_caught(make, fault, check):
     kind = str(dtype).removeprefix("torch.")
     assert str(error.value).startswith(f"{op.spec.name}({kind}[6x5], {kind}[")
     assert f": {check}: " in str(error.value)
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_8_BITS)
+def test_fault_in_floats_of_8_bits_is_caught(make, fault):
+    spec, check = FAULTS_OF_8_BITS[fault]
+    with pytest.raises(AssertionError, match=f": {check}: "):
+        run(make(spec), BY_NAME[check], torch.float32)
 
 
 def test_every_check_catches_something():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.plugins.ops_of_8_bits import QUANTIZED, TIMES_STORED
 from trilith.plugins import OpSpec, Sample
 
 EVERYWHERE = ("cpu", "cuda")
@@ -103,5 +104,7 @@ UNUSUAL = {
             samples=scaled_samples,
             devices=EVERYWHERE,
         ),
+        QUANTIZED,
+        TIMES_STORED,
     )
 }
