@@ -183,4 +183,7 @@ def _judge(results: dict[str, Any], names: list[str], check: bool, update: bool)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: nothing was written")

@@ -5,6 +5,7 @@ baseline. Kernels run in Triton's interpreter, which whoever imports this has sw
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -262,7 +263,8 @@ def count_all(names: Sequence[str], jobs: int = 1) -> tuple[Figures, dict[str, f
     order = sorted(names, key=lambda name: "block" not in name)
     found: dict[str, tuple[dict[str, float], float]] = {}
     tqdm.monitor_interval = 0  # its thread would not be in the forks
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+    ignored = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
+    with multiprocessing.get_context("fork").Pool(jobs, signal.signal, ignored) as pool:
         counted = pool.imap_unordered(_count, order)
         for name, own, seconds in tqdm(counted, total=len(order), desc="counted"):
             found[name] = (own, seconds)

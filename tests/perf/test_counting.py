@@ -1,13 +1,20 @@
 """What a slower function turns red: the figures that the gate holds, on small shapes."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from perf import gate
 from tests.support.devices import INTERPRETING
 from trilith import kernels
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(not INTERPRETING, reason="counts loads and stores by interpreting")
 
@@ -97,6 +104,21 @@ def test_what_cannot_be_done_is_refused_before_counting(
         counted.main(options)
     assert left.value.code == 2
     assert reason in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_it_in_one_line(tmp_path):
+    """Sent to all of its processes, as a terminal does."""
+    command = [sys.executable, "-u", "-m", "perf.counted", "--json", str(tmp_path / "figures.json")]
+    running = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert running.stderr is not None
+    said = running.stderr.read(20)  # of the progress bar
+    os.killpg(running.pid, signal.SIGINT)
+    said += running.stderr.read()
+    assert running.wait(60) == 1
+    assert said.endswith("\ninterrupted: nothing was written\n")
+    assert "Traceback" not in said
 
 
 def test_the_verdict_comes_before_the_figures_are_written(counted, capsys, monkeypatch, tmp_path):
