@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trilith.kernels._activation_kernels import bias_act_backward, gated_act_backward
 from trilith.kernels._runtime import checks
 from trilith.kernels._runtime.functors import require_activation
 from trilith.kernels._runtime.matrix import (
@@ -30,12 +31,7 @@ from trilith.kernels._runtime.matrix import (
 from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.random import run_seeded
 from trilith.kernels._runtime.sharding import Strategy, by_rows, split
-from trilith.kernels.activations import (
-    BIAS_ACT,
-    GATED_ACT,
-    bias_act_backward,
-    gated_act_backward,
-)
+from trilith.kernels.activations import BIAS_ACT, GATED_ACT
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 from trilith.plugins.autocast import autocasts
 

@@ -13,7 +13,7 @@ _SOFT = "trilith.kernels._soft_cross_entropy"
 _SOFT_TESTS = "tests/kernels/test_soft_cross_entropy.py"
 _LCE = "trilith.kernels._linear_cross_entropy_chunks"
 _LCE_TESTS = "tests/kernels/test_linear_cross_entropy.py"
-_ACT = "trilith.kernels.activations"
+_ACT = "trilith.kernels._activation_kernels"
 _FUNCTORS = "trilith.kernels._runtime.functors"
 _ACT_TESTS = "tests/kernels/test_activations.py"
 _DROPOUT = "trilith.kernels.dropout"
@@ -993,6 +993,13 @@ MUTANTS = (
         "return e * (series * e + 1.0)",
         "return tl.log(1.0 + e)",
         _LOSS_TESTS + " -k confident",
+    ),
+    Mutant(
+        "activation_whose_reference_drops_nothing",
+        "trilith.kernels.activations",
+        "reference_dropout(y, seed, p)",
+        "y",
+        _ACT_TESTS + " -k dropout",
     ),
     Mutant(
         "elu_by_a_difference",

@@ -9,7 +9,7 @@ from tests.support.mutants import Mutant
 
 _NORMS, _NORM_TESTS = "trilith.kernels._norm_kernels", "tests/kernels/test_norms.py"
 _CE, _CE_TESTS = "trilith.kernels._cross_entropy_kernels", "tests/kernels/test_cross_entropy.py"
-_ACT, _ACT_TESTS = "trilith.kernels.activations", "tests/kernels/test_activations.py"
+_ACT, _ACT_TESTS = "trilith.kernels._activation_kernels", "tests/kernels/test_activations.py"
 _DROPOUT, _DROPOUT_TESTS = "trilith.kernels.dropout", "tests/kernels/test_dropout.py"
 _ROTARY, _ROTARY_TESTS = "trilith.kernels.rotary", "tests/kernels/test_rotary.py"
 _FORWARD = "trilith.kernels.attention.forward"
