@@ -123,4 +123,4 @@ def drop(value, seed_ptr, rows, first_col, N, p, scale):
     quads: tl.constexpr = value.shape[1] // 4
     lanes = first_col // 4 + tl.arange(0, quads)
     keep = keep_mask(seed_ptr, rows[:, None] * tl.cdiv(N, 4) + lanes[None, :], p)
-    return tl.where(keep, value * scale, 0.0)
+    return tl.where(keep, value, 0.0) * scale

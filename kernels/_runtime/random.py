@@ -5,6 +5,9 @@ no mask is stored. Positions are counted in quads, four consecutive elements of 
 Philox call gives four numbers: element `col` of row `row` of an (M, N) tensor is lane `col % 4` of
 quad `row * cdiv(N, 4) + col // 4`. Element and tile order do not enter.
 
+A number, read as a signed integer, drops its element if it is one of the p * 2^32 smallest: one
+comparison, where a uniform float would have to be made of it first.
+
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
@@ -47,15 +50,16 @@ def run_seeded(op: Op, before: tuple[Any, ...], p: float, after: tuple[Any, ...]
 @triton.jit
 def keep_mask(seed_ptr, quads, p):
     """Which elements stay: quads [..., Q] int64 -> bool [..., 4 * Q], each True with 1 - p."""
+    dropped = tl.cast(tl.cast(p, tl.float32) * 4294967296.0, tl.int64)  # of 2^32 numbers
+    last = tl.maximum(dropped - 2147483649, -2147483648).to(tl.int32)
     seed = tl.load(seed_ptr)
     low = (quads & 0xFFFFFFFF).to(tl.uint32)
     high = (quads >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
     a, b, c, d = tl.philox(seed, low, high, zero, zero, n_rounds=ROUNDS)
-    even = tl.join(tl.uint_to_uniform_float(a), tl.uint_to_uniform_float(c))
-    odd = tl.join(tl.uint_to_uniform_float(b), tl.uint_to_uniform_float(d))
-    lanes = tl.join(even, odd)
-    return tl.reshape(lanes, quads.shape[:-1] + (4 * quads.shape[-1],)) >= p
+    lanes = tl.join(tl.join(a, c), tl.join(b, d))
+    numbers = tl.reshape(lanes, quads.shape[:-1] + (4 * quads.shape[-1],))
+    return numbers.to(tl.int32, bitcast=True) > last
 
 
 def reference_keep_mask(seed: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
@@ -67,7 +71,8 @@ def reference_keep_mask(seed: Tensor, shape: tuple[int, ...], p: float) -> Tenso
     quads_per_row = -(-n // 4)
     quads = torch.arange(rows * quads_per_row, dtype=torch.int64, device=seed.device)
     lanes = torch.stack(_philox(seed, quads), dim=-1).reshape(rows, 4 * quads_per_row)[:, :n]
-    return (_uniform(lanes) >= torch.tensor(p, dtype=torch.float32)).reshape(shape)
+    dropped = (torch.tensor(p, dtype=torch.float32).double() * 2**32).long()
+    return (_signed(lanes) > (dropped - 2**31 - 1).clamp(min=-(2**31))).reshape(shape)
 
 
 def _philox(seed: Tensor, quads: Tensor) -> list[Tensor]:
@@ -83,8 +88,6 @@ def _philox(seed: Tensor, quads: Tensor) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def _uniform(bits: Tensor) -> Tensor:
-    """uint32 -> float32 in [0, 1), as tl.uint_to_uniform_float."""
-    signed = torch.where(bits >= 2**31, bits - 2**32, bits)
-    folded = torch.where(signed < 0, -signed - 1, signed)
-    return folded.to(torch.float32) * 4.6566127342e-10
+def _signed(bits: Tensor) -> Tensor:
+    """uint32 -> int32, both in int64."""
+    return torch.where(bits >= 2**31, bits - 2**32, bits)

@@ -59,7 +59,7 @@ ACTIVATIONS = (
     Mutant(
         "dropout_not_rescaled",
         "trilith.kernels._runtime.elementwise",
-        "return tl.where(keep, value * scale, 0.0)",
+        "return tl.where(keep, value, 0.0) * scale",
         "return tl.where(keep, value, 0.0)",
         _DROPOUT_TESTS + " -k divided",
     ),
@@ -108,8 +108,8 @@ ACTIVATIONS = (
     Mutant(
         "dropout_lanes_of_a_quad_swapped",
         "trilith.kernels._runtime.random",
-        "lanes = tl.join(even, odd)",
-        "lanes = tl.join(odd, even)",
+        "lanes = tl.join(tl.join(a, c), tl.join(b, d))",
+        "lanes = tl.join(tl.join(b, d), tl.join(a, c))",
         _DROPOUT_TESTS + " -k position_alone",
     ),
     Mutant(
