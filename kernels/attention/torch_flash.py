@@ -84,9 +84,7 @@ def _forward(
     seed = draw_seed(query) if dropout_p > 0 else None
     rest = _rest(query, dropout_p, is_causal, scale)
     out, lse, lse2 = attention_fwd(query, key, value, None, None, None, None, seed, *rest)
-    like = torch.empty_like(query)
-    if out.stride() != like.stride():
-        out = like.copy_(out)
+    out = _laid_out_like(query, out)
     if seed is None:
         seed = torch.zeros(1, dtype=torch.int64, device=query.device)
     # what torch keeps of its generator: (2,) and (), both uint64
@@ -112,7 +110,7 @@ def _backward(
     philox_offset: Tensor,
     *,
     scale: float | None = None,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     seed = philox_seed.view(torch.int64)[:1] if dropout_p > 0 else None
     lse2 = torch.where(logsumexp == -torch.inf, torch.inf, logsumexp * math.log2(math.e))
     rest = _rest(query, dropout_p, is_causal, scale)
@@ -122,4 +120,12 @@ def _backward(
         aux=(lse2,),
         needs_input_grad=(True, True, True, *[False] * 11),
     )
-    return attention_bwd(ctx, grad_out, None)[:3]
+    dq, dk, dv = attention_bwd(ctx, grad_out, None)[:3]
+    assert dq is not None and dk is not None and dv is not None
+    return _laid_out_like(query, dq), _laid_out_like(key, dk), _laid_out_like(value, dv)
+
+
+def _laid_out_like(given: Tensor, result: Tensor) -> Tensor:
+    """`result` with the strides that torch promises to torch.compile: those of empty_like."""
+    like = torch.empty_like(given)
+    return result if result.stride() == like.stride() else like.copy_(result)

@@ -1,7 +1,10 @@
 """torch's flash attention ops on our kernels: values, gradients, and coming and going."""
 
+import contextlib
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention import (
     activate_flash_attention_impl,
     current_flash_attention_impl,
@@ -69,6 +72,22 @@ def test_shapes_are_those_that_torch_expects(active):
     for r, f in zip(real, fake, strict=True):
         if isinstance(f, torch.Tensor) and f.numel():
             assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
+
+
+def as_heads_first(t):
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("lay_out", [torch.clone, as_heads_first], ids=["BHTD", "BTHD"])
+def test_gradients_lie_as_torch_expects(active, lay_out):
+    given = [lay_out(t).requires_grad_() for t in qkv(17, 20, dtype=torch.float16)]
+    strides = []
+    for mode in (contextlib.nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+        with mode:
+            out = OP(*given)[0]
+            found = torch.autograd.grad(out, given, torch.ones_like(out))
+        strides.append([t.stride() for t in found])
+    assert strides[0] == strides[1]
 
 
 def test_it_comes_by_name_and_goes():
