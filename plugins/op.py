@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trilith.plugins import naming, selection, sharding
 from trilith.plugins.autocast import autocasts, is_any_autocast_enabled
-from trilith.plugins.autograd import autograd_function
+from trilith.plugins.autograd import autograd_function, function_of_fwd
 from trilith.plugins.library import TorchOps, as_tuple, is_watched, outputs_of
 from trilith.plugins.parameters import Parameters
 from trilith.plugins.selection import Selection, SelectionKey, Vote
@@ -75,6 +75,7 @@ class Op:
         )
         self.torch_ops = TorchOps(self)
         self._function = autograd_function(self)
+        self.function_of_fwd = function_of_fwd(self, self._function)
         _defined[spec.name] = self
         self.__name__ = self.__qualname__ = spec.name
         self.__signature__ = self.signature
