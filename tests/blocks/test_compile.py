@@ -125,6 +125,13 @@ def test_an_exported_loss_without_logits_trains():
         torch.testing.assert_close(exported.get_parameter(name).grad, parameter.grad)
 
 
+@models
+def test_a_traced_model_computes_the_same(name):
+    model, x, other = MODELS[name]().eval(), tokens(5), tokens(5)
+    traced = torch.jit.trace(model, x, check_trace=False)
+    torch.testing.assert_close(traced(other), model(other), rtol=1e-4, atol=1e-5)
+
+
 def outside_of_references(path):
     """The calls and imports of a file, but not those of references and of what only CPUs run."""
     for top in ast.parse(path.read_text()).body:
