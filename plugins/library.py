@@ -135,9 +135,11 @@ class TorchOps:
 
     def _forward_above(self, keys: torch._C.DispatchKeySet, *args: Any) -> Any:
         """The dispatcher's call for autograd: differentiable where a gradient is wanted."""
+        own = args[: self._arity]
         if torch.is_grad_enabled() and any(_wants_gradient(args[i]) for i in self._tensors):
-            own, provider = args[: self._arity], args[self._arity]
-            return list(self._op.function_of_fwd.apply(provider, False, *own))
+            return list(self._op.function_of_fwd.apply(args[self._arity], False, *own))
+        if self._op.is_ordinary(own):
+            return self.run_forward(*args)
         return self.forward.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     def _fake_forward(self, *args: Any) -> list[Tensor]:

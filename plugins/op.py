@@ -87,7 +87,7 @@ class Op:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) != self._arity:
             args = self.parameters.bind(args, kwargs)
-        if self._is_ordinary(args):
+        if self.is_ordinary(args):
             return self._run_ordinary(args)
         if not _tracing_state():  # to torch.jit.trace sizes are tensors
             self.parameters.require_no_tensor_for_a_number(args)
@@ -116,7 +116,7 @@ class Op:
     def run(self, provider: str | None, *args: Any) -> Any:
         """A call by whom `choose` said, but for DTensors' shards and casts of autocast, which
         are other arguments than those that were asked about."""
-        if self._is_ordinary(args):
+        if self.is_ordinary(args):
             return self._run(provider, args, is_ordinary=True)
         for i in self._tensors:
             if type(args[i]) not in sharding.PLAIN and sharding.is_dtensor(args[i]):
@@ -128,9 +128,9 @@ class Op:
         if self.spec.autocast == "low":
             return self._call_in_autocast(device_type, args)
         with torch.autocast(device_type, enabled=False):
-            return self._run(provider, args, self._is_ordinary(args))
+            return self._run(provider, args, self.is_ordinary(args))
 
-    def _is_ordinary(self, args: tuple[Any, ...]) -> bool:
+    def is_ordinary(self, args: tuple[Any, ...]) -> bool:
         """Whether no mode, transform, tracer, profiler or tensor subclass has a say in the call."""
         if _is_dynamo_compiling() or _transforms_are_active() or is_any_autocast_enabled():
             return False
