@@ -98,6 +98,30 @@ def autograd_function(op: Op) -> type[torch.autograd.Function]:
     return Function
 
 
+def function_of_fwd(
+    op: Op, function: type[torch.autograd.Function]
+) -> type[torch.autograd.Function]:
+    """`function`, the op's, with the aux tensors as outputs too, as the torch op has them."""
+    n_outputs = op.spec.outputs
+    n_before = len(op.parameters.saved) + len(op.parameters.saved_outputs)
+
+    class FunctionOfFwd(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, provider: str, is_ordinary: bool, *args: Any) -> Any:
+            outputs = function.forward(ctx, provider, is_ordinary, *args)
+            outputs = (outputs,) if n_outputs == 1 else outputs
+            aux = ctx.to_save[n_before:]
+            integers = [o for o in outputs if not o.is_floating_point()]
+            ctx.mark_non_differentiable(*integers, *aux)
+            return (*outputs, *aux)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return function.backward(ctx, *grads[:n_outputs])
+
+    return FunctionOfFwd
+
+
 def _are_batched(grads: Sequence[Tensor | None]) -> bool:
     """Whether several backwards run as one, by torch.func or `is_grads_batched`."""
     if _transforms_are_active():

@@ -5,7 +5,8 @@
 
 `kept` holds what forward returned, of its outputs only those that backward reads. The dispatcher
 shows calls to those who watch: modes, tensor subclasses, the profiler. Where nobody does, a plain
-call runs the body itself, which saves the host the dispatcher's boxing.
+call runs the body itself, which saves the host the dispatcher's boxing. Graphs that torch.export
+made call name_fwd without the autograd.Function around it: its Autograd kernel is one.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class TorchOps:
             self._library.define(f"{name}_{suffix}({', '.join(schema)}) -> Tensor[]", tags=_TAGS)
             self._library.impl(f"{name}_{suffix}", body, _KEY)
             torch.library.register_fake(f"{namespace}::{name}_{suffix}", fake, lib=self._library)
+        self._library.impl(f"{name}_fwd", self._forward_above, "Autograd", with_keyset=True)
         ops = getattr(torch.ops, namespace)
         self._packets = getattr(ops, f"{name}_fwd"), getattr(ops, f"{name}_bwd")
         self.forward, self.backward = (packet.default for packet in self._packets)
@@ -131,6 +133,15 @@ class TorchOps:
         results = self.start(provider, own, self._needs(args))
         return list(as_tuple(results, self._spec.name, "forward"))
 
+    def _forward_above(self, keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        """The dispatcher's call for autograd: differentiable where a gradient is wanted."""
+        own = args[: self._arity]
+        if torch.is_grad_enabled() and any(_wants_gradient(args[i]) for i in self._tensors):
+            return list(self._op.function_of_fwd.apply(args[self._arity], False, *own))
+        if self._op.is_ordinary(own):
+            return self.run_forward(*args)
+        return self.forward.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
     def _fake_forward(self, *args: Any) -> list[Tensor]:
         own = args[: self._arity]
         if self._asks_needs:
@@ -200,6 +211,10 @@ class TorchOps:
                 grad = like.new_zeros(like.shape)
             found.append(grad)
         return found
+
+
+def _wants_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
 
 
 def is_watched() -> bool:

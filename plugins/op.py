@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trilith.plugins import naming, selection, sharding
 from trilith.plugins.autocast import autocasts, is_any_autocast_enabled
-from trilith.plugins.autograd import autograd_function
+from trilith.plugins.autograd import autograd_function, function_of_fwd
 from trilith.plugins.library import TorchOps, as_tuple, is_watched, outputs_of
 from trilith.plugins.parameters import Parameters
 from trilith.plugins.selection import Selection, SelectionKey, Vote
@@ -75,6 +75,7 @@ class Op:
         )
         self.torch_ops = TorchOps(self)
         self._function = autograd_function(self)
+        self.function_of_fwd = function_of_fwd(self, self._function)
         _defined[spec.name] = self
         self.__name__ = self.__qualname__ = spec.name
         self.__signature__ = self.signature
@@ -86,7 +87,7 @@ class Op:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) != self._arity:
             args = self.parameters.bind(args, kwargs)
-        if self._is_ordinary(args):
+        if self.is_ordinary(args):
             return self._run_ordinary(args)
         if not _tracing_state():  # to torch.jit.trace sizes are tensors
             self.parameters.require_no_tensor_for_a_number(args)
@@ -115,7 +116,7 @@ class Op:
     def run(self, provider: str | None, *args: Any) -> Any:
         """A call by whom `choose` said, but for DTensors' shards and casts of autocast, which
         are other arguments than those that were asked about."""
-        if self._is_ordinary(args):
+        if self.is_ordinary(args):
             return self._run(provider, args, is_ordinary=True)
         for i in self._tensors:
             if type(args[i]) not in sharding.PLAIN and sharding.is_dtensor(args[i]):
@@ -127,9 +128,9 @@ class Op:
         if self.spec.autocast == "low":
             return self._call_in_autocast(device_type, args)
         with torch.autocast(device_type, enabled=False):
-            return self._run(provider, args, self._is_ordinary(args))
+            return self._run(provider, args, self.is_ordinary(args))
 
-    def _is_ordinary(self, args: tuple[Any, ...]) -> bool:
+    def is_ordinary(self, args: tuple[Any, ...]) -> bool:
         """Whether no mode, transform, tracer, profiler or tensor subclass has a say in the call."""
         if _is_dynamo_compiling() or _transforms_are_active() or is_any_autocast_enabled():
             return False

@@ -208,7 +208,7 @@ def _require_one_length(key: Tensor, value: Tensor) -> None:
     """torch's own function does not check it on the CPU, and reads past the end of the values."""
     tensors = [t for t in (key, value) if isinstance(t, Tensor) and t.ndim >= 2 and not t.is_nested]
     lengths = [t.shape[-2] for t in tensors]
-    if len(set(lengths)) > 1:
+    if lengths and lengths[0] != lengths[-1]:  # to torch.jit.trace they are tensors
         raise RuntimeError(
             f"scaled_dot_product_attention: key and value must have one length, got {lengths[0]} "
             f"and {lengths[1]}"
@@ -249,7 +249,7 @@ def _attend(
     plain = plain and q.dtype != torch.float64 and not (is_dtensor(q) or score_mod)
     from_top = right < 0 or alignment == "top_left" or q.shape[2] == k.shape[2]
     if plain and from_top and not return_lse and not (right == 0 and bias is not None):
-        gqa = q.shape[1] != k.shape[1]
+        gqa = bool(q.shape[1] != k.shape[1])  # of tensors, under torch.jit.trace
         causal = right == 0
         out = F.scaled_dot_product_attention(q, k, v, bias, p, causal, scale=scale, enable_gqa=gqa)
         return out, None

@@ -102,6 +102,36 @@ def test_an_exported_model_runs_at_any_length(name):
             torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@models
+def test_an_exported_model_trains(name):
+    """The graph calls torch ops without the autograd.Function that was around them."""
+    model, x = MODELS[name](), tokens(5)
+    exported = torch.export.export(model, (x,)).module()
+    out, expected = exported(x), model(x)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    actual, wanted = gradients(exported, out), gradients(model, expected)
+    by_name = dict(zip(dict(exported.named_parameters()), actual, strict=True))
+    named = dict(zip(dict(model.named_parameters()), wanted, strict=True))
+    torch.testing.assert_close(by_name, named, rtol=1e-4, atol=1e-5)
+
+
+def test_an_exported_loss_without_logits_trains():
+    model, x = MODELS["llama"](), tokens(5)
+    targets = x.roll(-1, 1)
+    exported = torch.export.export(model, (x, targets)).module()
+    exported(x, targets).backward()
+    model(x, targets).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(exported.get_parameter(name).grad, parameter.grad)
+
+
+@models
+def test_a_traced_model_computes_the_same(name):
+    model, x, other = MODELS[name]().eval(), tokens(5), tokens(5)
+    traced = torch.jit.trace(model, x, check_trace=False)
+    torch.testing.assert_close(traced(other), model(other), rtol=1e-4, atol=1e-5)
+
+
 def outside_of_references(path):
     """The calls and imports of a file, but not those of references and of what only CPUs run."""
     for top in ast.parse(path.read_text()).body:
