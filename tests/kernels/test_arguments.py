@@ -160,6 +160,22 @@ def test_tensors_of_two_devices_are_refused(name, argument):
         function(**{**CALLS[name], argument: value.to("meta")})
 
 
+DROPPING = [
+    n for n in CALLS if {"p", "training"} <= {*inspect.signature(getattr(kernels, n)).parameters}
+]
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_training_drops_and_nothing_else_does(name):
+    function, given = getattr(kernels, name), CALLS[name]
+    if "residual" in OPTIONAL.get(name, {}):
+        given = {**given, "residual": OPTIONAL[name]["residual"]}
+    whole = function(**given, p=0.0)
+    torch.testing.assert_close(function(**given, p=0.9, training=False), whole, rtol=0, atol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(function(**given, p=0.9), whole)
+
+
 def test_a_bias_needs_a_dimension():
     scalar = torch.tensor(1.0, device=DEVICE)
     for call in (
