@@ -156,8 +156,26 @@ BESIDE_OTHERS = [
 def test_tensors_of_two_devices_are_refused(name, argument):
     function, value = getattr(kernels, name), GIVEN[name][argument]
     function(**{**CALLS[name], argument: value})
-    with pytest.raises(ValueError, match=rf"^{name}: .* must be on the .*device"):
+    named = r"\w+" if argument in CALLS[name] else argument  # of two either may be meant
+    with pytest.raises(ValueError, match=rf"^{name}: {named} must be on the .*device"):
         function(**{**CALLS[name], argument: value.to("meta")})
+
+
+FLOATING = [
+    (name, argument)
+    for name, given in GIVEN.items()
+    for argument, value in given.items()
+    if isinstance(value, torch.Tensor) and value.is_floating_point()
+    # as torch: whose errors attention's are, and whose mse_loss takes such targets
+    if name != "scaled_dot_product_attention" and (name, argument) != ("mse_loss", "target")
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), FLOATING)
+def test_whole_numbers_are_refused(name, argument):
+    value = GIVEN[name][argument].long()
+    with pytest.raises(TypeError, match=rf"^{name}: {argument} must be a floating-point tensor"):
+        getattr(kernels, name)(**{**CALLS[name], argument: value})
 
 
 DROPPING = [
@@ -207,6 +225,13 @@ def test_a_float64_residual_is_added_in_float64(p):
         assert (((branch - scale).abs() < 1e-14) | ((branch.abs() < 1e-14) & (p > 0))).all()
         dx, dresidual = torch.autograd.grad(summed.sum(), (x, residual))
         assert (dx.dtype, dresidual.dtype) == (x.dtype, WIDE)
+
+
+def test_a_float64_branch_leaves_the_residual_its_dtype():
+    x, residual = randn(3, 4).to(WIDE), randn(3, 4)
+    expected = (residual + x).to(residual.dtype)
+    torch.testing.assert_close(kernels.bias_dropout_add(x, residual), expected)
+    torch.testing.assert_close(kernels.add_rms_norm(x, residual)[1], expected)
 
 
 @pytest.mark.parametrize("name", CALLS)
