@@ -182,7 +182,7 @@ def bias_act_linear(
     checks.require_floating(op, x=x)
     checks.require_bias(op, x, bias)
     checks.require_probability(op, "p", p)
-    require_linear(op, x, weight=weight, bias=out_bias)
+    require_linear(op, x, weight, out_bias, "out_bias")
     _require_dtype(op, x, weight)
     p = p if training else 0.0
     return run_seeded(BIAS_ACT_LINEAR, (x, bias, weight, out_bias), p, (activation, p))
@@ -310,6 +310,6 @@ def gated_act_linear(
     checks.require_floating(op, gate=gate, up=up)
     checks.require_same_device(op, gate, up=up)
     checks.require_shape(op, "up", up, gate.shape)
-    require_linear(op, gate, weight=weight, bias=bias)
+    require_linear(op, gate, weight, bias)
     _require_dtype(op, gate, weight)
     return GATED_ACT_LINEAR(gate, up, weight, bias, activation)

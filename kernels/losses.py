@@ -222,6 +222,7 @@ def binary_cross_entropy_with_logits(
     reduction = _reduction(op, size_average, reduce, reduction)
     require_floating(op, input=input, target=target)
     require_floating_if_given(op, weight=weight, pos_weight=pos_weight)
+    require_same_device(op, input, target=target, weight=weight, pos_weight=pos_weight)
     if target.shape != input.shape:
         raise ValueError(
             f"{op}: target must have input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
@@ -321,7 +322,6 @@ def _constant(op: str, name: str, weight: Tensor | None, input: Tensor) -> Tenso
     """The weight as a view of input's shape."""
     if weight is None:
         return None
-    require_same_device(op, input, **{name: weight})
     if weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{op}: {name} must not require a gradient; detach it")
     return weight.expand(input.shape)

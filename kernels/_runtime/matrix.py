@@ -49,15 +49,18 @@ def room_for(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Te
     )
 
 
-def require_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def require_linear(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, bias_name: str = "bias"
+) -> None:
     """Refuse what no linear layer is for x."""
+    biases = {bias_name: bias}
     checks.require_floating(op, weight=weight)
-    checks.require_floating_if_given(op, bias=bias)
-    checks.require_same_device(op, x, weight=weight, bias=bias)
+    checks.require_floating_if_given(op, **biases)
+    checks.require_same_device(op, x, weight=weight, **biases)
     fits = weight.ndim == 2 and weight.shape[1] == x.shape[-1]
     shape = tuple(weight.shape)
     checks.require(fits, op, "weight", f"have shape (K, {x.shape[-1]})", shape)
-    checks.require_shape(op, "bias", bias, weight.shape[:1])
+    checks.require_shape(op, bias_name, bias, weight.shape[:1])
     if bias is not None:
         same = bias.dtype == weight.dtype
-        checks.require(same, op, "bias", f"have weight's dtype {weight.dtype}", bias.dtype)
+        checks.require(same, op, bias_name, f"have weight's dtype {weight.dtype}", bias.dtype)

@@ -182,6 +182,8 @@ def scaled_dot_product_attention(
             alignment = "bottom_right"
     batch = _common_batch(query, key, value, mask, dropout_p, causal, enable_gqa)
     if batch is not None:
+        name = "scaled_dot_product_attention"
+        require_same_device(name, query, key=key, value=value, attn_mask=mask)
         heads = key.shape[-3:-2] if enable_gqa else batch[-1:]
         q = _as_4d(query, batch)
         k = _as_4d(key, (*batch[:-1], *heads))

@@ -54,6 +54,7 @@ def test_self_attention_with_alibi(causal):
 
 
 def test_alibi_slopes():
+    assert Alibi(1)().tolist() == [2.0**-8]
     assert Alibi(8)().tolist() == [2.0**-h for h in range(1, 9)]
     expected = [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
     assert Alibi(6).bfloat16()().tolist() == expected

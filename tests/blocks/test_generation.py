@@ -68,6 +68,9 @@ def test_a_cache_runs_the_model_on_one_token_a_step():
     model.embedding.register_forward_hook(lambda _, args, out: seen.append(args[0].shape))
     model.generate(prompts(4, 2), 3)
     assert seen == [(2, 4), (2, 1), (2, 1)]
+    seen.clear()
+    model.generate([torch.ones(4, dtype=torch.long)], 3, use_cache=False)
+    assert seen == [(1, 4), (1, 5), (1, 6)]
 
 
 def cost_of_a_step(model, batch, length, new):

@@ -99,6 +99,21 @@ def test_other_settings_are_named(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("had", "found"), [(None, "nothing"), (2, r"\(2,\)")])
+def test_a_model_of_other_parameters_is_refused(tmp_path, had, found):
+    path = tmp_path / "c.safetensors"
+    saved, state = state_of(steps=1), state_of()
+    if had is not None:
+        saved.model.more = torch.nn.Parameter(torch.ones(had))
+    state.model.more = torch.nn.Parameter(torch.ones(3))
+    checkpoint.save(path, saved, TINY)
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    with pytest.raises(BadInput, match=rf"model.more must have shape \(3,\), got {found}"):
+        checkpoint.restore(path, state, TINY)
+    assert state.step == 0
+    assert all(torch.equal(v, before[name]) for name, v in state.model.state_dict().items())
+
+
 def test_recomputing_activations_is_no_other_setting(tmp_path):
     path = tmp_path / "c.safetensors"
     checkpoint.save(path, state_of(steps=1), TINY)

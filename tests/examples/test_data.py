@@ -92,6 +92,13 @@ def test_bigram_loss_knows_what_follows():
     assert data.unigram_loss(train, windows) == pytest.approx(math.log(4), abs=0.02)
 
 
+def test_bigram_loss_is_of_chances_that_sum_to_one():
+    train = as_bytes(0, 1, 0, 2, 0, 1)
+    after = [data.bigram_loss(train, torch.tensor([[0, n]])) for n in range(256)]
+    assert sum(math.exp(-loss) for loss in after) == pytest.approx(1)
+    assert math.exp(-after[1]) == pytest.approx((2 + 3 / 262) / 4)  # seen, and smoothed by one
+
+
 def test_bigram_loss_of_what_was_never_seen_is_finite():
     windows = torch.tensor([[200, 201, 202]])
     assert math.isfinite(data.bigram_loss(as_bytes(0, 1).repeat(50), windows))

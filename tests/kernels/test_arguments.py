@@ -37,9 +37,9 @@ CALLS = {
     "cross_entropy": {"input": randn(2, 4), "target": integers(1, 3)},
     "decode_attention": {
         "q": randn(1, 2, 1, 16),
-        "k_cache": randn(1, 2, 8, 16),
-        "v_cache": randn(1, 2, 8, 16),
-        "cache_lengths": integers(5),
+        "k_cache": randn(1, 2, 2, 16),  # heads and places, or places of a block and heads
+        "v_cache": randn(1, 2, 2, 16),
+        "cache_lengths": integers(2),
     },
     "dropout": {"input": randn(2, 4)},
     "gated_act": {"gate": randn(2, 4), "up": randn(2, 4)},
@@ -100,6 +100,100 @@ def test_what_is_no_tensor_is_named(name, argument, value):
         function(**{**given, argument: value})
 
 
+NUMBERS = {"momentum", "num_items"}  # which a tensor may hold
+# The tensors that may be left out.
+OPTIONAL = {
+    "add_layer_norm": {"weight": randn(4), "bias": randn(4)},
+    "add_rms_norm": {"weight": randn(4)},
+    "attention": {
+        "bias": randn(4, 4),
+        "alibi_slopes": randn(2),
+        "sinks": randn(2),
+        "key_padding_mask": integers([1, 1, 1, 1]).bool(),
+    },
+    "batch_norm": {name: randn(4) for name in ("running_mean", "running_var", "weight", "bias")},
+    "bias_act": {"bias": randn(4)},
+    "bias_act_linear": {"bias": randn(4), "out_bias": randn(3)},
+    "bias_dropout_add": {"bias": randn(4)},
+    "binary_cross_entropy_with_logits": {"weight": randn(4), "pos_weight": randn(4)},
+    "cross_entropy": {"weight": randn(4)},
+    "decode_attention": {
+        "block_table": integers([0]).int(),
+        "alibi_slopes": randn(2),
+        "sinks": randn(2),
+    },
+    "gated_act_linear": {"bias": randn(3)},
+    "layer_norm": {"weight": randn(4), "bias": randn(4)},
+    "layer_norm_linear": {
+        **{name: randn(4) for name in ("norm_weight", "norm_bias")},
+        "bias": randn(3),
+        "residual": randn(2, 4),
+    },
+    "linear_cross_entropy": {"linear_bias": randn(3), "weight": randn(3)},
+    "mse_loss": {"weight": randn(2, 4)},
+    "rms_norm": {"weight": randn(4)},
+    "rms_norm_linear": {"norm_weight": randn(4), "bias": randn(3), "residual": randn(2, 4)},
+    "scaled_dot_product_attention": {"attn_mask": randn(4, 4)},
+    "varlen_attention": {"bias": randn(1, 1, 4, 4), "alibi_slopes": randn(2), "sinks": randn(2)},
+}
+
+
+def test_every_tensor_is_here():
+    for name in CALLS:
+        parameters = inspect.signature(getattr(kernels, name)).parameters.values()
+        taken = {p.name for p in parameters if "Tensor" in p.annotation}
+        assert taken - NUMBERS <= {*CALLS[name], *OPTIONAL.get(name, {})}
+
+
+GIVEN = {name: {**CALLS[name], **OPTIONAL.get(name, {})} for name in CALLS}
+BESIDE_OTHERS = [
+    *((name, argument) for name, argument in REQUIRED if [n for n, _ in REQUIRED].count(name) > 1),
+    *((name, argument) for name, given in OPTIONAL.items() for argument in given),
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), BESIDE_OTHERS)
+def test_tensors_of_two_devices_are_refused(name, argument):
+    function, value = getattr(kernels, name), GIVEN[name][argument]
+    function(**{**CALLS[name], argument: value})
+    named = r"\w+" if argument in CALLS[name] else argument  # of two either may be meant
+    with pytest.raises(ValueError, match=rf"^{name}: {named} must be on the .*device"):
+        function(**{**CALLS[name], argument: value.to("meta")})
+
+
+FLOATING = [
+    (name, argument)
+    for name, given in GIVEN.items()
+    for argument, value in given.items()
+    if isinstance(value, torch.Tensor) and value.is_floating_point()
+    # as torch: whose errors attention's are, and whose mse_loss takes such targets
+    if name != "scaled_dot_product_attention" and (name, argument) != ("mse_loss", "target")
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), FLOATING)
+def test_whole_numbers_are_refused(name, argument):
+    value = GIVEN[name][argument].long()
+    with pytest.raises(TypeError, match=rf"^{name}: {argument} must be a floating-point tensor"):
+        getattr(kernels, name)(**{**CALLS[name], argument: value})
+
+
+DROPPING = [
+    n for n in CALLS if {"p", "training"} <= {*inspect.signature(getattr(kernels, n)).parameters}
+]
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_training_drops_and_nothing_else_does(name):
+    function, given = getattr(kernels, name), CALLS[name]
+    if "residual" in OPTIONAL.get(name, {}):
+        given = {**given, "residual": OPTIONAL[name]["residual"]}
+    whole = function(**given, p=0.0)
+    torch.testing.assert_close(function(**given, p=0.9, training=False), whole, rtol=0, atol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(function(**given, p=0.9), whole)
+
+
 def test_a_bias_needs_a_dimension():
     scalar = torch.tensor(1.0, device=DEVICE)
     for call in (
@@ -131,6 +225,13 @@ def test_a_float64_residual_is_added_in_float64(p):
         assert (((branch - scale).abs() < 1e-14) | ((branch.abs() < 1e-14) & (p > 0))).all()
         dx, dresidual = torch.autograd.grad(summed.sum(), (x, residual))
         assert (dx.dtype, dresidual.dtype) == (x.dtype, WIDE)
+
+
+def test_a_float64_branch_leaves_the_residual_its_dtype():
+    x, residual = randn(3, 4).to(WIDE), randn(3, 4)
+    expected = (residual + x).to(residual.dtype)
+    torch.testing.assert_close(kernels.bias_dropout_add(x, residual), expected)
+    torch.testing.assert_close(kernels.add_rms_norm(x, residual)[1], expected)
 
 
 @pytest.mark.parametrize("name", CALLS)

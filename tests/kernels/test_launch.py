@@ -1,6 +1,7 @@
 """What every launch rests on: the launch helper, the architecture, attention's tables, costs."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,11 @@ def test_an_empty_grid_starts_nothing_and_is_not_observed(monkeypatch):
     assert kernel.started == [((4, 1), {"BLOCK": 16})] and len(seen) == 1
 
 
+def test_a_launch_without_a_tensor_is_refused():
+    with pytest.raises(TypeError, match="must be given a tensor"):
+        launch.launch(Kernel(), (4,), None, 4)
+
+
 @pytest.mark.parametrize("current", [0, 1])
 def test_a_kernel_starts_on_its_tensors_device(monkeypatch, current):
     entered, kernel = [], Kernel()
@@ -66,6 +72,46 @@ def test_a_kernel_starts_on_its_tensors_device(monkeypatch, current):
     launch.launch(kernel, (1,), None, torch.empty(4).as_subclass(OnSecondDevice))
     assert entered == ([OnSecondDevice.device] if current == 0 else [])
     assert len(kernel.started) == 1
+
+
+class Binary:
+    """Stands for what Triton has compiled: notes what it is started with."""
+
+    def __init__(self):
+        self.started = []
+
+    def __getitem__(self, grid):
+        return lambda *args: self.started.append((grid, args))
+
+
+class Compiled(Kernel):
+    """Stands for a kernel whose parameters are x, n, BLOCK and LAST."""
+
+    def __init__(self, binary):
+        self.params = [
+            SimpleNamespace(name=name, default=default)
+            for name, default in (("x", None), ("n", None), ("BLOCK", None), ("LAST", 7))
+        ]
+        self.binary = binary
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.binary
+
+
+@pytest.mark.parametrize(
+    ("grid", "whole"), [((4,), (4, 1, 1)), ((4, 3), (4, 3, 1)), ((4, 3, 2), (4, 3, 2))]
+)
+def test_a_launch_is_noted_as_its_binary_takes_it(monkeypatch, grid, whole):
+    class Recorder:
+        def note(self, start, args):
+            start(*args)
+
+    binary, x = Binary(), torch.empty(4)
+    monkeypatch.setattr(launch, "INTERPRETING", False)
+    monkeypatch.setattr(launch.here, "recorder", Recorder())
+    launch.launch(Compiled(binary), grid, x, 5, num_warps=4, BLOCK=16)
+    assert binary.started == [(whole, (x, 5, 16, 7))]
+    assert launch.here.recorder.busy is False
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES, ids=str)

@@ -1,5 +1,7 @@
 """Launch plans: a launcher is run twice, then followed from its notes, and gives the same."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -76,6 +78,26 @@ def test_arguments_of_another_kind_have_a_plan_of_their_own(kind):
         (y,) = launcher(x, factor)
         torch.testing.assert_close(y, x * factor)
         assert len(runs) == 2 + min(2, n + 1)
+
+
+def test_a_plan_is_of_one_device_and_is_followed_there(monkeypatch):
+    entered, index = [], 0
+
+    @contextmanager
+    def guard(device):
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: index)
+    launcher, runs = counted(lambda x: (scale(x, 2.0),))
+    for index in (0, 1):
+        for _ in range(4):
+            x = vector()
+            torch.testing.assert_close(launcher(x), (2 * x,))
+        assert len(runs) == 2 * (index + 1)
+        assert entered == [1, 1] * index
 
 
 def test_operators_views_and_writes_in_place_are_done_again():

@@ -24,6 +24,7 @@ LAYOUTS = {
     "expanded": (lambda: torch.randn(5).expand(4, 3, 5), True),
     "expanded-outside": (lambda: torch.randn(3, 5).expand(4, 3, 5), False),
     "size-one": (lambda: torch.randn(4, 5).as_strided((4, 1, 5), (5, 77, 1)), True),
+    "size-one-outside": (lambda: torch.randn(8, 5).as_strided((1, 4, 5), (77, 10, 1)), True),
 }
 
 

@@ -62,6 +62,8 @@ def test_a_spec_is_refused_when_it_is_made(given, error, message):
     [
         ({"devices": ("gpu",)}, "devices must be types that torch.device.. knows"),
         ({"op": SPEC}, "op must be a name like 'a::b', got OpSpec"),
+        ({"dtypes": torch.float32}, "dtypes must be a tuple of dtype, got torch.float32"),
+        ({"devices": None}, "devices must be a tuple of str, got None"),
     ],
 )
 def test_an_implementation_is_refused_when_it_is_made(given, message):

@@ -36,6 +36,28 @@ def _copy(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + offsets, tl.load(x_ptr + offsets))
 
 
+@triton.jit
+def _product(a_ptr, b_ptr, y_ptr, PRECISION: tl.constexpr):
+    rows, cols = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    a, b = tl.load(a_ptr + 16 * rows + cols), tl.load(b_ptr + 16 * rows + cols)
+    tl.store(y_ptr + 16 * rows + cols, tl.dot(a, b, input_precision=PRECISION))
+
+
+def to_tf32(x):
+    """To ten bits of mantissa behind the leading one."""
+    step = torch.exp2(torch.floor(torch.log2(x.abs())) - 10)
+    return torch.round(x / step) * step
+
+
+@pytest.mark.parametrize(("precision", "factor"), [("tf32", to_tf32), ("ieee", lambda x: x)])
+def test_factors_of_a_product_are_rounded_as_it_says(precision, factor):
+    a, b = torch.randn(2, 16, 16)
+    y = torch.empty(16, 16)
+    _product[(1,)](a, b, y, PRECISION=precision)
+    expected = factor(a.double()) @ factor(b.double())
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
+
+
 def run(rows):
     x, y = torch.randn(rows, 8), torch.empty(rows)
     _kernel[(rows,)](x, y, BLOCK=8)

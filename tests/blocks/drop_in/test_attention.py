@@ -341,13 +341,29 @@ def test_layers_compile_to_one_graph_and_export(name):
     torch.testing.assert_close(torch.export.export(ours, args).module()(*args), expected)
 
 
-def test_hooks_of_children_run_and_subclassed_children_are_called():
-    ours, _ = layer_pair("TransformerEncoderLayer", dim_feedforward=24)
-    seen = []
-    for child in ("linear1", "dropout", "dropout1", "norm1", "self_attn"):
-        getattr(ours, child).register_forward_hook(lambda m, *_: seen.append(type(m).__name__))
-    ours(randn(T, B, E))
-    assert sorted(seen) == ["Dropout", "Dropout", "LayerNorm", "Linear", "MultiheadAttention"]
+def hooked(child, told):
+    child.register_forward_hook(lambda *_: told())
+
+
+def subclassed(child, told):
+    class Own(type(child)):
+        def forward(self, *args, **given):
+            told()
+            return super().forward(*args, **given)
+
+    child.__class__ = Own
+
+
+@pytest.mark.parametrize("change", [hooked, subclassed])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_children_that_are_not_plain_are_called(norm_first, change):
+    names = ("linear1", "linear2", "dropout", "dropout1", "norm1", "norm2", "self_attn")
+    for name in names:  # one at a time: of two the first may keep the second from being read
+        ours, _ = layer_pair("TransformerEncoderLayer", dim_feedforward=24, norm_first=norm_first)
+        seen = []
+        change(getattr(ours, name), lambda seen=seen, name=name: seen.append(name))
+        ours(randn(T, B, E))
+        assert seen == [name]
 
 
 def test_dropout_in_training_changes_the_result_and_keeps_the_scale():

@@ -131,6 +131,24 @@ def test_masks_by_rule_take_no_memory_of_queries_by_keys():
     assert [None if m is None else m.untyped_storage().nbytes() for m in seen] == [18, 18, None]
 
 
+def test_an_encoders_mask_is_its_padding_and_any_other_rule_is_kept():
+    from transformers.masking_utils import bidirectional_mask_function
+
+    queries, keys = torch.arange(4)[:, None], torch.arange(5)
+    padding = keys < torch.tensor([[3], [5]])
+    rules = {bidirectional_mask_function: None, lambda b, h, q, k: k <= q + 1: keys <= queries + 1}
+    for function, rule in rules.items():
+        mask = attention_mask(
+            *(2, 4, 5),
+            mask_function=function,
+            attention_mask=padding,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=True,
+        )
+        expected = padding[:, None] if rule is None else padding[:, None] & rule
+        assert torch.equal(mask, expected[:, None])
+
+
 def test_a_mask_of_ones_own_is_taken_as_eager_takes_it():
     models, tokens = build("Llama"), torch.randint(4, 64, (2, 6), device=DEVICE)
     kept = torch.rand(2, 1, 6, 6, device=DEVICE) > 0.3
