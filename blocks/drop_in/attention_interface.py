@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trilith.kernels import attention, decode_attention
+from trilith.kernels import attention, decode_attention, varlen_attention
 
 NAME = "trilith"
 _CAUSAL, _WINDOWED = torch.uint8, torch.int8  # dtypes of masks by rule
@@ -63,13 +63,15 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    **options: Any,
+    **given: Any,
 ) -> tuple[Tensor, None]:
     """What a model calls: query (B, H, T, D), key and value with a divisor of H heads.
 
     The mask is 4-D, boolean or added; or `attention_mask`'s of 8 bits; or None, for which causal
     modules count from the first key, as with scaled_dot_product_attention. A window comes with the
-    mask alone: not every model names its window here.
+    mask alone: not every model names its window here. Documents that lie one behind the other may
+    come as flash-attention has them, by `cu_seq_lens_q` and `cu_seq_lens_k`: where no mask tells
+    them apart, and no padding is masked, none sees another.
 
     Returns:
         (B, T, H, D), and None for the weights.
@@ -78,13 +80,13 @@ def attention_forward(
         NotImplementedError: the model asks for what changes the result and is not there.
     """
     for name, what in _NOT_THERE.items():
-        if options.get(name) is not None:
+        if given.get(name) is not None:
             raise NotImplementedError(f'attn_implementation="{NAME}": {what}')
     T, S = query.shape[2], key.shape[2]
     if query.shape[0] != key.shape[0]:
         batch = max(query.shape[0], key.shape[0])
         query, key, value = (t.expand(batch, *t.shape[1:]) for t in (query, key, value))
-    options = {"scale": scaling, "softcap": softcap or None, "sinks": s_aux}
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or None, "sinks": s_aux}
     plain = attention_mask is None and position_bias is None
     if T == 1 and S > 0 and plain and not (dropout or torch.is_grad_enabled()):
         lengths = torch.full((len(key),), S, dtype=torch.int32, device=key.device)
@@ -93,11 +95,37 @@ def attention_forward(
     is_causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
     if attention_mask is None and T > 1 and not (is_causal or softcap or s_aux is not None):
         _require_known_causality(type(module).__module__)
-    options |= _masking(module, T, S, attention_mask, is_causal)
+    options |= {"dropout_p": dropout} | _masking(module, T, S, attention_mask, is_causal)
+    windowed = attention_mask is not None and attention_mask.dtype == _WINDOWED
+    if given.get("cu_seq_lens_q") is not None and (plain or windowed):
+        return _of_packed(query, key, value, given, options), None
     if position_bias is not None:
         options["bias"] = _with_mask(position_bias, options["bias"])
-    out = cast(Tensor, attention(query, key, value, dropout_p=dropout, **options))
+    out = cast(Tensor, attention(query, key, value, **options))
     return out.transpose(1, 2).contiguous(), None
+
+
+def _of_packed(
+    q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any], options: dict[str, Any]
+) -> Tensor:
+    B, _, T, _ = q.shape
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    starts = given["cu_seq_lens_q"]
+    starts_k = given.get("cu_seq_lens_k")
+    out = varlen_attention(
+        q,
+        k,
+        v,
+        starts,
+        starts if starts_k is None else starts_k,
+        causal="bottom_right" if options["causal"] else False,
+        window=options.get("window"),
+        softcap=options["softcap"],
+        sinks=options["sinks"],
+        dropout_p=options["dropout_p"],
+        scale=options["scale"],
+    )
+    return cast(Tensor, out).unflatten(0, (B, T))
 
 
 def _require_known_causality(name: str) -> None:

@@ -174,6 +174,25 @@ def test_a_continued_cache_and_packed_positions():
     torch.testing.assert_close(packed, torch.cat(parts, 1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 2", "gpt-oss", "BERT"])
+def test_documents_by_their_lengths_do_not_see_each_other(name):
+    """As flash-attention takes them; a cache at hand keeps transformers from masking them."""
+    lengths = (7, 1, 12)
+    model = build(name)[1]
+    documents = [torch.randint(1, 30, (1, n), device=DEVICE) for n in lengths]
+    ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0, dtype=torch.int32)
+    packed = {
+        "input_ids": torch.cat(documents, 1),
+        "position_ids": torch.cat([torch.arange(n, device=DEVICE) for n in lengths])[None],
+        **{"cu_seq_lens_q": ends, "cu_seq_lens_k": ends},
+        **{"max_length_q": max(lengths), "max_length_k": max(lengths)},
+    }
+    options = {} if name == "BERT" else {"use_cache": True}
+    actual = model(**packed, **options)[0]
+    expected = torch.cat([model(document)[0] for document in documents], 1)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_dropout_and_switching_by_name():
     model = build("Llama")[0]
     model.set_attn_implementation("trilith")
