@@ -96,8 +96,8 @@ def attention_forward(
     if attention_mask is None and T > 1 and not (is_causal or softcap or s_aux is not None):
         _require_known_causality(type(module).__module__)
     options |= {"dropout_p": dropout} | _masking(module, T, S, attention_mask, is_causal)
-    windowed = attention_mask is not None and attention_mask.dtype == _WINDOWED
-    if given.get("cu_seq_lens_q") is not None and (plain or windowed):
+    untold = attention_mask is None or attention_mask.dtype == _WINDOWED
+    if given.get("cu_seq_lens_q") is not None and untold and position_bias is None:
         return _of_packed(query, key, value, given, options), None
     if position_bias is not None:
         options["bias"] = _with_mask(position_bias, options["bias"])
