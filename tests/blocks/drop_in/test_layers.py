@@ -169,6 +169,16 @@ def test_default_dtype_of_the_others(name):
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in CASES])
+def test_the_others_launch_kernels(name, launches):
+    args = [torch.rand(5, 3, 12, device=DEVICE) for _ in range(ARGUMENTS.get(name, 1))]
+    weights = {"need_weights": False} if name == "MultiheadAttention" else {}
+    for module in pair(name, ELSEWHERE[name][0]):
+        module(*args, **weights)
+        assert bool(launches) == isinstance(module, getattr(drop_in, name))
+        launches.clear()
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="torch's functions take their place on CPUs alone")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_drop_in_is_torchs_own_where_ops_are_their_reference(name, launches, monkeypatch):
@@ -263,6 +273,12 @@ def test_dropout_drops_in_training_only():
     assert module.eval()(x) is x
 
 
+def test_dropout_in_place():
+    x = torch.ones(64, 64, device=DEVICE)
+    assert drop_in.Dropout(0.5, inplace=True)(x) is x
+    assert set(x.unique().tolist()) == {0.0, 2.0}
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_cross_entropy_loss(reduction, probabilities):
@@ -285,10 +301,11 @@ def test_cross_entropy_loss(reduction, probabilities):
         ("LayerNorm", {"normalized_shape": 12}, torch.zeros(3, 11)),
         ("RMSNorm", {"normalized_shape": 12}, torch.zeros(3, 11)),
         ("Dropout", {"p": 2.0}, torch.zeros(3)),
+        ("Dropout", {}, torch.zeros(3, dtype=torch.long)),
         ("GELU", {"approximate": "none"}, torch.zeros(3, dtype=torch.long)),
         ("GELU", {"approximate": "cubic"}, torch.zeros(3)),
     ],
-    ids=["layer_norm", "rms_norm", "p", "integers", "approximate"],
+    ids=["layer_norm", "rms_norm", "p", "dropped_integers", "integers", "approximate"],
 )
 def test_errors_are_of_torchs_kind(name, options, x):
     kinds = []
