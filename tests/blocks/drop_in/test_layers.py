@@ -205,13 +205,17 @@ def test_channels_stay_last(name, launches):
     assert launches
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GELU"])
-def test_nested_tensors_keep_their_parts(name, launches):
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_keep_their_parts(name, layout, launches):
     parts = [torch.randn(n, 12, device=DEVICE) for n in (3, 5)]
-    nested = torch.nested.as_nested_tensor(parts)
+    nested = torch.nested.as_nested_tensor(parts, layout=layout)
     ours, theirs = pair(name, CASES[name][0])
-    for y, part in zip(ours(nested).unbind(), parts, strict=True):
-        torch.testing.assert_close(y, theirs(part))
+    y = ours(nested)
+    assert y.layout == layout
+    for of_part, part in zip(y.unbind(), parts, strict=True):
+        torch.testing.assert_close(of_part, theirs(part))
     assert launches
 
 
