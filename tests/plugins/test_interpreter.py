@@ -76,6 +76,16 @@ def test_casts_are_torchs(source, target):
     torch.testing.assert_close(y, x.to(target), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("other", [torch.int32, torch.uint8, torch.float64], ids=str)
+def test_bfloat16_is_cast_to_and_from_other_widths(other):
+    x = torch.tensor([0, 1, 2, 100, 128, 129, 254, 255]).to(other)  # bfloat16 has all of them
+    y, again = x.to(torch.bfloat16), torch.empty_like(x)
+    made = torch.empty_like(y)
+    _cast[(1,)](x, made, BLOCK=8)
+    _cast[(1,)](y, again, BLOCK=8)
+    assert torch.equal(made, y) and torch.equal(again, x)
+
+
 def run(rows):
     x, y = torch.randn(rows, 8), torch.empty(rows)
     _kernel[(rows,)](x, y, BLOCK=8)
