@@ -63,13 +63,13 @@ def _round_as_a_gpu(interpreter: Any) -> None:
         return np.where(np.isnan(data), np.uint16(0x7FC0), nearest).reshape(np.shape(data))
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        """From bfloat16 and float16, `tl.cast` itself goes by float32."""
         old, new = src.dtype.scalar, dst_type.scalar
         if old == tl.float32 and new == tl.bfloat16:
             return TensorHandle(rounded(src.data), new)
-        if old == tl.bfloat16 and new != tl.bfloat16:
-            wide = TensorHandle(widened(src.data).reshape(np.shape(src.data)), tl.float32)
-            return wide if new == tl.float32 else cast(self, wide, dst_type)
-        if new == tl.bfloat16 and old != tl.bfloat16:
+        if old == tl.bfloat16 and new == tl.float32:
+            return TensorHandle(widened(src.data).reshape(np.shape(src.data)), new)
+        if new == tl.bfloat16:
             return cast_impl(self, cast(self, src, tl.float32), dst_type)
         return cast(self, src, dst_type)
 

@@ -234,8 +234,9 @@ def test_a_float64_branch_leaves_the_residual_its_dtype():
     torch.testing.assert_close(kernels.add_rms_norm(x, residual)[1], expected)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])  # "meta" has none
 @pytest.mark.parametrize("name", CALLS)
-def test_shapes_on_the_meta_device_are_those_of_real_results(name):
+def test_shapes_on_the_meta_device_are_those_of_real_results(name, autocast):
     def on_meta(value):
         return value.to("meta") if isinstance(value, torch.Tensor) else value
 
@@ -243,6 +244,7 @@ def test_shapes_on_the_meta_device_are_those_of_real_results(name):
         found = getattr(kernels, name)(**given)
         return [found] if isinstance(found, torch.Tensor) else list(found)
 
-    empty = results({argument: on_meta(value) for argument, value in CALLS[name].items()})
+    with torch.autocast(DEVICE, enabled=autocast):
+        empty = results({argument: on_meta(value) for argument, value in CALLS[name].items()})
     for e, r in zip(empty, results(CALLS[name]), strict=True):
         assert e.is_meta and (e.shape, e.dtype) == (r.shape, r.dtype)

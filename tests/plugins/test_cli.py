@@ -15,7 +15,7 @@ from tests.support.devices import DEVICE
 from trilith.plugins import Manager, PluginWarning, Registry, interpreter, report
 from trilith.plugins import __main__ as command_line
 from trilith.plugins.__main__ import listing, main
-from trilith.plugins.conformance import CHECKS
+from trilith.plugins.conformance import CHECKS, compare
 from trilith.plugins.conformance.modules import MODULE_CHECKS
 from trilith.plugins.manager import explain
 from trilith.pytest_plugin import _cases
@@ -109,6 +109,7 @@ def test_check_fails_with_the_check_its_hint_and_what_was_wrong(capsys, bring):
     spec, check = OPS["wrong_gradient"]
     bring(spec)
     assert main(["check", "negative::wrong_gradient", "--device", "cpu"]) == 1
+    assert not compare.observers
     lines = capsys.readouterr().out.splitlines()
     (at,) = [i for i, line in enumerate(lines) if line.startswith(f"  {check} ")]
     assert "FAILED" in lines[at]

@@ -37,6 +37,12 @@ def _copy(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _cast(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + offsets, tl.load(x_ptr + offsets).to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
 def _product(a_ptr, b_ptr, y_ptr, PRECISION: tl.constexpr):
     rows, cols = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
     a, b = tl.load(a_ptr + 16 * rows + cols), tl.load(b_ptr + 16 * rows + cols)
@@ -56,6 +62,28 @@ def test_factors_of_a_product_are_rounded_as_it_says(precision, factor):
     _product[(1,)](a, b, y, PRECISION=precision)
     expected = factor(a.double()) @ factor(b.double())
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_casts_are_torchs(source, target):
+    after = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])  # half-way, and next to it
+    bits = (torch.arange(-(2**15), 2**15)[:, None] << 16) + after
+    x = bits.to(torch.int32).view(torch.float32).flatten().to(source)
+    y = torch.empty_like(x, dtype=target)
+    _cast[(len(x) // 2**15,)](x, y, BLOCK=2**15)
+    torch.testing.assert_close(y, x.to(target), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("other", [torch.int32, torch.uint8, torch.float64], ids=str)
+def test_bfloat16_is_cast_to_and_from_other_widths(other):
+    x = torch.tensor([0, 1, 2, 100, 128, 129, 254, 255]).to(other)  # bfloat16 has all of them
+    y, again = x.to(torch.bfloat16), torch.empty_like(x)
+    made = torch.empty_like(y)
+    _cast[(1,)](x, made, BLOCK=8)
+    _cast[(1,)](y, again, BLOCK=8)
+    assert torch.equal(made, y) and torch.equal(again, x)
 
 
 def run(rows):

@@ -319,6 +319,20 @@ def test_one_of_ours_in_torchs_layer_is_called_in_eval(child, within, launches):
     assert launches
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors_keep_their_parts_and_layout(layout):
+    parts = [randn(n, E) for n in (3, 5)]
+    x = torch.nested.as_nested_tensor(parts, layout=layout)
+    attention, _ = pair(batch_first=True)
+    layer, _ = layer_pair("TransformerEncoderLayer", dim_feedforward=24, batch_first=True)
+    for attend in (lambda x: attention(x, x, x, **NO_WEIGHTS)[0], layer):
+        y = attend(x)
+        assert y.layout == layout
+        for of_part, part in zip(y.unbind(), parts, strict=True):
+            torch.testing.assert_close(of_part, attend(part[None])[0], **CLOSE)
+
+
 def test_layers_copy_pickle_and_start_on_meta():
     ours, _ = layer_pair("TransformerEncoderLayer", dim_feedforward=24)
     x = randn(T, B, E)

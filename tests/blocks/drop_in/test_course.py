@@ -66,6 +66,8 @@ def test_statistics_that_are_not_tracked_any_more_stay():
 def test_softmax_modules(name):
     x = torch.randn(3, 4, 5, device=DEVICE)
     torch.testing.assert_close(getattr(drop_in, name)(1)(x), getattr(nn, name)(1)(x))
+    with pytest.warns(UserWarning, match="Implicit dimension choice"):
+        torch.testing.assert_close(getattr(drop_in, name)()(x), getattr(nn, name)(0)(x))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

@@ -169,6 +169,16 @@ def test_default_dtype_of_the_others(name):
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in CASES])
+def test_the_others_launch_kernels(name, launches):
+    args = [torch.rand(5, 3, 12, device=DEVICE) for _ in range(ARGUMENTS.get(name, 1))]
+    weights = {"need_weights": False} if name == "MultiheadAttention" else {}
+    for module in pair(name, ELSEWHERE[name][0]):
+        module(*args, **weights)
+        assert bool(launches) == isinstance(module, getattr(drop_in, name))
+        launches.clear()
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="torch's functions take their place on CPUs alone")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_drop_in_is_torchs_own_where_ops_are_their_reference(name, launches, monkeypatch):
@@ -195,13 +205,17 @@ def test_channels_stay_last(name, launches):
     assert launches
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GELU"])
-def test_nested_tensors_keep_their_parts(name, launches):
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_keep_their_parts(name, layout, launches):
     parts = [torch.randn(n, 12, device=DEVICE) for n in (3, 5)]
-    nested = torch.nested.as_nested_tensor(parts)
+    nested = torch.nested.as_nested_tensor(parts, layout=layout)
     ours, theirs = pair(name, CASES[name][0])
-    for y, part in zip(ours(nested).unbind(), parts, strict=True):
-        torch.testing.assert_close(y, theirs(part))
+    y = ours(nested)
+    assert y.layout == layout
+    for of_part, part in zip(y.unbind(), parts, strict=True):
+        torch.testing.assert_close(of_part, theirs(part))
     assert launches
 
 
@@ -263,6 +277,12 @@ def test_dropout_drops_in_training_only():
     assert module.eval()(x) is x
 
 
+def test_dropout_in_place():
+    x = torch.ones(64, 64, device=DEVICE)
+    assert drop_in.Dropout(0.5, inplace=True)(x) is x
+    assert set(x.unique().tolist()) == {0.0, 2.0}
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_cross_entropy_loss(reduction, probabilities):
@@ -285,10 +305,11 @@ def test_cross_entropy_loss(reduction, probabilities):
         ("LayerNorm", {"normalized_shape": 12}, torch.zeros(3, 11)),
         ("RMSNorm", {"normalized_shape": 12}, torch.zeros(3, 11)),
         ("Dropout", {"p": 2.0}, torch.zeros(3)),
+        ("Dropout", {}, torch.zeros(3, dtype=torch.long)),
         ("GELU", {"approximate": "none"}, torch.zeros(3, dtype=torch.long)),
         ("GELU", {"approximate": "cubic"}, torch.zeros(3)),
     ],
-    ids=["layer_norm", "rms_norm", "p", "integers", "approximate"],
+    ids=["layer_norm", "rms_norm", "p", "dropped_integers", "integers", "approximate"],
 )
 def test_errors_are_of_torchs_kind(name, options, x):
     kinds = []
