@@ -99,7 +99,8 @@ class TorchOps:
         if found:
             for i in self._tensors:
                 tensor = args[i]
-                if tensor is not None and tensor.is_neg():  # the dispatcher negates it in memory
+                # The dispatcher negates the one in memory, and asks a fake for the other.
+                if tensor is not None and (tensor.is_neg() or tensor.is_meta):
                     return False
         return found
 

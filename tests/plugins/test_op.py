@@ -572,6 +572,19 @@ def test_explain_takes_an_op_that_no_plugin_brought(make):
     assert trilith.explain(op, "cpu").startswith(f"{op.spec.name} on cpu")
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_tensors_without_memory_run_no_kernel(make, grad):
+    """A graph of torch.export, moved to "meta", names the provider that its example had."""
+    op = make(RELU2, fake=lambda x, scale: (torch.empty_like(x),))
+    x = torch.empty(3, 4, device="meta", requires_grad=grad)
+    (out,) = op.torch_ops.forward(x, 2.0, "test_op")
+    assert out.device.type == "meta" and out.requires_grad == grad
+    if grad:
+        (dx,) = torch.autograd.grad(out.sum(), x)
+        assert dx.shape == x.shape
+    assert calls == []
+
+
 def test_a_negative_bit_is_resolved_before_a_kernel_reads_memory(make):
     """Imaginary parts of a conjugate have it; the launcher here reads what lies in memory."""
 
