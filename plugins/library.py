@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from trilith.plugins.autocast import autocasts, is_any_autocast_enabled
 from trilith.plugins.sharding import PLAIN
 from trilith.plugins.spec import BackwardContext
 
@@ -99,7 +100,8 @@ class TorchOps:
         if found:
             for i in self._tensors:
                 tensor = args[i]
-                if tensor is not None and tensor.is_neg():  # the dispatcher negates it in memory
+                # The dispatcher negates the one in memory, and asks a fake for the other.
+                if tensor is not None and (tensor.is_neg() or tensor.is_meta):
                     return False
         return found
 
@@ -136,6 +138,11 @@ class TorchOps:
     def _forward_above(self, keys: torch._C.DispatchKeySet, *args: Any) -> Any:
         """The dispatcher's call for autograd: differentiable where a gradient is wanted."""
         own = args[: self._arity]
+        lead = self._parameters.lead(own)
+        if is_any_autocast_enabled() and autocasts(lead):
+            own = self._op.lowered(lead.device.type, own)
+            with torch.autocast(lead.device.type, enabled=False):
+                return self.forward(*own, *args[self._arity :])
         if torch.is_grad_enabled() and any(_wants_gradient(args[i]) for i in self._tensors):
             return list(self._op.function_of_fwd.apply(args[self._arity], False, *own))
         if self._op.is_ordinary(own):

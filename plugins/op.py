@@ -354,13 +354,18 @@ class Op:
         return False
 
     def _call_in_autocast(self, device_type: str, args: tuple[Any, ...]) -> Any:
-        if self.spec.autocast == "low":
-            dtype = torch.get_autocast_dtype(device_type)
-            args = tuple(
-                _lower(a, dtype) if i in self.parameters.tensors else a for i, a in enumerate(args)
-            )
+        args = self.lowered(device_type, args)
         with torch.autocast(device_type, enabled=False):
             return self(*args)
+
+    def lowered(self, device_type: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments as a call under autocast takes them."""
+        if self.spec.autocast != "low":
+            return args
+        dtype = torch.get_autocast_dtype(device_type)
+        return tuple(
+            _lower(a, dtype) if i in self.parameters.tensors else a for i, a in enumerate(args)
+        )
 
 
 def _nothing() -> None: ...

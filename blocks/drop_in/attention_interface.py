@@ -70,8 +70,8 @@ def attention_forward(
     The mask is 4-D, boolean or added; or `attention_mask`'s of 8 bits; or None, for which causal
     modules count from the first key, as with scaled_dot_product_attention. A window comes with the
     mask alone: not every model names its window here. Documents that lie one behind the other may
-    come as flash-attention has them, by `cu_seq_lens_q` and `cu_seq_lens_k`: where no mask tells
-    them apart, and no padding is masked, none sees another.
+    come as flash-attention has them, by `cu_seq_lens_q` and `cu_seq_lens_k`: none sees another,
+    whatever the mask says.
 
     Returns:
         (B, T, H, D), and None for the weights.
@@ -97,27 +97,46 @@ def attention_forward(
         _require_known_causality(type(module).__module__)
     options |= {"dropout_p": dropout} | _masking(module, T, S, attention_mask, is_causal)
     untold = attention_mask is None or attention_mask.dtype == _WINDOWED
-    if given.get("cu_seq_lens_q") is not None and untold and position_bias is None:
-        return _of_packed(query, key, value, given, options), None
+    starts = _starts(given)
+    if starts is not None and untold and position_bias is None:
+        return _of_packed(query, key, value, *starts, options), None
     if position_bias is not None:
         options["bias"] = _with_mask(position_bias, options["bias"])
+    if starts is not None:
+        apart = _same_document(*starts, len(query), T, S)
+        options["bias"] = _with_mask(options["bias"], apart)
     out = cast(Tensor, attention(query, key, value, **options))
     return out.transpose(1, 2).contiguous(), None
 
 
+def _starts(given: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Where documents start among the queries and among the keys of all rows."""
+    of_queries, of_keys = given.get("cu_seq_lens_q"), given.get("cu_seq_lens_k")
+    if of_queries is None:
+        return None
+    return of_queries, of_queries if of_keys is None else of_keys
+
+
+def _same_document(starts_q: Tensor, starts_k: Tensor, B: int, T: int, S: int) -> Tensor:
+    """(B, 1, T, S): whether a query and a key are of one document."""
+    of_queries, of_keys = (
+        torch.bucketize(torch.arange(n, device=starts.device), starts.long(), right=True)
+        for n, starts in ((B * T, starts_q), (B * S, starts_k))
+    )
+    return of_queries.view(B, 1, T, 1) == of_keys.view(B, 1, 1, S)
+
+
 def _of_packed(
-    q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any], options: dict[str, Any]
+    q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, options: dict[str, Any]
 ) -> Tensor:
     B, _, T, _ = q.shape
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
-    starts = given["cu_seq_lens_q"]
-    starts_k = given.get("cu_seq_lens_k")
     out = varlen_attention(
         q,
         k,
         v,
-        starts,
-        starts if starts_k is None else starts_k,
+        starts_q,
+        starts_k,
         causal="bottom_right" if options["causal"] else False,
         window=options.get("window"),
         softcap=options["softcap"],
@@ -174,10 +193,12 @@ def _masking(
     return {"causal": "top_left" if causal and alone else False, "bias": mask}
 
 
-def _with_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
-    """Both as one added bias; what the mask forbids is -inf."""
-    if mask is None:
-        return bias
+def _with_mask(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Both as one; what a mask forbids is -inf in an added bias."""
+    if bias is None or mask is None:
+        return mask if bias is None else bias
+    if bias.dtype == torch.bool:
+        return bias & mask
     return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 

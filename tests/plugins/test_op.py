@@ -572,6 +572,40 @@ def test_explain_takes_an_op_that_no_plugin_brought(make):
     assert trilith.explain(op, "cpu").startswith(f"{op.spec.name} on cpu")
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_tensors_without_memory_run_no_kernel(make, grad):
+    """A graph of torch.export, moved to "meta", names the provider that its example had."""
+    op = make(RELU2, fake=lambda x, scale: (torch.empty_like(x),))
+    x = torch.empty(3, 4, device="meta", requires_grad=grad)
+    (out,) = op.torch_ops.forward(x, 2.0, "test_op")
+    assert out.device.type == "meta" and out.requires_grad == grad
+    if grad:
+        (dx,) = torch.autograd.grad(out.sum(), x)
+        assert dx.shape == x.shape
+    assert calls == []
+
+
+def test_the_forward_op_casts_as_its_op_does(make):
+    """A graph of torch.export calls it, also where it was made without autocast."""
+
+    def product(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return (x @ w,)
+
+    def gradients(ctx, dy):
+        x, w = ctx.inputs
+        return dy @ w.T, x.T @ dy
+
+    options = {"reference": lambda x, w: x @ w, "autocast": "low"}
+    op, x, w = make(RELU2, forward=product, backward=gradients, **options), randn(3, 4), randn(4, 5)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        (out,) = op.torch_ops.forward(x, w, "test_op")
+        expected = op(x, w)
+    assert torch.equal(out, expected)
+    pairs = (torch.autograd.grad(y.sum(), (x, w)) for y in (out, expected))
+    for actual, wanted in zip(*pairs, strict=True):
+        assert actual.dtype == torch.float32 and torch.equal(actual, wanted)
+
+
 def test_a_negative_bit_is_resolved_before_a_kernel_reads_memory(make):
     """Imaginary parts of a conjugate have it; the launcher here reads what lies in memory."""
 

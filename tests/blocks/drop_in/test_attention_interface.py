@@ -177,18 +177,36 @@ def test_a_continued_cache_and_packed_positions():
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 2", "gpt-oss", "BERT"])
 def test_documents_by_their_lengths_do_not_see_each_other(name):
     """As flash-attention takes them; a cache at hand keeps transformers from masking them."""
-    lengths = (7, 1, 12)
     model = build(name)[1]
+    documents, packed = documents_by_their_lengths()
+    options = {} if name == "BERT" else {"use_cache": True}
+    actual = model(**packed, **options)[0]
+    expected = torch.cat([model(document)[0] for document in documents], 1)
+    torch.testing.assert_close(actual, expected)
+
+
+def documents_by_their_lengths():
+    lengths = (7, 1, 12)
     documents = [torch.randint(1, 30, (1, n), device=DEVICE) for n in lengths]
     ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0, dtype=torch.int32)
-    packed = {
+    return documents, {
         "input_ids": torch.cat(documents, 1),
         "position_ids": torch.cat([torch.arange(n, device=DEVICE) for n in lengths])[None],
         **{"cu_seq_lens_q": ends, "cu_seq_lens_k": ends},
         **{"max_length_q": max(lengths), "max_length_k": max(lengths)},
     }
-    options = {} if name == "BERT" else {"use_cache": True}
-    actual = model(**packed, **options)[0]
+
+
+@pytest.mark.parametrize("name", ["Llama", "BERT"])
+def test_documents_by_their_lengths_are_apart_beside_a_mask(name):
+    """Compiled code may not look whether padding is there, nor where positions begin anew."""
+    model = build(name)[1]
+    documents, packed = documents_by_their_lengths()
+    if name == "BERT":
+        packed["attention_mask"] = torch.ones_like(packed["input_ids"])
+    else:
+        del packed["position_ids"]
+    actual = torch.compile(model, backend="aot_eager")(**packed, use_cache=False)[0]
     expected = torch.cat([model(document)[0] for document in documents], 1)
     torch.testing.assert_close(actual, expected)
 

@@ -70,8 +70,8 @@ OPS = (
     Mutant(
         "autocast_reaches_the_kernels",
         _OP,
-        'if self.spec.autocast == "low":\n            dtype',
-        "if True:\n            dtype",
+        'if self.spec.autocast != "low":',
+        "if False:",
         _OP_TESTS + " -k TestAutocast",
     ),
     Mutant(
@@ -84,8 +84,15 @@ OPS = (
     Mutant(
         "a_negative_bit_is_passed_over",
         "trilith.plugins.library",
-        "if tensor is not None and tensor.is_neg():",
-        "if False:",
+        "(tensor.is_neg() or tensor.is_meta)",
+        "tensor.is_meta",
         "tests/plugins/test_op.py -k negative_bit",
+    ),
+    Mutant(
+        "meta_tensors_run_kernels",
+        "trilith.plugins.library",
+        "(tensor.is_neg() or tensor.is_meta)",
+        "tensor.is_neg()",
+        "tests/plugins/test_op.py -k without_memory",
     ),
 )
