@@ -197,8 +197,8 @@ def _keys_loop(
             )
             kept = tl.trans(kept)
             if WANTS_DK:
-                dp = tl.where(kept, dp, 0.0) * scalars[3]
-            p_kept = tl.where(kept, p, 0.0) * scalars[3]
+                dp = tl.where(kept, dp * scalars[3], 0.0)
+            p_kept = tl.where(kept, p * scalars[3], 0.0)
         else:
             p_kept = p
         if CHUNKS[0] * CHUNKS[1] > 1:

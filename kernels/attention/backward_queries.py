@@ -120,7 +120,7 @@ def score_gradient(
     )
     if seed_ptr is not None:
         kept = kept_by_dropout(seed_ptr, row_offset, offs_m, start_n, sizes[4], scalars[2], BLOCK_N)
-        dp = tl.where(kept, dp, 0.0) * scalars[3]
+        dp = tl.where(kept, dp * scalars[3], 0.0)
     return p * (dp - delta[:, None]), slope_of_cap
 
 
