@@ -6,6 +6,7 @@ Where torch.nn.functional has the function, ours has its name, positional order 
 if __name__ == "kernels":
     raise ImportError("import trilith.kernels, not kernels: the folder is mapped by the package")
 
+from trilith.kernels._norm_linear_ops import ADD_NORM_LINEAR, NORM_LINEAR
 from trilith.kernels._runtime.launch import launch
 from trilith.kernels._runtime.plan import planned
 from trilith.kernels._soft_cross_entropy import SOFT_CROSS_ENTROPY
@@ -38,12 +39,7 @@ from trilith.kernels.losses import (
     binary_cross_entropy_with_logits,
     mse_loss,
 )
-from trilith.kernels.norm_linear import (
-    ADD_NORM_LINEAR,
-    NORM_LINEAR,
-    layer_norm_linear,
-    rms_norm_linear,
-)
+from trilith.kernels.norm_linear import layer_norm_linear, rms_norm_linear
 from trilith.kernels.norms import LAYER_NORM, RMS_NORM, layer_norm, rms_norm
 from trilith.kernels.rotary import ROTARY, rotary
 from trilith.kernels.softmax import LOG_SOFTMAX, SOFTMAX, log_softmax, softmax

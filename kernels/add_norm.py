@@ -22,7 +22,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from trilith.kernels._norm_kernels import Added, AddedGradients, norm_backward, norm_forward
+from trilith.kernels._norm_backward import AddedGradients, norm_backward
+from trilith.kernels._norm_forward import Added, norm_forward
 from trilith.kernels._runtime import checks
 from trilith.kernels._runtime.elementwise import require_seed
 from trilith.kernels._runtime.lead import as_lead

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trilith.kernels._norm_kernels import norm_backward, norm_forward
+from trilith.kernels._norm_backward import norm_backward
+from trilith.kernels._norm_forward import norm_forward
 from trilith.kernels._runtime.checks import (
     require_floating,
     require_floating_if_given,

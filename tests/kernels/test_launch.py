@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.support.devices import DTYPES, dtype_name
-from trilith.kernels import _norm_kernels
+from trilith.kernels import _norm_backward
 from trilith.kernels._runtime import device, launch
 from trilith.kernels._runtime.sizes import next_power_of_2
 from trilith.kernels.attention import config, decode
@@ -226,7 +226,7 @@ def test_the_cost_of_causal_attention_is_half():
 )
 def test_norms_hold_fewer_rows_where_shared_memory_is_small(kibibytes, dtype, stages, monkeypatch):
     """Three rows of 8192 take 49 KB in bfloat16, 98 in float32, beside 32 that threads exchange."""
-    monkeypatch.setattr(_norm_kernels, "shared_bytes", lambda device: kibibytes * 1024)
+    monkeypatch.setattr(_norm_backward, "shared_bytes", lambda device: kibibytes * 1024)
     rows = [torch.empty(1, 8192, dtype=getattr(torch, dtype))] * 3
-    tile, _, chosen = _norm_kernels._bwd_tile(8192, rows, dropping=False)
+    tile, _, chosen = _norm_backward._tile(8192, rows, dropping=False)
     assert (tile.block_n, chosen) == (8192, stages)

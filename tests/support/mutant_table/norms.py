@@ -4,63 +4,64 @@ from __future__ import annotations
 
 from tests.support.mutants import Mutant
 
-_NORMS = "trilith.kernels._norm_kernels"
+_FORWARD = "trilith.kernels._norm_forward"
+_BACKWARD = "trilith.kernels._norm_backward"
 _NORM_TESTS = "tests/kernels/test_norms.py"
 _CONFORMANCE = "tests/plugins/test_conformance.py"
 
 NORMS = (
     Mutant(
         "variance_over_n_minus_1",
-        _NORMS,
+        _FORWARD,
         "tl.sum(x * x, axis=1) / N +",
         "tl.sum(x * x, axis=1) / (N - 1) +",
         _NORM_TESTS,
     ),
     Mutant(
         "eps_outside_the_root",
-        _NORMS,
+        _FORWARD,
         "1.0 / tl.sqrt(tl.sum(x * x, axis=1) / N + tl.cast(eps, tl.float32))",
         "1.0 / (tl.sqrt(tl.sum(x * x, axis=1) / N) + tl.cast(eps, tl.float32))",
         _NORM_TESTS + " -k eps",
     ),
     Mutant(
         "padded_lanes_in_the_variance",
-        _NORMS,
+        _FORWARD,
         "x = tl.where(mask, x - mean[:, None], 0.0)",
         "x = x - mean[:, None]",
         _NORM_TESTS,
     ),
     Mutant(
         "mean_of_g_left_out",
-        _NORMS,
+        _BACKWARD,
         "mean_g = sum_g / N",
         "mean_g = 0.0 * sum_g",
         _NORM_TESTS,
     ),
     Mutant(
         "norm_weight_gradient_of_one_row_a_tile",
-        _NORMS,
+        _BACKWARD,
         "tile = tl.sum(tile, axis=0, keep_dims=True)",
         "tile = tl.max(tile, axis=0, keep_dims=True)",
         _NORM_TESTS + " -k several_tiles",
     ),
     Mutant(
         "norm_weight_gradient_from_the_first_rows_only",
-        _NORMS,
+        _BACKWARD,
         "dweight += _share(dy * x_hat, SHARES)",
         "dweight += _share(tl.where(start == pid * BLOCK_M, dy * x_hat, 0.0), SHARES)",
         _NORM_TESTS + " -k several_tiles",
     ),
     Mutant(
         "norm_last_column_dropped",
-        _NORMS,
+        _FORWARD,
         "mask = (rows < M)[:, None] & (cols < N)[None, :]",
         "mask = (rows < M)[:, None] & (cols < N - 1)[None, :]",
         _NORM_TESTS,
     ),
     Mutant(
         "norm_last_row_unwritten",
-        _NORMS,
+        _FORWARD,
         "tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)",
         "mask = mask & (rows < M - 1)[:, None]\n"
         "    tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)",
@@ -68,28 +69,28 @@ NORMS = (
     ),
     Mutant(
         "norm_strided_columns_read_as_dense",
-        _NORMS,
+        _FORWARD,
         "x_offsets = row_offsets(rows, inner, x_strides)[:, None] + (cols * x_strides[2])[None, :]",
         "x_offsets = row_offsets(rows, inner, x_strides)[:, None] + cols[None, :]",
         _NORM_TESTS + " -k any_strides",
     ),
     Mutant(
         "norm_gradient_written_over_the_input",
-        _NORMS,
+        _BACKWARD,
         "dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None",
         "dx = x if needs[0] else None",
         _CONFORMANCE + " -k layer_norm-fp32-nothing_is_written_to",
     ),
     Mutant(
         "sum_left_out_of_the_norms_gradient",
-        _NORMS,
+        _BACKWARD,
         "dx += dsum.to(tl.float32)",
         "dx += 0.0 * dsum.to(tl.float32)",
         "tests/kernels/test_add_norm.py -k unused",
     ),
     Mutant(
         "norm_of_a_sum_drops_elsewhere_in_backward",
-        _NORMS,
+        _BACKWARD,
         "dx = drop(dx, seed_ptr, rows, first_col, N, p, scale)",
         "dx = drop(dx, seed_ptr, rows + 1, first_col, N, p, scale)",
         "tests/kernels/test_add_norm.py -k 'row_length and fp32'",
@@ -103,28 +104,35 @@ NORMS = (
     ),
     Mutant(
         "norm_linear_keeps_what_it_makes_again",
-        "trilith.kernels.norm_linear",
+        "trilith.kernels._norm_linear_ops",
         'save_outputs={2: "residual"},',
         "save_outputs=(0, 2),",
         "tests/kernels/test_norm_linear.py -k kept",
     ),
     Mutant(
         "norm_linear_second_weight_takes_the_firsts_gradient",
-        "trilith.kernels.norm_linear",
+        "trilith.kernels._norm_linear_ops",
         "parameter_gradients(dys[1], y, needs[5:7])",
         "parameter_gradients(dys[0], y, needs[5:7])",
         "tests/kernels/test_norm_linear.py -k 'eager and fp32'",
     ),
     Mutant(
+        "norm_linear_drops_outside_of_training",
+        "trilith.kernels.norm_linear",
+        "as_lead(x, residual.dtype), p if training else 0.0",
+        "as_lead(x, residual.dtype), p",
+        "tests/kernels/test_arguments.py -k 'training and norm_linear'",
+    ),
+    Mutant(
         "norm_made_again_without_its_bias",
-        _NORMS,
+        _BACKWARD,
         "bias if more.y is not None else None,",
         "None,",
         "tests/kernels/test_norm_linear.py -k 'eager and fp32'",
     ),
     Mutant(
         "norm_statistics_written_beyond_the_last_row",
-        _NORMS,
+        _FORWARD,
         "tl.store(rstd_ptr + rows, rstd, mask=rows < M)",
         "tl.store(rstd_ptr + rows, rstd)",
         _CONFORMANCE + " -k layer_norm-fp32-guard_bands",

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from tests.support.mutants import Mutant
 
-_NORMS, _NORM_TESTS = "trilith.kernels._norm_kernels", "tests/kernels/test_norms.py"
+_NORM_FORWARD = "trilith.kernels._norm_forward"
+_NORM_BACKWARD = "trilith.kernels._norm_backward"
+_NORM_TESTS = "tests/kernels/test_norms.py"
 _CE, _CE_TESTS = "trilith.kernels._cross_entropy_kernels", "tests/kernels/test_cross_entropy.py"
 _ACT, _ACT_TESTS = "trilith.kernels._activation_kernels", "tests/kernels/test_activations.py"
 _DROPOUT, _DROPOUT_TESTS = "trilith.kernels.dropout", "tests/kernels/test_dropout.py"
@@ -26,21 +28,21 @@ def _rounded(value: str, dtype: str = "y_ptr.dtype.element_ty") -> str:
 ROUNDING = (
     Mutant(
         "norm_rstd_in_16_bits",
-        _NORMS,
+        _NORM_FORWARD,
         "y = x * rstd[:, None]",
         f"y = x * {_rounded('rstd')}[:, None]",
         _NORM_TESTS + _HALF,
     ),
     Mutant(
         "norm_rounded_before_the_weight",
-        _NORMS,
+        _NORM_FORWARD,
         "y = x * rstd[:, None]",
         f"y = {_rounded('x * rstd[:, None]')}",
         _NORM_TESTS + _HALF,
     ),
     Mutant(
         "norm_truncated_instead_of_rounded",
-        _NORMS,
+        _NORM_FORWARD,
         "tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)",
         "y = (y.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)\n"
         "    tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)",
@@ -48,21 +50,21 @@ ROUNDING = (
     ),
     Mutant(
         "norm_weight_gradient_rounded_per_program",
-        _NORMS,
+        _NORM_BACKWARD,
         "partials = rstd.new_empty((len(dtypes), programs, n))",
         "partials = rstd.new_empty((len(dtypes), programs, n), dtype=x.dtype)",
         _NORM_TESTS + _HALF,
     ),
     Mutant(
         "norm_weight_gradient_summed_in_16_bits",
-        _NORMS,
+        _NORM_BACKWARD,
         "dweight += _share(dy * x_hat, SHARES)",
         f"dweight = {_rounded('dweight + _share(dy * x_hat, SHARES)', 'x_ptr.dtype.element_ty')}",
         _NORM_TESTS + _HALF,
     ),
     Mutant(
         "norm_gradient_of_a_rounded_product",
-        _NORMS,
+        _NORM_BACKWARD,
         "g = dy * weight\n",
         f"g = {_rounded('dy * weight', 'dx_ptr.dtype.element_ty')}\n",
         _NORM_TESTS + _HALF,

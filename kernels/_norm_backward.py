@@ -1,20 +1,13 @@
-"""The kernels that layer_norm and rms_norm share: a null `mean_ptr` asks for the RMS norm.
+"""Backward of layer_norm and rms_norm: a null `mean_ptr` is the RMS norm's.
 
-M rows of N elements. With g = dy * weight and x_hat = (x - mean) * rstd, backward is
+M rows of N elements. With g = dy * weight and x_hat = (x - mean) * rstd,
 
     dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat))
     dweight = sum(dy * x_hat)    dbias = sum(dy)
 
-where rms_norm has neither mean nor mean(g).
-
-The variance is the mean of squared differences from the mean, and the mean is corrected by what the
-differences sum to: its rounding would show in rows of one large value. A row that fits on chip is
-read once. A longer one is read twice in forward: each lane keeps a running mean and sum of squared
-differences (Welford), which are merged at the end. It is read twice in backward too: for mean(g)
-and mean(g * x_hat), then a block of columns at a time. Weight gradients are summed per program,
-then over programs, without atomics.
-
-Source: Welford, "Note on a method for calculating corrected sums of squares and products", 1962.
+where rms_norm has neither mean nor mean(g). A row that fits on chip is read once; a longer one for
+mean(g) and mean(g * x_hat), then again, a block of columns at a time. Weight gradients are summed
+per program, then over programs, without atomics.
 """
 
 from __future__ import annotations
@@ -25,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trilith.kernels._norm_forward import QUAD, affine, stride_of
 from trilith.kernels._runtime.device import architecture, shared_bytes
 from trilith.kernels._runtime.elementwise import drop, keep_scale
 from trilith.kernels._runtime.language import tl, triton
@@ -40,154 +34,11 @@ from trilith.kernels._runtime.rows import (
 )
 from trilith.kernels._runtime.sizes import cdiv, next_power_of_2
 
-_FWD_RESIDENT_N = 16384  # 32 elements a thread in 16 warps
-_BWD_RESIDENT_N = 8192  # 16 elements a thread in 16 warps, beside two accumulators
-_BWD_DROPPING_RESIDENT_N = 4096  # with 8192 the random numbers spill up to 64 bytes on sm_90
-_BWD_SHARED_BYTES = 96 * 1024  # more would leave too few programs a multiprocessor
-_BWD_EXCHANGED_BYTES = 32 * 1024  # through which threads hand each other a row, at most
-_LOOPED_N, _LOOPED_WARPS = 8192, 16
-_DROPPING_LOOPED_N, _DROPPING_LOOPED_WARPS = 4096, 8  # with the above they spill 24 bytes
+_RESIDENT_N = 8192  # 16 elements a thread in 16 warps, beside two accumulators
+_DROPPING_RESIDENT_N = 4096  # with 8192 the random numbers spill up to 64 bytes on sm_90
+_SHARED_BYTES = 96 * 1024  # more would leave too few programs a multiprocessor
+_EXCHANGED_BYTES = 32 * 1024  # through which threads hand each other a row, at most
 _SPLIT_N, _SPLIT_WARPS = 4096, 8
-_QUAD = 4  # columns that dropout's random numbers come in
-
-
-@triton.jit
-def _norm_fwd_kernel(
-    x_ptr,
-    residual_ptr,
-    seed_ptr,
-    weight_ptr,
-    bias_ptr,
-    sum_ptr,
-    y_ptr,
-    mean_ptr,
-    rstd_ptr,
-    x_strides,
-    residual_strides,
-    weight_stride,
-    bias_stride,
-    M,
-    N,
-    inner,
-    eps,
-    p,
-    scale,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One program owns [BLOCK_M, N]."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_N).to(tl.int64)
-    mask = (rows < M)[:, None] & (cols < N)[None, :]
-    x_offsets = row_offsets(rows, inner, x_strides)[:, None] + (cols * x_strides[2])[None, :]
-    x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32)
-    y_offsets = rows[:, None] * N + cols[None, :]
-    if residual_ptr is not None:
-        residual = residual_ptr + row_offsets(rows, inner, residual_strides)[:, None]
-        residual = tl.load(residual + (cols * residual_strides[2])[None, :], mask=mask, other=0.0)
-        x = _residual_sum(x, residual, seed_ptr, rows, 0, N, p, scale)
-        tl.store(sum_ptr + y_offsets, x.to(sum_ptr.dtype.element_ty), mask=mask)
-        x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)  # what backward will see
-    if mean_ptr is not None:
-        mean = tl.sum(x, axis=1) / N
-        x = tl.where(mask, x - mean[:, None], 0.0)
-        rounding = tl.sum(x, axis=1) / N
-        x = tl.where(mask, x - rounding[:, None], 0.0)
-        tl.store(mean_ptr + rows, mean + rounding, mask=rows < M)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / N + tl.cast(eps, tl.float32))
-    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
-    y = x * rstd[:, None]
-    y = _affine(y, weight_ptr, bias_ptr, cols[None, :], weight_stride, bias_stride, N)
-    tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _residual_sum(x, residual, seed_ptr, rows, first_col, N, p, scale):
-    if seed_ptr is not None:
-        x = drop(x, seed_ptr, rows, first_col, N, p, scale)
-    return x + residual.to(tl.float32)
-
-
-@triton.jit
-def _affine(y, weight_ptr, bias_ptr, cols, weight_stride, bias_stride, N):
-    if weight_ptr is not None:
-        y *= tl.load(weight_ptr + cols * weight_stride, mask=cols < N, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + cols * bias_stride, mask=cols < N, other=0.0).to(tl.float32)
-    return y
-
-
-@triton.jit
-def _norm_fwd_looped_kernel(
-    x_ptr,
-    residual_ptr,
-    seed_ptr,
-    weight_ptr,
-    bias_ptr,
-    sum_ptr,
-    y_ptr,
-    mean_ptr,
-    rstd_ptr,
-    x_strides,
-    residual_strides,
-    weight_stride,
-    bias_stride,
-    N,
-    inner,
-    eps,
-    p,
-    scale,
-    BLOCK_N: tl.constexpr,
-):
-    """One program owns one row, and reads it twice, BLOCK_N columns at a time.
-
-    Of a sum, the second time is from `sum_ptr`, where the first one wrote it.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row_offsets(row, inner, x_strides)
-    if residual_ptr is not None:
-        residual_ptr += row_offsets(row, inner, residual_strides)
-        sum_ptr += row * N
-    lanes = tl.arange(0, BLOCK_N).to(tl.int64)
-    lane_mean = tl.zeros((BLOCK_N,), tl.float32)
-    lane_squares = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, N, BLOCK_N):
-        cols = start + lanes
-        x = tl.load(x_ptr + cols * x_strides[2], mask=cols < N, other=0.0).to(tl.float32)
-        if residual_ptr is not None:
-            residual = residual_ptr + cols * residual_strides[2]
-            residual = tl.load(residual, mask=cols < N, other=0.0)[None, :]
-            rows = row + tl.arange(0, 1)
-            x = _residual_sum(x[None, :], residual, seed_ptr, rows, start, N, p, scale)
-            x = tl.reshape(x, (BLOCK_N,))
-            tl.store(sum_ptr + cols, x.to(sum_ptr.dtype.element_ty), mask=cols < N)
-            x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)
-        if mean_ptr is not None:
-            change = tl.where(cols < N, x - lane_mean, 0.0)
-            lane_mean += change * (1.0 / (start // BLOCK_N + 1))
-            lane_squares += change * (x - lane_mean)
-        else:
-            lane_squares += x * x
-    mean = 0.0
-    if mean_ptr is not None:
-        lane_count = tl.maximum((N - lanes + BLOCK_N - 1) // BLOCK_N, 0).to(tl.float32)
-        mean = tl.sum(lane_mean * lane_count) / N
-        mean += tl.sum((lane_mean - mean) * lane_count) / N
-        lane_squares += lane_count * (lane_mean - mean) * (lane_mean - mean)
-        tl.store(mean_ptr + row, mean)
-    rstd = 1.0 / tl.sqrt(tl.sum(lane_squares) / N + tl.cast(eps, tl.float32))
-    tl.store(rstd_ptr + row, rstd)
-    y_ptr += row * N
-    if residual_ptr is not None:
-        tl.debug_barrier()  # a lane may read what another one wrote
-    for start in range(0, N, BLOCK_N):
-        cols = start + lanes
-        if residual_ptr is not None:
-            x = tl.load(sum_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-        else:
-            x = tl.load(x_ptr + cols * x_strides[2], mask=cols < N, other=0.0).to(tl.float32)
-        y = _affine((x - mean) * rstd, weight_ptr, bias_ptr, cols, weight_stride, bias_stride, N)
-        tl.store(y_ptr + cols, y.to(y_ptr.dtype.element_ty), mask=cols < N)
 
 
 @triton.jit
@@ -251,7 +102,7 @@ def _norm_bwd_kernel(
         x_hat = (x_hat - mean) * rstd
         if y_ptr is not None:
             y = x_hat * weight
-            y = _affine(y, None, bias_ptr, cols, 0, bias_stride, N)
+            y = affine(y, None, bias_ptr, cols, 0, bias_stride, N)
             y_tile = y_ptr + rows[:, None] * N + cols
             tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=mask)
         if (dx_ptr is not None) or (dbranch_ptr is not None):
@@ -330,23 +181,13 @@ def _norm_bwd_sums_kernel(
         cols = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         mask = cols < N
         g = tl.load(dy_ptr + cols * dy_strides[2], mask=mask, other=0.0).to(tl.float32)
-        g = _affine(g, weight_ptr, None, cols, weight_stride, 0, N)
+        g = affine(g, weight_ptr, None, cols, weight_stride, 0, N)
         x = tl.load(x_ptr + cols * x_strides[2], mask=mask, other=0.0).to(tl.float32)
         sum_gx += g * ((x - mean) * rstd)
         sum_g += g
     if mean_ptr is not None:
         tl.store(sums_ptr + row, tl.sum(sum_g) / N)
     tl.store(sums_ptr + M + row, tl.sum(sum_gx) / N)
-
-
-@dataclass(frozen=True)
-class Added:
-    """What a norm's forward adds up first: summed = residual + dropout(x)."""
-
-    residual: Tensor
-    summed: Tensor
-    seed: Tensor | None
-    p: float
 
 
 @dataclass(frozen=True)
@@ -367,50 +208,6 @@ class AddedGradients:
 _NOTHING = AddedGradients()
 
 
-def norm_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    y: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    added: Added | None = None,
-) -> None:
-    n = x.shape[-1]
-    m = x.numel() // n
-    rows, residual, seed, summed, p = as_rows(x), None, None, None, 0.0
-    if added is not None:
-        rows, seed, summed, p = as_rows(x, added.residual), added.seed, added.summed, added.p
-        residual = rows.tensors[1]
-    tensors = (rows.tensors[0], residual, seed, weight, bias, summed, y, mean, rstd)
-    strides = (rows.strides[0], rows.strides[-1], _stride(weight), _stride(bias))
-    dropout = (p, keep_scale(p))
-    if n > _FWD_RESIDENT_N:
-        block_n, warps = (_LOOPED_N, _LOOPED_WARPS)
-        if p:
-            block_n, warps = (_DROPPING_LOOPED_N, _DROPPING_LOOPED_WARPS)
-        options = {"BLOCK_N": block_n, "num_warps": warps}
-        sizes = (n, rows.inner, eps, *dropout)
-        launch(_norm_fwd_looped_kernel, (m,), *tensors, *strides, *sizes, **options)
-        return
-    tile = row_tile(max(n, _QUAD if p else 1), per_thread=16 if p else 32, max_warps=16)
-    launch(
-        _norm_fwd_kernel,
-        (cdiv(m, tile.block_m),),
-        *tensors,
-        *strides,
-        m,
-        n,
-        rows.inner,
-        eps,
-        *dropout,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
-    )
-
-
 def norm_backward(
     dy: Tensor,
     x: Tensor,
@@ -426,10 +223,10 @@ def norm_backward(
     m = x.numel() // n
     rows = as_rows(dy, x) if more.dsum is None else as_rows(dy, x, more.dsum)
     inputs = (*rows.tensors[:2], weight, mean, rstd)
-    strides_and_sizes = (*rows.strides[:2], _stride(weight), m, n, rows.inner)
+    strides_and_sizes = (*rows.strides[:2], stride_of(weight), m, n, rows.inner)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     sums = None
-    tile, resident, stages = _bwd_tile(n, rows.tensors, dropping=more.p > 0)
+    tile, resident, stages = _tile(n, rows.tensors, dropping=more.p > 0)
     if n > tile.block_n and (needs[0] or more.dbranch is not None):
         sums = rstd.new_empty((2, m))
         options = {"BLOCK_N": _SPLIT_N, "num_warps": _SPLIT_WARPS}
@@ -456,7 +253,7 @@ def norm_backward(
         more.dbranch,
         more.y,
         rows.strides[-1],
-        _stride(bias),
+        stride_of(bias),
         more.p,
         keep_scale(more.p),
         BLOCK_M=tile.block_m,
@@ -473,7 +270,7 @@ def norm_backward(
     return dx, total if needs[1] else None, total if needs[2] else None
 
 
-def _bwd_tile(n: int, inputs: Sequence[Tensor], *, dropping: bool) -> tuple[RowTile, int, int]:
+def _tile(n: int, inputs: Sequence[Tensor], *, dropping: bool) -> tuple[RowTile, int, int]:
     """The tile of rows of n, or of a split of them; programs a multiprocessor runs; stages.
 
     Measured on an H200 in bf16. Rows of up to 4096 do best with 32 elements a thread and 8 warps on
@@ -482,15 +279,15 @@ def _bwd_tile(n: int, inputs: Sequence[Tensor], *, dropping: bool) -> tuple[RowT
     tiles of the inputs in shared memory, two hold one; with dropout three spill 16 bytes on sm_90.
     256 columns a warp give each thread 8 of its own.
     """
-    block_n = next_power_of_2(max(n, _QUAD if dropping else 1))
-    if n > (_BWD_DROPPING_RESIDENT_N if dropping else _BWD_RESIDENT_N):
+    block_n = next_power_of_2(max(n, QUAD if dropping else 1))
+    if n > (_DROPPING_RESIDENT_N if dropping else _RESIDENT_N):
         return RowTile(1, _SPLIT_N, _SPLIT_WARPS), 16 // _SPLIT_WARPS, 2
     if block_n < 256:
         return row_tile(block_n, per_thread=16, max_warps=16), 8, 3
     warps = min(block_n // 256, max(4, block_n // 512))
     stages, per_thread, all_warps = 2, 16, 16
-    there_is = shared_bytes(inputs[0].device) - _BWD_EXCHANGED_BYTES
-    room = min(_BWD_SHARED_BYTES, there_is)
+    there_is = shared_bytes(inputs[0].device) - _EXCHANGED_BYTES
+    room = min(_SHARED_BYTES, there_is)
     if not dropping and block_n <= 4096 and _held(2, 32 * warps * 32, inputs) <= room:
         stages, per_thread, all_warps = 3, 32, 8
     elif not dropping and _held(2, 32 * warps * 16, inputs) <= room:
@@ -504,7 +301,3 @@ def _held(tiles: int, elements: int, inputs: Sequence[Tensor]) -> int:
     """Bytes of shared memory for tiles of the inputs; threads exchange those of mixed types."""
     sizes = [t.element_size() for t in inputs]
     return elements * (tiles * sum(sizes) + (0 if min(sizes) == max(sizes) else 8))
-
-
-def _stride(vector: Tensor | None) -> int:
-    return 1 if vector is None else vector.stride(0)
