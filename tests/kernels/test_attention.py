@@ -2,15 +2,12 @@
 
 import itertools
 import math
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import trilith
-from perf.meters.live import live_bytes
 from tests.kernels.eager_attention import eager
 from tests.support.compare import assert_like_eager
 from tests.support.devices import DEVICE, DTYPES, INTERPRETING, dtype_name
@@ -23,7 +20,9 @@ from trilith.kernels.attention.tiles import band_range
 from trilith.plugins.conformance.compare import assert_same
 
 LENGTHS = (1, 2, 31, 33, 64, 65, 127)
+
 TERMS = ("bias", "key_mask", "slopes", "sinks", "seed")
+
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
 
@@ -487,208 +486,6 @@ def test_ranges_hold_every_tile_that_meets_and_no_other(limit, low, high):
         assert all(tile.any() for tile in tiles)
         whole = [t for t in tiles if t.all() and len(t) == 8]
         assert (full_end - full_begin) // 8 == len(whole)
-
-
-DROP_IN = {
-    "two_dims": (((5, 16), (7, 16), (7, 8)), {}),
-    "three_dims": (((3, 5, 16), (3, 7, 16), (3, 7, 8)), {"is_causal": True}),
-    "four_dims": (((2, 3, 37, 16), (2, 3, 34, 16), (2, 3, 34, 16)), {"is_causal": True}),
-    "five_dims": (((2, 2, 3, 5, 16), (2, 2, 3, 7, 16), (2, 2, 3, 7, 16)), {"mask": (3, 5, 7)}),
-    "deep_mask": (
-        ((2, 2, 3, 5, 16), (2, 2, 3, 7, 16), (2, 2, 3, 7, 16)),
-        {"mask": (2, 1, 1, 5, 7)},
-    ),
-    "broadcast_batch": (((2, 1, 5, 16), (1, 3, 7, 16), (7, 16)), {}),
-    "row_mask": (((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16)), {"mask": (5, 1)}),
-    "key_mask": (((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16)), {"mask": (2, 1, 1, 7)}),
-    "grouped": (((2, 4, 5, 16), (2, 2, 7, 16), (2, 2, 7, 16)), {"enable_gqa": True}),
-    "grouped_three_dims": (((4, 5, 16), (1, 7, 16), (1, 7, 16)), {"enable_gqa": True}),
-    "scale": (((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16)), {"scale": -0.7}),
-}
-
-
-@pytest.mark.parametrize("masks", ["boolean", "additive"])
-@pytest.mark.parametrize("case", DROP_IN)
-def test_drop_in_equals_torch(case, masks):
-    shapes, given = DROP_IN[case]
-    given = dict(given)
-    tensors = [randn(*shape).requires_grad_() for shape in shapes]
-    mask = None
-    if "mask" in given:
-        mask = randn(*given.pop("mask"))
-        mask = mask > 0 if masks == "boolean" else mask.requires_grad_()
-    inputs = [t for t in (*tensors, mask) if t is not None and t.requires_grad]
-    expected = F.scaled_dot_product_attention(*(t.double() for t in tensors), wide(mask), **given)
-    actual = scaled_dot_product_attention(*tensors, mask, **given)
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
-    weight = randn(*actual.shape)
-    pulled = torch.autograd.grad((actual * weight).sum(), inputs)
-    for a, e in zip(pulled, torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize(("T", "S"), [(32, 32), (20, 33)])
-@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
-def test_drop_in_takes_torchs_causal_biases(bias, T, S, compiled):
-    q, k, v = (t.requires_grad_() for t in qkv(T, S))
-    function = scaled_dot_product_attention
-    if compiled:
-        function = torch.compile(function, backend="aot_eager", fullgraph=True)
-    out = function(q, k, v, bias(T, S))
-    assert type(out) is torch.Tensor
-    expected = F.scaled_dot_product_attention(
-        *(t.double() for t in (q, k, v)), bias(T, S)._materialize(q.device)
-    )
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
-    weight = randn(*out.shape)
-    pulled = torch.autograd.grad((out * weight).sum(), (q, k, v))
-    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-    for a, e in zip(pulled, wanted, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="causal"):
-        scaled_dot_product_attention(q, k, v, bias(T, S), is_causal=True)
-
-
-def wide(mask):
-    return mask if mask is None or mask.dtype == torch.bool else mask.double()
-
-
-DEVIATIONS = {
-    "dtypes": lambda q, k, v: ((q, k.double(), v), {}),
-    "one_dim": lambda q, k, v: ((q[0, 0, 0], k, v), {}),
-    "mask_dtype": lambda q, k, v: ((q, k, v, torch.ones(5, 7, dtype=torch.int32)), {}),
-    "mask_shape": lambda q, k, v: ((q, k, v, torch.ones(3, 3)), {}),
-    "probability": lambda q, k, v: ((q, k, v, None, 1.5), {}),
-    "heads": lambda q, k, v: ((q, k[:, :2], v[:, :2]), {"enable_gqa": True}),
-    "head_dims": lambda q, k, v: ((q, k[..., :3], v), {}),
-    "no_tensor": lambda q, k, v: ((q, 3, v), {}),
-    "integers": lambda q, k, v: ((q.int(), k.int(), v.int()), {}),
-}
-
-
-@pytest.mark.parametrize("deviation", DEVIATIONS)
-def test_drop_in_raises_what_torch_raises(deviation):
-    q, k, v = qkv(5, 7, H=3)
-    args, given = DEVIATIONS[deviation](q, k, v)
-    theirs, ours = (  # of torch on a CPU: on a GPU it takes any probability
-        tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
-        for device in ("cpu", DEVICE)
-    )
-    with pytest.raises((RuntimeError, TypeError, IndexError)) as torchs:
-        F.scaled_dot_product_attention(*theirs, **given)
-    with pytest.raises(torchs.type):
-        scaled_dot_product_attention(*ours, **given)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_name)
-def test_drop_in_never_reads_past_the_values(dtype):
-    q, k, v = qkv(5, 7, dtype=dtype)
-    with pytest.raises(RuntimeError, match="must have one length, got 7 and 3"):
-        scaled_dot_product_attention(q, k, v[:, :, :3])
-
-
-BAD_CALLS = {
-    "three_dims": (lambda q, k, v: attention(q[0], k, v), ValueError, "q must be 4-D"),
-    "dtypes": (lambda q, k, v: attention(q, k.half(), v), TypeError, "must have one dtype"),
-    "integers": (lambda q, k, v: attention(q.int(), k, v), TypeError, "floating-point"),
-    "heads": (
-        lambda q, k, v: attention(q, k[:, :2], v[:, :2]),
-        ValueError,
-        "heads must be a multiple of the keys' 2, got 3",
-    ),
-    "key_dim": (lambda q, k, v: attention(q, k[..., :3], v), ValueError, "k must have shape"),
-    "value_len": (lambda q, k, v: attention(q, k, v[:, :, :3]), ValueError, "v must have shape"),
-    "causal": (
-        lambda q, k, v: attention(q, k, v, causal=True),
-        ValueError,
-        '5 queries and 7 keys, "top_left" or "bottom_right"',
-    ),
-    "causal_name": (lambda q, k, v: attention(q, k, v, causal="left"), ValueError, "'left'"),
-    "window": (lambda q, k, v: attention(q, k, v, window=(-2, 3)), ValueError, "window must be"),
-    "window_int": (lambda q, k, v: attention(q, k, v, window=4), ValueError, "window must be"),
-    "window_float": (
-        lambda q, k, v: attention(q, k, v, window=(1.5, 0)),
-        ValueError,
-        "window must be (left, right), each None or an int from 0 on, got (1.5, 0)",
-    ),
-    "softcap": (lambda q, k, v: attention(q, k, v, softcap=0.0), ValueError, "be positive"),
-    "softcap_inf": (lambda q, k, v: attention(q, k, v, softcap=math.inf), ValueError, "finite"),
-    "no_tensor": (lambda q, k, v: attention(None, k, v), TypeError, "q must be a tensor"),
-    "listed_bias": (
-        lambda q, k, v: attention(q, k, v, bias=[1.0]),
-        TypeError,
-        "bias must be a tensor, got list",
-    ),
-    "listed_sinks": (
-        lambda q, k, v: attention(q, k, v, sinks=[1.0] * 3),
-        TypeError,
-        "sinks must be a floating-point tensor, got list",
-    ),
-    "listed_key_mask": (
-        lambda q, k, v: attention(q, k, v, key_padding_mask=[True]),
-        TypeError,
-        "key_padding_mask must be a tensor, got list",
-    ),
-    "bias": (
-        lambda q, k, v: attention(q, k, v, bias=torch.ones(5, 6, device=DEVICE)),
-        ValueError,
-        "bias must broadcast to (2, 3, 5, 7), got (5, 6)",
-    ),
-    "bias_dtype": (
-        lambda q, k, v: attention(q, k, v, bias=torch.ones(5, 7, device=DEVICE).int()),
-        TypeError,
-        "bias must be a floating-point tensor",
-    ),
-    "slopes": (
-        lambda q, k, v: attention(q, k, v, alibi_slopes=torch.ones(4, device=DEVICE)),
-        ValueError,
-        "alibi_slopes must be (3,) or (2, 3), got (4,)",
-    ),
-    "sinks": (
-        lambda q, k, v: attention(q, k, v, sinks=torch.ones(4, device=DEVICE)),
-        ValueError,
-        "sinks must have shape (3,), got (4,)",
-    ),
-    "key_mask": (
-        lambda q, k, v: attention(q, k, v, key_padding_mask=torch.ones(2, 7, device=DEVICE)),
-        TypeError,
-        "True where a key takes part",
-    ),
-    "probability": (lambda q, k, v: attention(q, k, v, dropout_p=-0.1), ValueError, "dropout_p"),
-    "head_dim": (
-        lambda q, k, v: attention(*(t.repeat(1, 1, 1, 33) for t in (q, k, v))),
-        NotImplementedError,
-        "kernels for head dims up to 512, got 528 and 528",
-    ),
-    "score_mod": (
-        lambda q, k, v: attention(q, k, v, score_mod="acme.nothing"),
-        ValueError,
-        "score_mod must be one of those registered: [",
-    ),
-    "precision": (
-        lambda q, k, v: attention(q, k, v, precision="bf16"),
-        ValueError,
-        'precision must be "ieee" or "tf32"',
-    ),
-}
-
-
-@pytest.mark.parametrize("mask", [False, True], ids=["plain", "mask"])
-def test_grouped_keys_are_not_copied(mask):
-    q, k, v = qkv(16, 64, B=1, H=8, Hkv=1)
-    bias = randn(1, 1, 16, 64) if mask else None
-    with torch.no_grad(), live_bytes() as live:
-        out = scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
-    rows = out.numel() // out.shape[-1]
-    assert live.made <= out.nbytes + 2 * 4 * rows  # lse, in base 2 too
-
-
-@pytest.mark.parametrize("case", BAD_CALLS)
-def test_wrong_arguments_are_named(case):
-    function, error, message = BAD_CALLS[case]
-    with pytest.raises(error, match=re.escape(message)):
-        function(*qkv(5, 7, H=3))
 
 
 def test_double_precision_takes_torchs_path():

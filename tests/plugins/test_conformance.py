@@ -1,7 +1,6 @@
 """Every registered op passes the conformance checks, and the checks catch ops that are wrong."""
 
 import functools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from tests.plugins.ops_of_8_bits import FAULTS_OF_8_BITS
 from tests.plugins.unusual_ops import UNUSUAL
 from tests.support.devices import DEVICE, DTYPES, INTERPRETING, dtype_name
 from tests.support.launches import import_kernels
-from trilith.plugins import Op, registry
+from trilith.plugins import registry
 from trilith.plugins.conformance import (
     CHECKS,
     PER_TENSOR,
@@ -98,19 +97,6 @@ def test_samples_give_every_tensor(name):
     ]
     assert set().union(*given) == set(op.parameters.tensors)
     assert all(own - set().union(*given[:i]) for i, own in enumerate(given))
-
-
-@pytest.fixture
-def make():
-    ops = []
-
-    def make(spec):
-        ops.append(Op(replace(spec, name=f"faulty::op{id(ops)}_{len(ops)}")))
-        return ops[-1]
-
-    yield make
-    for op in ops:
-        op.destroy()
 
 
 def run(op, check, dtype):

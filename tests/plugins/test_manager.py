@@ -89,19 +89,6 @@ class Entry:
         return self.plugin() if isinstance(self.plugin, type(_double)) else self.plugin
 
 
-@pytest.fixture
-def registry():
-    made = Registry()
-    yield made
-    for op in made.ops():
-        op.destroy()
-
-
-@pytest.fixture
-def manager(registry: Registry) -> Manager:
-    return Manager(registry)
-
-
 def _broken_import() -> Any:
     raise ImportError("no module named acme_native")
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.plugins.negative import OPS, PLUGINS, SOUND, Bringing
 from tests.plugins.negative_further import FURTHER
-from trilith.plugins import Manager, PluginWarning, Registry
+from trilith.plugins import PluginWarning, Registry
 from trilith.plugins.conformance import CHECKS
 from trilith.plugins.report import check_op, run_check
 
@@ -19,14 +19,6 @@ DTYPES = {
     "weight_rounded_to_the_dtype_of_x": torch.bfloat16,
 }
 BY_NAME = {check.__name__: check for check in CHECKS}
-
-
-@pytest.fixture
-def manager():
-    registry = Registry()
-    yield Manager(registry)
-    for op in registry.ops():
-        op.destroy()
 
 
 @pytest.mark.parametrize("fault", OPS | FURTHER)

@@ -7,6 +7,7 @@ from tests.support.mutants import Mutant
 _OP = "trilith.plugins.op"
 _AUTOGRAD = "trilith.plugins.autograd"
 _OP_TESTS = "tests/plugins/test_op.py"
+_BACKWARD_TESTS = "tests/plugins/test_op_backward.py"
 _CONFORMANCE = "tests/plugins/test_conformance.py"
 _SHARDING_TESTS = "tests/plugins/test_sharding.py"
 
@@ -23,7 +24,7 @@ OPS = (
         _OP,
         "return name if name is not None else selection.scope_of_caller(self)",
         "return name",
-        "tests/plugins/test_selection.py -k autograds_threads",
+        "tests/plugins/test_scopes.py -k autograds_threads",
     ),
     Mutant(
         "cached_text_positions_start_anew",
@@ -44,7 +45,7 @@ OPS = (
         _AUTOGRAD,
         "(torch.is_grad_enabled() or _are_batched(grads))",
         "torch.is_grad_enabled()",
-        f"{_OP_TESTS} -k as_one",
+        f"{_BACKWARD_TESTS} -k as_one",
     ),
     Mutant(
         "dual_numbers_take_the_kernel",
@@ -58,7 +59,7 @@ OPS = (
         _AUTOGRAD,
         "needs = ctx.needs_input_grad[2:]",
         "needs = (*ctx.needs_input_grad[3:], False)",
-        _OP_TESTS,
+        _BACKWARD_TESTS,
     ),
     Mutant(
         "saved_tensors_in_another_order",
