@@ -45,6 +45,9 @@ class Rotary(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        if self.cos.is_meta:  # no values; and on "meta" torch's functions would import Dynamo
+            self.cos, self.sin = self.cos.float(), self.sin.float()
+            return
         angles = _angles(self.max_len, self.head_dim, self.base, self.cos.device)
         self.cos, self.sin = angles.cos().float(), angles.sin().float()
 
@@ -122,6 +125,8 @@ class SinusoidalPosition(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        if self.table.is_meta:
+            return
         angles = _angles(self.max_len, self.table.shape[1], 10000.0, self.table.device)
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
         self.table = (table * self.scale).to(self.table.dtype)

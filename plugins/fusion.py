@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trilith.plugins import selection
 from trilith.plugins.selection import Selection, SelectionKey
+from trilith.plugins.tracing import assume_constant_result
 
 if TYPE_CHECKING:
     from trilith.plugins.op import Op
@@ -52,7 +53,7 @@ def _leaves_it(fused: Op, runs: str | None, part: Op, found: Selection) -> bool:
     return found.first in (part.spec.provider, runs)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _traced(
     fused: str, parts: list[str], device: torch.device, dtype: torch.dtype, guards: list[str]
 ) -> bool:

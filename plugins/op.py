@@ -25,6 +25,7 @@ from trilith.plugins.library import TorchOps, as_tuple, is_watched, outputs_of
 from trilith.plugins.parameters import Parameters
 from trilith.plugins.selection import Selection, SelectionKey, Vote
 from trilith.plugins.spec import Implementation, OpSpec
+from trilith.plugins.tracing import assume_constant_result
 
 # A name of this module is found faster than one of torch's, in what every call does.
 _transforms_are_active = torch._C._are_functorch_transforms_active
@@ -396,7 +397,7 @@ def defined() -> dict[str, Op]:
     return dict(_defined)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _traced_provider(name: str, device: torch.device, dtype: torch.dtype, guard: str) -> str | None:
     # No plugin is loaded under tracing, and no argument has data that `supports` could look at.
     op = _defined[name]

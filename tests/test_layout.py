@@ -337,6 +337,23 @@ def test_importing_the_library_does_not_import_the_heavy_parts():
     assert run.stdout.strip() == importlib.import_module("trilith").__version__
 
 
+def test_kernels_and_blocks_run_without_importing_dynamo():
+    """Which takes longer to import than everything here; whoever compiles imports it."""
+    run = python(
+        """
+import sys, torch
+from trilith import blocks, fuse, kernels
+model = blocks.build_lm(blocks.LMConfig(vocab_size=16, dim=32, n_layers=1, n_heads=2))
+tokens = torch.randint(16, (2, 5))
+model(tokens, tokens).backward()
+fuse(torch.nn.TransformerEncoderLayer(32, 2, 64, batch_first=True))
+kernels.scaled_dot_product_attention(*torch.randn(3, 1, 2, 4, 16), torch.randn(4, 4) > 0)
+print("torch._dynamo" in sys.modules)
+"""
+    )
+    assert run.stdout == "False\n", run.stderr
+
+
 # By the name that it has where it is defined, and all that is inside.
 FORBIDDEN = {
     *("aiohttp", "ftplib", "http", "httpx", "requests", "smtplib", "socket", "ssl", "telnetlib"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trilith.kernels import attention, decode_attention, varlen_attention
+from trilith.plugins.tracing import assume_constant_result
 
 NAME = "trilith"
 _CAUSAL, _WINDOWED = torch.uint8, torch.int8  # dtypes of masks by rule
@@ -156,7 +157,7 @@ def _require_known_causality(name: str) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _says_what_is_causal(name: str) -> bool:
     return _has_models_for_torchs_attention(name)
 

@@ -7,7 +7,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from trilith.kernels._runtime.checks import (
     require,
@@ -33,7 +32,7 @@ from trilith.kernels.attention.arguments import (
 from trilith.kernels.attention.config import LARGEST_HEAD_DIM
 from trilith.kernels.attention.op import ATTENTION
 from trilith.plugins.autocast import autocasts
-from trilith.plugins.sharding import is_dtensor
+from trilith.plugins.sharding import PLAIN, is_dtensor
 
 _NAME = "attention"
 
@@ -176,10 +175,9 @@ def scaled_dot_product_attention(
         torch.Size([2, 8, 128, 64])
     """
     mask, causal, alignment = attn_mask, is_causal, "top_left"
-    if isinstance(attn_mask, CausalBias) and not is_causal:
-        mask, causal = None, True
-        if attn_mask.variant is CausalVariant.LOWER_RIGHT:
-            alignment = "bottom_right"
+    said = None if is_causal else _said_by_causal_bias(attn_mask)
+    if said is not None:
+        mask, causal, alignment = None, True, said
     batch = _common_batch(query, key, value, mask, dropout_p, causal, enable_gqa)
     if batch is not None:
         name = "scaled_dot_product_attention"
@@ -204,6 +202,17 @@ def scaled_dot_product_attention(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
+
+
+def _said_by_causal_bias(mask: Tensor | None) -> str | None:
+    """The alignment that torch's `CausalBias` stands for; None for any other mask."""
+    if type(mask) in PLAIN:
+        return None
+    from torch.nn.attention.bias import CausalBias, CausalVariant  # which imports Dynamo
+
+    if not isinstance(mask, CausalBias):
+        return None
+    return "bottom_right" if mask.variant is CausalVariant.LOWER_RIGHT else "top_left"
 
 
 def _require_one_length(key: Tensor, value: Tensor) -> None:
