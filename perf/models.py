@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perf.workloads import Draw, Workload, rotated
+from perf.workloads import Draw, Function, Workload, rotated
 from trilith.blocks import LMConfig, TransformerBlock, TransformerLM, build_lm
 from trilith.plugins import Cost
 
@@ -49,9 +50,19 @@ def block_workload(kind: str, b: int, t: int, dim: int, n_heads: int) -> Workloa
         name=f"{kind}_block-B{b}-T{t}-d{dim}",
         arguments=arguments,
         cost=_block_cost,
-        trilith=lambda x, made: made(x),
+        trilith=_run_block,
         eager=eager_block,
+        peers={"trilith-compile": partial(_compiled, _run_block)},
     )
+
+
+def _run_block(x: Tensor, made: nn.Module) -> Tensor:
+    return made(x)
+
+
+def _compiled(function: Function, mode: str | None = None) -> Function:
+    """Trilith under torch.compile: ops stay what they are, the rest is Inductor's."""
+    return torch.compile(function, mode=mode, dynamic=False)
 
 
 def train_step(
@@ -70,11 +81,19 @@ def train_step(
         name=f"train_step-{kind}-B{b}-T{t}-d{dim}-L{n_layers}-V{vocab_size}",
         arguments=arguments,
         cost=None,
-        trilith=lambda tokens, targets, model, optimizer: model(tokens, targets),
+        trilith=_run_lm,
         eager=lambda tokens, targets, model, optimizer: eager_lm(tokens, targets, model),
+        peers={
+            "trilith-compile": partial(_compiled, _run_lm),
+            "trilith-graphs": partial(_compiled, _run_lm, "reduce-overhead"),
+        },
         steps=True,
         autocast=True,
     )
+
+
+def _run_lm(tokens: Tensor, targets: Tensor, model: TransformerLM, _: Any) -> Tensor:
+    return model(tokens, targets)
 
 
 def _block_cost(x: Tensor, made: nn.Module) -> Cost:
