@@ -73,6 +73,8 @@ def run(argv: list[str] | None) -> int:
     data.require_windows(corpus, settings.context)
     ranks = ranks_of(args, settings.batch)
     state = fresh_state(settings, corpus, ranks)
+    if args.compile:
+        state.trained = torch.compile(state.trained)
     checkpoint = args.out / "checkpoint.safetensors"
     resumed = checkpoint if args.resume == Path() else args.resume
     if resumed is not None:

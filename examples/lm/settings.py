@@ -113,6 +113,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--parallel", choices=MODES, help="over the processes of torchrun; see blocks/parallel")
     add("--tensor-ranks", type=_positive, default=2, help="of fsdp+tp: that share each layer")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
+    add(
+        "--compile",
+        action="store_true",
+        help="train under torch.compile; a C++ compiler is needed on a CPU",
+    )
     add("--save-every", type=_positive, default=200, help="steps between checkpoints")
     add("--eval-every", type=_positive, default=250, help="steps between validations")
     kinds = {"dropout": float, "lr": _learning_rate, "seed": int}

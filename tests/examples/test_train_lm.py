@@ -18,6 +18,7 @@ from examples.lm.settings import PRESETS, parse, settings_from
 from examples.train_lm import main, schedule
 from tests.support.devices import DEVICE
 from trilith.blocks import build_lm
+from trilith.plugins.conformance.transforms import has_cpp_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--preset", "small", "--dim", "16", "--layers", "1", "--heads", "2", "--context", "16"]
@@ -111,6 +112,22 @@ def test_a_stopped_run_goes_on_with_the_same_losses(by, whole, text, tmp_path):
     ours, theirs = (json.loads((out / "metrics.json").read_text()) for out in (tmp_path, whole[0]))
     assert ours["val_loss"] == theirs["val_loss"]
     assert (tmp_path / "sample.txt").read_text() == (whole[0] / "sample.txt").read_text()
+
+
+@pytest.mark.skipif(
+    DEVICE == "cpu" and not has_cpp_compiler(), reason="Inductor needs a C++ compiler"
+)
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_of_a_plain_one(text, tmp_path):
+    options = (*RUN, "--dropout", 0, "--text", text, "--steps", 20)
+    runs = [("plain", ()), ("compiled", ("--compile",))]
+    begun = [start(*options, "--out", tmp_path / name, *more) for name, more in runs]
+    for process in begun:
+        code, _, err = finish(process)
+        assert code == 0, err
+    plain, compiled = (losses_in(tmp_path / name / "checkpoint.safetensors") for name, _ in runs)
+    assert compiled[-1] < compiled[0]
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-3)
 
 
 def test_a_new_run_keeps_the_checkpoint_of_the_last(text, tmp_path):
