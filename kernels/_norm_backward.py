@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from trilith.kernels._norm_forward import QUAD, affine, stride_of
@@ -23,6 +22,7 @@ from trilith.kernels._runtime.device import architecture, shared_bytes
 from trilith.kernels._runtime.elementwise import drop, keep_scale
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import launch
+from trilith.kernels._runtime.plan import as_one
 from trilith.kernels._runtime.reduce import column_sum, column_sum_pair
 from trilith.kernels._runtime.rows import (
     RowTile,
@@ -39,6 +39,7 @@ _DROPPING_RESIDENT_N = 4096  # with 8192 the random numbers spill up to 64 bytes
 _SHARED_BYTES = 96 * 1024  # more would leave too few programs a multiprocessor
 _EXCHANGED_BYTES = 32 * 1024  # through which threads hand each other a row, at most
 _SPLIT_N, _SPLIT_WARPS = 4096, 8
+_unbind = as_one(Tensor.unbind)
 
 
 @triton.jit
@@ -224,7 +225,7 @@ def norm_backward(
     rows = as_rows(dy, x) if more.dsum is None else as_rows(dy, x, more.dsum)
     inputs = (*rows.tensors[:2], weight, mean, rstd)
     strides_and_sizes = (*rows.strides[:2], stride_of(weight), m, n, rows.inner)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+    dx = x.new_empty(x.shape) if needs[0] else None
     sums = None
     tile, resident, stages = _tile(n, rows.tensors, dropping=more.p > 0)
     if n > tile.block_n and (needs[0] or more.dbranch is not None):
@@ -237,7 +238,7 @@ def norm_backward(
     pairs = zip((weight, bias), needs[1:], strict=True)
     dtypes = [p.dtype for p, needed in pairs if p is not None and needed]
     partials = rstd.new_empty((len(dtypes), programs, n))
-    shares = partials.unbind()
+    shares = _unbind(partials)
     launch(
         _norm_bwd_kernel,
         (programs, splits),

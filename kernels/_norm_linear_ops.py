@@ -22,7 +22,12 @@ from torch import Tensor
 from trilith.kernels._norm_backward import AddedGradients, norm_backward
 from trilith.kernels._norm_forward import Added, norm_forward
 from trilith.kernels._runtime.elementwise import require_seed
-from trilith.kernels._runtime.matrix import input_gradient, parameter_gradients, room_for
+from trilith.kernels._runtime.matrix import (
+    input_gradient,
+    linear,
+    parameter_gradients,
+    room_for,
+)
 from trilith.kernels._runtime.plan import planned
 from trilith.kernels._runtime.sharding import Strategy, split
 from trilith.kernels.add_norm import ADD_NORM, residual_sum, shared_with_residual, statistics
@@ -34,8 +39,8 @@ def _products(
     x: Tensor, weight: Tensor, bias: Tensor | None, second: Tensor | None, bias2: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Both linear layers of x; the result of one that is left out has no elements."""
-    y = F.linear(x, weight, bias)
-    return y, x.new_empty(0) if second is None else F.linear(x, second, bias2)
+    y = linear(x, weight, bias)
+    return y, x.new_empty(0) if second is None else linear(x, second, bias2)
 
 
 def _products_out(x: Tensor, weight: Tensor, weight2: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from trilith.kernels._runtime import checks
 from trilith.kernels._runtime.functors import require_activation
 from trilith.kernels._runtime.matrix import (
     input_gradient,
+    linear,
     parameter_gradients,
     require_linear,
     room_for,
@@ -53,7 +54,7 @@ def _bias_act_linear_fwd(
     p: float,
 ) -> tuple[Tensor]:
     (hidden,) = BIAS_ACT.spec.forward(x, bias, seed, activation, p)
-    return (F.linear(hidden, weight, out_bias),)
+    return (linear(hidden, weight, out_bias),)
 
 
 @planned
@@ -203,7 +204,7 @@ def _gated_act_linear_fwd(
     gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor]:
     (hidden,) = GATED_ACT.spec.forward(gate, up, activation)
-    return (F.linear(hidden, weight, bias),)
+    return (linear(hidden, weight, bias),)
 
 
 @planned

@@ -44,7 +44,7 @@ __all__ = ["batch_norm"]
 
 def _train_out(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.new_empty(x.shape[1], dtype=torch.float32)
-    return x.new_empty(x.shape), mean, torch.empty_like(mean)
+    return x.new_empty(x.shape), mean, mean.new_empty(mean.shape)
 
 
 @planned

@@ -31,7 +31,7 @@ from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
 
 def _layer_norm_out(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return x.new_empty(x.shape), mean, torch.empty_like(mean)
+    return x.new_empty(x.shape), mean, mean.new_empty(mean.shape)
 
 
 @planned

@@ -189,7 +189,7 @@ def _work(dim: int, resident_n: int, out: Tensor, *inputs: Tensor) -> _Work:
 def _softmax_out(x: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.numel() // max(1, x.shape[dim])
     peak = x.new_empty(rows, dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=dtype), peak, torch.empty_like(peak)
+    return x.new_empty(x.shape, dtype=dtype), peak, peak.new_empty(peak.shape)
 
 
 def _forward(

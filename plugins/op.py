@@ -76,6 +76,8 @@ class Op:
         )
         self.torch_ops = TorchOps(self)
         self._function = autograd_function(self)
+        # Without what torch's Python does in `apply` for functorch, which has no ordinary call.
+        self._apply = super(torch.autograd.Function, self._function).apply
         self.function_of_fwd = function_of_fwd(self, self._function)
         _defined[spec.name] = self
         self.__name__ = self.__qualname__ = spec.name
@@ -157,7 +159,7 @@ class Op:
         if provider is None:
             return self._reference(*args)
         if wants_gradient and torch.is_grad_enabled():
-            return self._function.apply(provider, True, *args)
+            return self._apply(provider, True, *args)
         return self._outputs(self.torch_ops.start(provider, args))
 
     def _run(self, provider: str | None, args: tuple[Any, ...], is_ordinary: bool) -> Any:
@@ -166,7 +168,8 @@ class Op:
                 return self.spec.reference(*args)  # no guard on what `wire` swaps
             return self._reference(*args)
         if torch.is_grad_enabled() and self._wants_gradient(args):
-            return self._function.apply(provider, is_ordinary, *args)
+            apply = self._apply if is_ordinary else self._function.apply
+            return apply(provider, is_ordinary, *args)
         if is_ordinary:
             return self._outputs(self.torch_ops.start(provider, args))
         return self._outputs(self.torch_ops.forward(*args, provider))

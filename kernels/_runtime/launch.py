@@ -21,11 +21,11 @@ observers: list[Observer] = []
 
 
 class Recorder(Protocol):
-    """Is told how each launch of its thread can be done again: a callable and its arguments."""
+    """Is told how each launch of its thread, and each call `as_one`, can be done again."""
 
     busy: bool
 
-    def note(self, start: Callable[..., Any], args: tuple[Any, ...]) -> None: ...
+    def note(self, start: Callable[..., Any], args: tuple[Any, ...], made: Any = None) -> None: ...
 
 
 class _Here(threading.local):

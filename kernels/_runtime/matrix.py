@@ -1,26 +1,38 @@
-"""The gradients of matrix products by PyTorch's own GEMMs, for ops that end in a linear layer."""
+"""Matrix products and their gradients by PyTorch's GEMMs, for ops that end in a linear one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trilith.kernels._runtime import checks
+from trilith.kernels._runtime.plan import as_one
+
+linear = as_one(F.linear)
 
 
 def input_gradient(dys: Sequence[Tensor | None], weights: Sequence[Tensor | None]) -> Tensor:
     """The sum of dy @ weight over the outputs that have a gradient; one of them has."""
     total: Tensor | None = None
-    shape: tuple[int, ...] = ()
     for dy, weight in zip(dys, weights, strict=True):
         if dy is None or weight is None:
             continue
-        shape, dy = dy.shape[:-1], as_matrix(dy)
-        total = torch.mm(dy, weight) if total is None else torch.addmm(total, dy, weight)
+        total = _product(dy, weight) if total is None else _sum_and_product(total, dy, weight)
     assert total is not None
-    return total.view(*shape, total.shape[-1])
+    return total
+
+
+@as_one
+def _product(dy: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(as_matrix(dy), weight).view(*dy.shape[:-1], weight.shape[1])
+
+
+@as_one
+def _sum_and_product(total: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    return torch.addmm(as_matrix(total), as_matrix(dy), weight).view(total.shape)
 
 
 def parameter_gradients(
@@ -29,12 +41,21 @@ def parameter_gradients(
     """The gradients of weight and bias in y = hidden @ weight.T + bias, those that are needed."""
     if dy is None:
         return None, None
-    dy = as_matrix(dy)
     dweight = None
     if needs[0]:
         assert hidden is not None
-        dweight = torch.mm(dy.t(), as_matrix(hidden))
-    return dweight, dy.sum(0) if needs[1] else None
+        dweight = _weight_gradient(dy, hidden)
+    return dweight, _bias_gradient(dy) if needs[1] else None
+
+
+@as_one
+def _weight_gradient(dy: Tensor, hidden: Tensor) -> Tensor:
+    return torch.mm(as_matrix(dy).t(), as_matrix(hidden))
+
+
+@as_one
+def _bias_gradient(dy: Tensor) -> Tensor:
+    return as_matrix(dy).sum(0)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

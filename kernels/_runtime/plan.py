@@ -22,6 +22,7 @@ from trilith.plugins import BackwardContext
 from trilith.plugins.autocast import is_any_autocast_enabled
 
 Launcher = TypeVar("Launcher", bound=Callable[..., tuple[Any, ...]])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _ALIGNED = 16  # bytes: what Triton looks at in a pointer
 _MOST = 4096  # kinds of arguments; sizes that never come again must not fill the memory
@@ -97,6 +98,28 @@ def planned(launcher: Launcher) -> Launcher:
     return follow  # type: ignore[return-value]
 
 
+def as_one(function: Function) -> Function:
+    """A function of tensors and numbers that a plan calls as it is: one step, where torch's
+    dispatcher would show every operator in it. It starts no kernels of ours.
+
+    Example:
+        >>> linear = as_one(torch.nn.functional.linear)
+    """
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        recorder = here.recorder
+        if recorder is None or recorder.busy:
+            return function(*args)
+        recorder.busy = True
+        made = function(*args)
+        recorder.busy = False
+        recorder.note(function, args, made)
+        return made
+
+    return call  # type: ignore[return-value]
+
+
 def _describe(args: Sequence[Any], kind: list[Any], tensors: list[Tensor]) -> bool:
     """Collect the tensors, and what decides how they are worked on; False if that is not known."""
     for arg in args:
@@ -168,8 +191,8 @@ class _Tape(TorchDispatchMode):
         finally:
             here.recorder = None
 
-    def note(self, start: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        self._add(start, args, None)
+    def note(self, start: Callable[..., Any], args: tuple[Any, ...], made: Any = None) -> None:
+        self._add(start, args, made)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

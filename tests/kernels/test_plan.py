@@ -9,7 +9,7 @@ from perf.meters.live import live_bytes
 from tests.support.devices import DEVICE, INTERPRETING
 from trilith.kernels._runtime.language import tl, triton
 from trilith.kernels._runtime.launch import here, launch, observers
-from trilith.kernels._runtime.plan import planned
+from trilith.kernels._runtime.plan import as_one, planned
 from trilith.plugins import BackwardContext
 
 pytestmark = pytest.mark.skipif(not (INTERPRETING or DEVICE == "cuda"), reason="needs Triton")
@@ -234,3 +234,46 @@ def test_many_kinds_do_not_pile_up(monkeypatch):
         x = vector(n)
         torch.testing.assert_close(launcher(x), (2 * x,))
         assert len(plans) <= 3
+
+
+def test_what_is_noted_as_one_is_called_with_the_tensors_of_each_call():
+    """Its operators are no steps; what it returns, one tensor or several, goes into later ones."""
+    called = []
+
+    @as_one
+    def halves(x):
+        called.append(x)
+        return x.view(2, -1).t().contiguous().unbind(1)
+
+    @as_one
+    def total(a, b):
+        return (a + 2 * b).clone()
+
+    launcher, runs = counted(lambda x: (scale(total(*halves(x)), 3.0),))
+    for n in range(5):
+        x = vector()
+        (y,) = launcher(x)
+        torch.testing.assert_close(y, 3 * (x[:20] + 2 * x[20:]))
+        assert called[-1] is x and len(called) == n + 1
+    assert len(runs) == 2
+
+
+def test_an_error_in_what_is_noted_as_one_is_the_calls_own():
+    fails = [True]
+
+    @as_one
+    def doubled(x):
+        if fails[0]:
+            raise ValueError("not now")
+        return x * 2
+
+    launcher, runs = counted(lambda x: (scale(doubled(x), 3.0),))
+    for _ in range(3):
+        with pytest.raises(ValueError, match="not now"):
+            launcher(vector())
+    fails.clear()
+    fails.append(False)
+    for _ in range(3):
+        x = vector()
+        torch.testing.assert_close(launcher(x)[0], 6 * x)
+    assert here.recorder is None

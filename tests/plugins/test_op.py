@@ -367,3 +367,22 @@ def test_a_negative_bit_is_resolved_before_a_kernel_reads_memory(make):
     x = torch.randn(4, 3, requires_grad=True)
     (dx,) = torch.autograd.grad(op(x, 2.0), x, z.imag)
     assert torch.equal(dx, 2 * z.imag)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_tensor_that_outlived_its_transform_is_the_one_within(make, grad):
+    kept = []
+
+    def loss(x):
+        kept.append(2 * x)
+        return x.sum()
+
+    x, op = randn(5), make(RELU2)
+    torch.func.grad(loss)(x.detach())
+    weight = randn(5, grad=grad)
+    y = op(kept[0] + weight, 3.0)
+    torch.testing.assert_close(y, 3 * torch.relu(2 * x + weight).square())
+    assert (op(kept[0]) == torch.relu(2 * x).square()).all()
+    if grad:
+        (found,) = torch.autograd.grad(y.sum(), weight)
+        torch.testing.assert_close(found, 6 * torch.relu(2 * x + weight))

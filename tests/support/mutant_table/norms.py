@@ -77,7 +77,7 @@ NORMS = (
     Mutant(
         "norm_gradient_written_over_the_input",
         _BACKWARD,
-        "dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None",
+        "dx = x.new_empty(x.shape) if needs[0] else None",
         "dx = x if needs[0] else None",
         _CONFORMANCE + " -k layer_norm-fp32-nothing_is_written_to",
     ),
