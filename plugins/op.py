@@ -77,7 +77,7 @@ class Op:
         self.torch_ops = TorchOps(self)
         self._function = autograd_function(self)
         # Without what torch's Python does in `apply` for functorch, which has no ordinary call.
-        self._apply = super(torch.autograd.Function, self._function).apply
+        self._apply = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
         self.function_of_fwd = function_of_fwd(self, self._function)
         _defined[spec.name] = self
         self.__name__ = self.__qualname__ = spec.name

@@ -47,8 +47,8 @@ RUNTIME = (
     Mutant(
         "input_gradient_of_the_last_weight_alone",
         "trilith.kernels._runtime.matrix",
-        "torch.addmm(total, dy, weight)",
-        "torch.mm(dy, weight)",
+        "torch.addmm(as_matrix(total), as_matrix(dy), weight)",
+        "torch.mm(as_matrix(dy), weight)",
         "tests/kernels/test_norm_linear.py -k 'eager and fp32'",
     ),
     Mutant(
