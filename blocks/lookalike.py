@@ -16,24 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trilith.blocks.drop_in.activations import kernel_name
 from trilith.blocks.drop_in.layouts import elementwise
 from trilith.kernels import BIAS_ACT, GATED_ACT, RMS_NORM, bias_act, gated_act, rms_norm
+from trilith.kernels._runtime.functors import ACTIVATIONS
 from trilith.plugins.manager import use_implementation
 
 _PROBE_DIM = 8
 _LARGE = 1e4  # beyond what layers clamp at
-_PROBED_NAMES = ("gelu", "gelu_tanh", "silu", "relu", "sigmoid", "tanh")
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
+_PROBED_NAMES = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "sigmoid", "tanh")
+_COPIED = "QuickGELU"  # the class of OpenAI's CLIP, which others have under this name
 
 
 class _LikeRMSNorm(nn.Module):
@@ -103,7 +96,7 @@ class Activation(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         name = vars(self)[self.ATTRIBUTE]
         if not input.is_floating_point() or input.is_cpu and BIAS_ACT.is_reference_on_cpu:
-            return _PLAIN[name](input)
+            return ACTIVATIONS[name].torch(input)
         return elementwise(lambda x: bias_act(x, None, name), input)
 
 
@@ -167,12 +160,13 @@ def gated_mlp(module: nn.Module) -> bool:
 @_on_cpu
 def known_activation(module: nn.Module) -> str | None:
     """The kernel name of a module without parts that computes one of the usual activations."""
-    if not type(module).__module__.startswith("transformers.activations"):
+    cls = type(module)
+    if not (cls.__module__.startswith("transformers.activations") or cls.__name__ == _COPIED):
         return None
     x = torch.cat([torch.linspace(-6, 6, 101), torch.tensor([-_LARGE, -20.0, 20.0, _LARGE])])
     for name in _PROBED_NAMES if _takes_one_tensor(module) else ():
         results = [_result(module, x, training) for training in (False, True)]
-        if all(_close(y, _PLAIN[name](x)) for y in results):
+        if all(_close(y, ACTIVATIONS[name].torch(x)) for y in results):
             return name
     return None
 

@@ -81,7 +81,7 @@ def _bias_act_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Samp
     yield Sample(
         randn(4, 18), randn(18, dtype=torch.promote_types(dtype, torch.float32)), None, "elu", 0.0
     )
-    for activation in ("identity", "relu", "relu2", "leaky_relu"):
+    for activation in ("identity", "relu", "relu2", "leaky_relu", "quick_gelu"):
         yield Sample(randn(1, 17), randn(17), None, activation, 0.0)
 
 
@@ -125,7 +125,7 @@ def bias_act(
         x: (..., N), any floating dtype, any strides.
         bias: (N,), any floating dtype.
         activation: identity, relu, relu2, leaky_relu (slope 0.01), elu, sigmoid, tanh, gelu (erf),
-            gelu_tanh or silu.
+            gelu_tanh, quick_gelu (x sigmoid(1.702 x)) or silu.
         p: probability that an element is dropped; those kept are divided by 1 - p.
         training: False switches dropout off.
 
@@ -185,7 +185,8 @@ def _gated_act_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sam
     yield Sample(*randn(3, 5, 48).chunk(2, dim=-1), "gelu")
     yield Sample(randn(2, 3, 16).transpose(0, 1), randn(3, 2, 16), "relu")
     yield Sample(randn(40, 6).t(), randn(6, 40), "sigmoid")
-    for activation in ("gelu_tanh", "tanh", "elu", "relu2", "leaky_relu", "identity"):
+    names = ("gelu_tanh", "tanh", "elu", "relu2", "leaky_relu", "identity", "quick_gelu")
+    for activation in names:
         yield Sample(randn(2, 19), randn(2, 19), activation)
 
 

@@ -174,8 +174,25 @@ def _silu_grad(z, g):
     return g * (s + z * (s * c))
 
 
+@triton.jit
+def _quick_gelu(z):
+    s, _ = sigmoid_pair(1.702 * z)
+    return z * s
+
+
+@triton.jit
+def _quick_gelu_grad(z, g):
+    s, c = sigmoid_pair(1.702 * z)
+    return g * (s + z * (s * c * 1.702))
+
+
 def _squared_relu(z: Tensor) -> Tensor:
     return F.relu(z).square()
+
+
+def _one_rounding_quick_gelu(z: Tensor) -> Tensor:
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    return (wide * torch.sigmoid(1.702 * wide)).to(z.dtype)
 
 
 class Activation(NamedTuple):
@@ -196,6 +213,7 @@ ACTIVATIONS = {
     "tanh": Activation(_tanh, _tanh_grad, torch.tanh),
     "gelu": Activation(_gelu, _gelu_grad, F.gelu),
     "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_grad, partial(F.gelu, approximate="tanh")),
+    "quick_gelu": Activation(_quick_gelu, _quick_gelu_grad, _one_rounding_quick_gelu),
     "silu": Activation(_silu, _silu_grad, F.silu),
 }
 

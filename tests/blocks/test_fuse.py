@@ -143,6 +143,28 @@ class TheirSiLU(nn.Module):
         return nn.functional.silu(x)
 
 
+class QuickGELU(nn.Module):
+    def __init__(self, factor=1.702):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.factor * x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_gelu_of_clip_is_known_by_its_class_and_what_it_computes(dtype, launches):
+    model = nn.Sequential(nn.Linear(6, 9), QuickGELU(), nn.Linear(9, 6)).to(DEVICE, dtype)
+    x = torch.randn(5, 6, device=DEVICE, dtype=dtype)
+    expected = model(x)
+    report = trilith.fuse(model)
+    assert [(entry.name, entry.why) for entry in report.swapped] == [("1", "computes quick_gelu")]
+    tolerance = {"rtol": 2e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(model(x), expected, **tolerance)
+    assert "_bias_act_fwd_kernel" in launches
+    assert not trilith.fuse(nn.Sequential(QuickGELU(1.7))).swapped
+
+
 def test_nothing_is_left_of_what_fuse_did():
     model = nn.ModuleList([Model(), SwiGLU(), PlainRMSNorm(12), TheirSiLU()])
     before = [(set(vars(m)), len(m._forward_pre_hooks)) for m in model.modules()]

@@ -62,6 +62,7 @@ MODELS = {
     + ({"n_head": 4, "bos_token_id": 1, "eos_token_id": 2},),
     "BERT": ("BertConfig", "BertForMaskedLM", {"vocab_size": 64, **ENCODER}),
     "ViT": ("ViTConfig", "ViTForImageClassification", {**ENCODER, **IMAGE}),
+    "CLIP": ("CLIPConfig", "CLIPForImageClassification", {"vision_config": {**ENCODER, **IMAGE}}),
     "T5": ("T5Config", "T5ForConditionalGeneration", {**T5, "decoder_start_token_id": 0}),
     "Whisper": ("WhisperConfig", "WhisperForConditionalGeneration", SPEECH),
 }
@@ -85,7 +86,7 @@ def build(name):
 
 def inputs(name):
     tokens = torch.randint(4, 64, (2, 6), device=DEVICE)
-    if name == "ViT":
+    if name in ("ViT", "CLIP"):
         return {"pixel_values": torch.randn(2, 3, 16, 16, device=DEVICE)}
     if name == "Whisper":
         features = torch.randn(2, 8, 20, device=DEVICE)
@@ -236,13 +237,14 @@ def test_a_causal_model_whose_loss_is_another_is_left():
 @pytest.mark.parametrize(
     ("name", "known"),
     [("gelu", "gelu"), ("gelu_new", "gelu_tanh"), ("gelu_fast", "gelu_tanh")]
-    + [("gelu_pytorch_tanh", "gelu_tanh"), ("gelu_python", "gelu"), ("silu", "silu")],
+    + [("gelu_pytorch_tanh", "gelu_tanh"), ("gelu_python", "gelu"), ("silu", "silu")]
+    + [("quick_gelu", "quick_gelu")],
 )
 def test_activations_are_known_by_what_they_compute(name, known):
     assert known_activation(transformers.activations.ACT2FN[name]) == known
 
 
-@pytest.mark.parametrize("name", ["gelu_10", "relu6", "quick_gelu"])
+@pytest.mark.parametrize("name", ["gelu_10", "relu6", "mish"])
 def test_an_activation_that_is_clipped_or_another_is_left(name):
     module = transformers.activations.ACT2FN[name]
     assert not trilith.fuse(torch.nn.Sequential(module)).swapped

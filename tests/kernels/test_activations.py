@@ -92,7 +92,16 @@ def test_infinities_nan_and_extremes_come_out_as_torch_has_them(activation, dtyp
     assert_one_rounding(y, y64, scale=finite)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "tanh", "elu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("activation", NAMES)
+def test_plain_pytorch_rounds_once_too(activation, dtype):
+    x = randn(7, 45, dtype=dtype)
+    y = family.BIAS_ACT.spec.reference(x, None, None, activation, 0.0)
+    y64 = family.BIAS_ACT.spec.reference(x.double(), None, None, activation, 0.0)
+    assert_one_rounding(y, y64, scale=output_scale(activation, x))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "silu", "tanh", "elu"])
 def test_tiny_arguments_keep_their_digits(activation):
     x = torch.logspace(-30, -1, 200, device=DEVICE)
     x = torch.cat([x, -x])
@@ -103,7 +112,7 @@ def test_tiny_arguments_keep_their_digits(activation):
 
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32], ids=["same", "fp32-bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "tanh"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "tanh"])
 def test_bias_act_adds_the_bias_before_the_activation(activation, dtype, bias_dtype):
     x = regimes(dtype).requires_grad_()
     bias = randn(x.shape[-1], dtype=bias_dtype or dtype).requires_grad_()

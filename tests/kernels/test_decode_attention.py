@@ -169,6 +169,46 @@ def test_a_block_that_does_not_exist_spoils_its_sequence_alone(page):
     assert out[0].isnan().all() and torch.equal(out[1], expected[1])
 
 
+def test_a_row_of_a_larger_cache_is_a_block():
+    q, k, v, lengths = draw([96, 0, 49], T=2)
+    expected = decode_attention(q, k, v, lengths)
+    rows = counts(3, 0, 2)
+    pools = [torch.full((5, 96, 2, 16), torch.nan, device=DEVICE) for _ in range(2)]
+    for pool, cache in zip(pools, (k, v), strict=True):
+        pool[rows.long()] = cache.transpose(1, 2)
+    out = decode_attention(q, *pools, lengths, block_table=rows[:, None])
+    assert_same("of rows by index", out, expected)
+
+
+def test_padding_on_the_left_is_left_out_by_blocks_of_one_position():
+    q, k, v, lengths = draw([61, 0, 49], T=2)
+    options = {"alibi_slopes": randn(2).abs(), "window": (40, 0), "return_lse": True}
+    expected = decode_attention(q, k, v, lengths, **options)
+    padding = counts(35, 96, 20)
+    pools = [torch.full((3, 96, 2, 16), torch.nan, device=DEVICE) for _ in range(2)]
+    for pool, cache in zip(pools, (k, v), strict=True):
+        for row, keys, p, n in zip(pool, cache, padding.tolist(), lengths.tolist(), strict=True):
+            row[p : p + n] = keys[:, :n].transpose(0, 1)
+    places = torch.arange(96, device=DEVICE) + 96 * torch.arange(3, device=DEVICE)[:, None]
+    pools = [pool.view(3 * 96, 1, 2, 16) for pool in pools]
+    table = (padding[:, None] + places).int()
+    actual = decode_attention(q, *pools, lengths, block_table=table, **options)
+    for a, b in zip(actual, expected, strict=True):
+        assert_same("of padded rows", a, b)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_queries_as_heads_see_all_keys(sinks):
+    q, k, v, lengths = draw([96, 49], H=4, Hkv=2, T=3)
+    given = {"sinks": randn(4) if sinks else None}
+    seen = (torch.arange(96, device=DEVICE) < lengths[:, None])[:, None, None]
+    expected = attention(q, k.nan_to_num(0), v.nan_to_num(0), bias=seen, **given)
+    if sinks:
+        given["sinks"] = given["sinks"].repeat_interleave(3)
+    out = decode_attention(q.reshape(2, 12, 1, 16), k, v, lengths, **given).view(2, 4, 3, 16)
+    torch.testing.assert_close(out, expected)
+
+
 def test_equals_attention_of_the_last_queries():
     q, k, v, _ = draw([96], H=4, Hkv=2, T=5)
     options = {"window": (30, 0), "softcap": 3.0, "sinks": randn(4), "alibi_slopes": randn(4).abs()}

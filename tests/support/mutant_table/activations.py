@@ -29,6 +29,13 @@ ACTIVATIONS = (
         _ACT_TESTS,
     ),
     Mutant(
+        "quick_gelu_gradient_without_its_factor",
+        _FUNCTORS,
+        "s * c * 1.702",
+        "s * c",
+        _ACT_TESTS,
+    ),
+    Mutant(
         "relu2_gradient_without_its_two",
         _FUNCTORS,
         "g * (2.0 * z)",
