@@ -21,17 +21,20 @@ def require_tensors(op: str, **given: Any) -> None:
 
 def require_floating(op: str, **given: Any) -> None:
     for arg, tensor in given.items():
-        is_tensor = isinstance(tensor, Tensor)
-        if not (is_tensor and tensor.is_floating_point()):
-            kind = tensor.dtype if is_tensor else type(tensor).__name__
-            raise TypeError(f"{op}: {arg} must be a floating-point tensor, got {kind}")
+        if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+            raise _not_floating(op, arg, tensor)
 
 
 def require_floating_if_given(op: str, **given: Any) -> None:
     """As `require_floating`, of those that are not None."""
     for arg, tensor in given.items():
-        if tensor is not None:
-            require_floating(op, **{arg: tensor})
+        if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+            raise _not_floating(op, arg, tensor)
+
+
+def _not_floating(op: str, arg: str, given: Any) -> TypeError:
+    kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+    return TypeError(f"{op}: {arg} must be a floating-point tensor, got {kind}")
 
 
 def require_bias(op: str, x: Tensor, bias: Tensor | None) -> None:
