@@ -225,6 +225,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Cross-entropy between logits and targets, as `torch.nn.functional.cross_entropy`.
 
@@ -244,10 +245,12 @@ def cross_entropy(
             its label's weight, so that the mean is a weighted mean of both; with class
             probabilities, without a weight. lse is the row's logsumexp after the soft cap.
         softcap: replaces the logits x by `softcap * tanh(x / softcap)`.
+        dtype: of the loss. float32 is what it is computed in: with 16-bit logits the loss of
+            `input.float()` without that copy, and the gradient still in the input's dtype.
 
     Returns:
-        A scalar, or for "none" a tensor shaped as the class indices; in the input's dtype, but
-        float32 (float64 for float64 logits) under autocast.
+        A scalar, or for "none" a tensor shaped as the class indices; without `dtype` in the input's
+        dtype, but float32 (float64 for float64 logits) under autocast.
 
     Raises:
         IndexError: a label is out of range, on CPU. On a GPU that row's loss and gradient are NaN.
@@ -290,7 +293,14 @@ def cross_entropy(
     else:
         options = (ignore_index, label_smoothing, softcap)
         loss = _in_plain_pytorch(input, target, weight, reduction, *options)
-    return loss if autocasts(input) else loss.to(input.dtype)
+    return loss_in(dtype, loss, input)
+
+
+def loss_in(dtype: torch.dtype | None, loss: Tensor, input: Tensor) -> Tensor:
+    """The loss in `dtype`; None is the input's, and under autocast what it was computed in."""
+    if dtype is None and autocasts(input):
+        return loss
+    return loss.to(input.dtype if dtype is None else dtype)
 
 
 def _check(

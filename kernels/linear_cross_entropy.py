@@ -41,6 +41,7 @@ from trilith.kernels.cross_entropy import (
     counted_rows,
     cross_entropy,
     cross_entropy_rows,
+    loss_in,
     require_constant_weight,
     require_label_dtype,
     require_labels,
@@ -215,6 +216,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     num_items: int | Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`cross_entropy(F.linear(input, linear_weight, linear_bias), target)` without the logits.
 
@@ -231,15 +233,15 @@ def linear_cross_entropy(
             floating-point and shaped as the logits, which are not fused: the logits are as large.
         linear_bias: (V,) or (V, d1, ...), the head's bias.
         weight: (V,) weight of each class; it cannot require a gradient.
-        reduction, label_smoothing, z_loss, softcap: as in `cross_entropy`.
+        reduction, label_smoothing, z_loss, softcap, dtype: as in `cross_entropy`.
         ignore_index: as in `cross_entropy`; None is -100.
         num_items: what the mean divides by, instead of what is counted in this call: with gradient
             accumulation the number of tokens of the whole batch, so that the micro-batches'
             losses and gradients add up to the batch's.
 
     Returns:
-        A scalar, or for "none" a tensor shaped as the class indices; in the input's dtype, but
-        float32 (float64 for float64) under autocast.
+        A scalar, or for "none" a tensor shaped as the class indices; without `dtype` in the input's
+        dtype, but float32 (float64 for float64) under autocast.
 
     Raises:
         IndexError: a label is out of range, on CPU. On a GPU that row's loss is NaN, and so are
@@ -270,18 +272,17 @@ def linear_cross_entropy(
     ignore_index = -100 if ignore_index is None else ignore_index
     _check(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, num_items)
     require_options(_OP, reduction, label_smoothing, softcap)
-    autocast = autocasts(input)
     x = input.reshape(-1, input.shape[-1])
-    if autocast and x.dtype != torch.float64:
+    if autocasts(input) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(input.device.type))
     if target.is_floating_point() or linear_weight.dim() > 2:
         scalars = (ignore_index, label_smoothing, z_loss, softcap)
         loss = _of_all_logits(
-            x, linear_weight, target, linear_bias, weight, reduction, *scalars, num_items
+            x, linear_weight, target, linear_bias, weight, reduction, *scalars, num_items, dtype
         )
         if reduction == "none":
             loss = loss.reshape(input.shape[:-1] + linear_weight.shape[1:-1])
-        return loss if autocast else loss.to(input.dtype)
+        return loss_in(dtype, loss, input)
     labels = target.reshape(-1).to(torch.int64)
     loss = LINEAR_CROSS_ENTROPY(
         x,
@@ -300,7 +301,7 @@ def linear_cross_entropy(
     elif reduction == "mean":
         own = num_items is None
         loss = loss / (counted_rows(labels, weight, ignore_index) if own else num_items)
-    return loss if autocast else loss.to(input.dtype)
+    return loss_in(dtype, loss, input)
 
 
 def _of_all_logits(
@@ -315,6 +316,7 @@ def _of_all_logits(
     z_loss: float,
     softcap: float | None,
     num_items: int | Tensor | None,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     """The unfused loss, for targets as large as the logits and for heads (V, d1, ..., K)."""
     classes, *positions = linear_weight.shape[:-1]
@@ -333,6 +335,7 @@ def _of_all_logits(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         softcap=softcap,
+        dtype=dtype,
     )
     return loss if num_items is None else loss / num_items
 

@@ -287,6 +287,28 @@ def test_the_result_has_the_inputs_dtype_but_under_autocast():
             assert cross_entropy(x, targets).dtype == torch.float32
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+def test_the_loss_of_16_bit_logits_is_float32_where_that_is_asked_for(dtype, soft, reduction):
+    x, target = logits_and_labels(6, 33, dtype)
+    target = torch.randn(6, 33, device=DEVICE).softmax(1) if soft else target
+    x, x64 = x.requires_grad_(), x.detach().double().requires_grad_()
+    loss = cross_entropy(x, target, reduction=reduction, dtype=torch.float32)
+    loss64 = F.cross_entropy(x64, target.double() if soft else target, reduction=reduction)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), loss64, rtol=2e-6, atol=0)
+    upstream = torch.rand(loss.shape, device=DEVICE)
+    (dx,) = torch.autograd.grad(loss, x, upstream)
+    (dx64,) = torch.autograd.grad(loss64, x64, upstream.double())
+    assert dx.dtype == dtype
+    assert_one_rounding(dx, dx64, scale=upstream.max().item())
+    narrow = cross_entropy(x, target, reduction=reduction)
+    assert torch.equal(narrow, loss.to(dtype)) and not torch.equal(narrow.float(), loss)
+    with torch.autocast(DEVICE, dtype):
+        assert torch.equal(cross_entropy(x, target, reduction=reduction, dtype=dtype), narrow)
+
+
 def test_a_weight_may_require_a_gradient_where_none_is_recorded():
     x, target = logits_and_labels(4, 3)
     weight = torch.rand(3, device=DEVICE, requires_grad=True)

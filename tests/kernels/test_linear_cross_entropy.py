@@ -118,6 +118,24 @@ def test_loss_and_gradients_match_float64(dtype, name, reduction, path, small_ch
     compare(x, head, bias, target, reduction, **options)
 
 
+@pytest.mark.parametrize("options", [{"reduction": r} for r in REDUCTIONS] + [{"num_items": 7}])
+@pytest.mark.parametrize("kind", ["labels", "probabilities", "deep"])
+def test_the_loss_of_16_bit_states_is_float32_where_that_is_asked_for(kind, options, path):
+    x, head, target, bias = drawn(6, 16, 33, torch.bfloat16)
+    if kind == "probabilities":
+        target = torch.randn(6, 33, device=DEVICE).softmax(1)
+    elif kind == "deep":  # logits (6, 11, 3)
+        head, bias = (t.detach().view(11, 3, *t.shape[1:]) for t in (head, bias))
+        target = torch.randint(0, 11, (6, 3), device=DEVICE)
+    given = (x, head, target)
+    loss = linear_cross_entropy(*given, linear_bias=bias, dtype=torch.float32, **options)
+    narrow = linear_cross_entropy(*given, linear_bias=bias, **options)
+    assert (loss.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(loss.bfloat16(), narrow) and not torch.equal(loss, narrow.float())
+    (dx,) = torch.autograd.grad(loss.sum(), x)
+    assert dx.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("v", [1, 7, 2049, 5000])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_vocabularies_of_any_size(v, reduction, path):
