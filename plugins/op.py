@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ class Op:
 
     spec: OpSpec
     abandoned: bool  # brought by a plugin that was left out: the name is free
-    is_reference_on_cpu: bool  # whatever the arguments are, and nobody is told of calls
+    # Whatever the arguments are, and nobody is told of calls; made when it is read.
+    is_reference_on_cpu: bool
 
     def __init__(self, spec: OpSpec) -> None:
         previous = _defined.get(spec.name)
@@ -56,7 +57,6 @@ class Op:
         self.scope: ContextVar[str | None] = ContextVar(spec.name, default=None)
         self.open_scopes: list[str] = []
         self._version = 0
-        self.is_reference_on_cpu = False
         self._selections: dict[tuple[torch.device, torch.dtype, str | None], Selection] = {}
         self._owners: dict[str, str] = {}
         self._by_provider: dict[str, Implementation] = {}
@@ -252,8 +252,6 @@ class Op:
             before_first_choice()
             cache = self._selections
             found = cache[key] = selection.choose(self, SelectionKey(device, dtype), key[2])
-            with _guard_lock:
-                self._set_guard()
         return found
 
     def forget_selections(self) -> None:
@@ -287,12 +285,27 @@ class Op:
     def _set_guard(self) -> None:
         # Dynamo guards on this string: compiled code made under another one is not run.
         self._guard = f"{self._version}:{self.open_scopes[-1] if self.open_scopes else ''}"
-        self.is_reference_on_cpu = self._is_reference_on_cpu()
+        self.__dict__.pop("is_reference_on_cpu", None)
+
+    if not TYPE_CHECKING:  # to a type checker every other name would be one
+
+        def __getattr__(self, name: str) -> bool:
+            """`is_reference_on_cpu` where nothing is known. Plugins have a say before the first
+            answer: another one to the next call, as of a checkpoint that recomputes the first,
+            would be another function's."""
+            if name != "is_reference_on_cpu":
+                raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+            if _is_dynamo_compiling():  # which cannot load plugins
+                return False
+            before_first_choice()
+            with _guard_lock:
+                self.is_reference_on_cpu = self._is_reference_on_cpu()
+                return self.is_reference_on_cpu
 
     def _is_reference_on_cpu(self) -> bool:
-        """False until plugins had a say, and while somebody traces or asked for one by name."""
+        """False while somebody traces or asked for one by name."""
         variable = selection.environment_variable(self.spec.name)
-        if not self._selections or self._is_wired or self.open_scopes or variable in os.environ:
+        if self._is_wired or self.open_scopes or variable in os.environ:
             return False
         return not any("cpu" in implementation.devices for implementation in self.implementations)
 
@@ -304,12 +317,14 @@ class Op:
         """Run these in the places of the implementations and the reference, until `unwire`."""
         self.running, self._reference = running, reference
         self._is_wired = True
-        self._set_guard()
+        with _guard_lock:
+            self._set_guard()
 
     def unwire(self) -> None:
         self.running, self._reference = self._by_provider, self.spec.reference
         self._is_wired = False
-        self._set_guard()
+        with _guard_lock:
+            self._set_guard()
 
     def destroy(self) -> None:
         """Take the op out of torch's dispatcher, so that its name is free again."""

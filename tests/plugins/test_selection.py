@@ -29,6 +29,7 @@ from trilith.plugins import (
     hookimpl,
     selection,
 )
+from trilith.plugins import op as op_module
 from trilith.plugins.manager import PluginError
 from trilith.plugins.selection import environment_variable
 
@@ -268,9 +269,7 @@ def test_threads_with_scopes_of_their_own_run_their_own(manager):
 
 def test_an_op_that_is_its_reference_on_a_cpu_says_so(manager):
     """Whoever reads it calls torch's own function, so nobody may want to be told or to choose."""
-    op, x = _op(manager, devices=("cuda",)), torch.ones(3)
-    assert not op.is_reference_on_cpu  # plugins have not been asked
-    op(x)
+    op = _op(manager, devices=("cuda",))
     assert op.is_reference_on_cpu
     with trilith.use_implementation(op, "reference"):
         assert not op.is_reference_on_cpu
@@ -279,8 +278,18 @@ def test_an_op_that_is_its_reference_on_a_cpu_says_so(manager):
         assert not op.is_reference_on_cpu
     assert op.is_reference_on_cpu
     op.add_implementation(_other("acme_sel::op"))
-    op(x)
     assert not op.is_reference_on_cpu
+
+
+def test_plugins_have_a_say_before_an_op_is_its_reference_on_a_cpu(manager, monkeypatch):
+    """A later answer would differ from the first, and a call from the one that it recomputes."""
+    op = _op(manager, devices=("cuda",))
+    op.forget_selections()
+    plugin = functools.partial(op.add_implementation, _other("acme_sel::op"))
+    monkeypatch.setattr(op_module, "before_first_choice", plugin)
+    assert not op.is_reference_on_cpu
+    with pytest.raises(AttributeError, match="no attribute 'is_reference'"):
+        op.is_reference  # noqa: B018
 
 
 def test_an_op_that_is_its_reference_says_so_of_a_call_in_its_scope_too(manager):
