@@ -10,7 +10,6 @@ import copyreg
 import dataclasses
 import functools
 import inspect
-from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any, cast
 
@@ -48,13 +47,17 @@ def fused_loss_class(base: type[nn.Module], output: type) -> FusedLossClass:
 def _made(base: Any, output: Any) -> FusedLossClass:
     own = base.forward
     order = [name for name in inspect.signature(own).parameters if name != "self"]
+    fields = [field.name for field in dataclasses.fields(output)]  # which Dynamo cannot trace
+    kept = [name for name in fields if name not in ("loss", "logits")]
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, logits: bool = False, **kwargs: Any) -> Any:
         kwargs |= dict(zip(order, args, strict=False))
         if logits or not (self.training and takes(self, kwargs)):
             return own(self, **kwargs)
-        return _with_loss(self, output, **kwargs)
+        loss, hidden = _loss_and_hidden(self, **kwargs)
+        others = {name: getattr(hidden, name, None) for name in kept}
+        return output(loss=loss, logits=None, **others)
 
     names = {
         "__module__": base.__module__,
@@ -83,15 +86,14 @@ def takes(model: Any, given: dict[str, Any]) -> bool:
     )
 
 
-def _with_loss(
+def _loss_and_hidden(
     model: Any,
-    output: type,
     *,
     labels: Tensor,
     logits_to_keep: int = 0,
     return_dict: bool | None = None,
     **kwargs: Any,
-) -> Any:
+) -> tuple[Tensor, Any]:
     hidden = model._modules[model.base_model_prefix](**kwargs)
     ignored = kwargs.get("ignore_index", _IGNORED)
     targets = kwargs.get("shift_labels")
@@ -99,27 +101,17 @@ def _with_loss(
         targets = F.pad(labels, (0, 1), value=ignored)[..., 1:]
     items = kwargs.get("num_items_in_batch")
     x, head = hidden.last_hidden_state, model.lm_head
-    with _loss_in_float32(x):
-        loss = linear_cross_entropy(
-            x,
-            head.weight,
-            targets.to(x.device),
-            linear_bias=head.bias,
-            ignore_index=ignored,
-            softcap=getattr(model.config, "final_logit_softcapping", None),
-            num_items=items.to(x.device) if isinstance(items, Tensor) else items,
-        )
-    kept = [field.name for field in dataclasses.fields(output)]
-    kept = [name for name in kept if name not in ("loss", "logits")]
-    return output(loss=loss, logits=None, **{name: getattr(hidden, name, None) for name in kept})
-
-
-def _loss_in_float32(x: Tensor) -> AbstractContextManager[Any]:
-    """transformers takes the loss of half-precision logits in float32, as autocast does here."""
-    device = x.device.type
-    if x.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(device):
-        return torch.autocast(device, x.dtype)
-    return nullcontext()
+    loss = linear_cross_entropy(
+        x,
+        head.weight,
+        targets.to(x.device),
+        linear_bias=head.bias,
+        ignore_index=ignored,
+        softcap=getattr(model.config, "final_logit_softcapping", None),
+        num_items=items.to(x.device) if isinstance(items, Tensor) else items,
+        dtype=torch.promote_types(x.dtype, torch.float32),  # as transformers' own loss
+    )
+    return loss, hidden
 
 
 def has_causal_parts(module: Any) -> bool:
@@ -149,7 +141,7 @@ def _agreeing(
     base = probe._modules[probe.base_model_prefix]
     for given in calls:
         theirs, was_given = cls.forward(probe, **given).loss, base.given
-        ours = _with_loss(probe, output, **given).loss
+        ours, _ = _loss_and_hidden(probe, **given)
         if not torch.allclose(ours, theirs, rtol=1e-4) or base.given != was_given:
             return None
     return fused_loss_class(cls, output)

@@ -9,10 +9,14 @@ It makes it quicker too. `tl.reduce` with a function of one's own takes half of 
 time, where the interpreter takes one. `triton.language` is patched once in a launch, where the
 interpreter does it at each call of a device function. numpy's dtypes are looked up, where it makes
 a table of them each time.
+
+And threads wait for each other: the language that is patched and the program's indices are of the
+process, so that two launches at once would write each other's tiles.
 """
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -121,6 +125,7 @@ def _reduce_by_halves(reduce_ops: Any) -> None:
 def _patch_the_language_once(interpreter: Any) -> None:
     tl, launch = interpreter.tl, interpreter.GridExecutor.__call__
     patched: set[tuple[bool, bool]] = set()
+    one_launch = threading.Lock()
 
     @cache
     def languages(function: Any) -> tuple[bool, bool]:
@@ -129,11 +134,12 @@ def _patch_the_language_once(interpreter: Any) -> None:
         return any(v is tl for v in seen), any(v is tl.core for v in seen)
 
     def launch_afresh(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patched.clear()
-        try:
-            return launch(self, *args, **kwargs)
-        finally:
+        with one_launch:
             patched.clear()
+            try:
+                return launch(self, *args, **kwargs)
+            finally:
+                patched.clear()
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         needed = languages(self.fn)

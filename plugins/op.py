@@ -34,12 +34,29 @@ _forward_mode = torch.autograd.forward_ad
 _tracing_state = torch._C._get_tracing_state
 
 
+class _IsReferenceOnCPU:
+    """Whether an op is its reference on a CPU whatever the arguments are, and nobody is told of
+    calls. Found when it is read, and then an attribute of the op until something changes.
+
+    Plugins have a say before the first answer: with another answer to the next call, a checkpoint
+    would recompute the first one by another function.
+    """
+
+    def __get__(self, op: Op, cls: type[Op]) -> bool:
+        if _is_dynamo_compiling():  # which cannot load plugins
+            return False
+        before_first_choice()
+        with _guard_lock:
+            found = op.__dict__["is_reference_on_cpu"] = op._is_reference_on_cpu()
+        return found
+
+
 class Op:
     """A callable op. Takes and returns what the OpSpec's forward does, without the aux tensors."""
 
     spec: OpSpec
     abandoned: bool  # brought by a plugin that was left out: the name is free
-    is_reference_on_cpu: bool  # whatever the arguments are, and nobody is told of calls
+    is_reference_on_cpu = _IsReferenceOnCPU()
 
     def __init__(self, spec: OpSpec) -> None:
         previous = _defined.get(spec.name)
@@ -57,7 +74,6 @@ class Op:
         self.scope: ContextVar[str | None] = ContextVar(spec.name, default=None)
         self.open_scopes: list[str] = []
         self._version = 0
-        self.is_reference_on_cpu = False
         self._selections: dict[tuple[torch.device, torch.dtype, str | None], Selection] = {}
         self._owners: dict[str, str] = {}
         self._by_provider: dict[str, Implementation] = {}
@@ -256,8 +272,6 @@ class Op:
             before_first_choice()
             cache = self._selections
             found = cache[key] = selection.choose(self, SelectionKey(device, dtype), key[2])
-            with _guard_lock:
-                self._set_guard()
         return found
 
     def forget_selections(self) -> None:
@@ -291,12 +305,12 @@ class Op:
     def _set_guard(self) -> None:
         # Dynamo guards on this string: compiled code made under another one is not run.
         self._guard = f"{self._version}:{self.open_scopes[-1] if self.open_scopes else ''}"
-        self.is_reference_on_cpu = self._is_reference_on_cpu()
+        self.__dict__.pop("is_reference_on_cpu", None)
 
     def _is_reference_on_cpu(self) -> bool:
-        """False until plugins had a say, and while somebody traces or asked for one by name."""
+        """False while somebody traces or asked for one by name."""
         variable = selection.environment_variable(self.spec.name)
-        if not self._selections or self._is_wired or self.open_scopes or variable in os.environ:
+        if self._is_wired or self.open_scopes or variable in os.environ:
             return False
         return not any("cpu" in implementation.devices for implementation in self.implementations)
 
@@ -308,12 +322,14 @@ class Op:
         """Run these in the places of the implementations and the reference, until `unwire`."""
         self.running, self._reference = running, reference
         self._is_wired = True
-        self._set_guard()
+        with _guard_lock:
+            self._set_guard()
 
     def unwire(self) -> None:
         self.running, self._reference = self._by_provider, self.spec.reference
         self._is_wired = False
-        self._set_guard()
+        with _guard_lock:
+            self._set_guard()
 
     def destroy(self) -> None:
         """Take the op out of torch's dispatcher, so that its name is free again."""

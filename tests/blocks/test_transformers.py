@@ -174,6 +174,17 @@ def test_the_loss_of_a_bfloat16_model_is_float32():
     torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
+def test_a_fused_causal_models_training_compiles_to_one_graph(name):
+    model, given = build(name), inputs(name)
+    trilith.fuse(model)
+    expected = results(model, given)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    _, gradients = results(compiled, given)
+    gradients = {n.removeprefix("_orig_mod."): g for n, g in gradients.items()}
+    torch.testing.assert_close(gradients, expected[1], rtol=1e-3, atol=1e-5)
+
+
 def test_a_head_that_must_be_called_and_a_loss_of_ones_own_are():
     model, given, seen = build("Llama"), inputs("Llama"), []
     trilith.fuse(model)

@@ -1,4 +1,7 @@
-"""What is patched in Triton's interpreter to make it quicker changes nothing else."""
+"""What is patched in Triton's interpreter to make it quicker changes nothing else; threads."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -117,6 +120,16 @@ def test_a_launch_after_one_that_failed_is_right():
         _kernel_that_fails[(1,)](torch.randn(4))
     assert tl.load is before
     run(rows=3)
+
+
+def test_threads_launch_one_after_another():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(run, [3, 5, 7, 9] * 3))
+    finally:
+        sys.setswitchinterval(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.bool, torch.uint8])

@@ -18,6 +18,7 @@ from tests.plugins.tagged_ops import op_of, plug_in, rival, tag_of
 from tests.support.devices import DEVICE
 from trilith.kernels import rms_norm
 from trilith.kernels._runtime.launch import observers
+from trilith.plugins import op as op_module
 
 
 def test_use_implementation_takes_the_provider_and_gives_it_back(manager):
@@ -167,9 +168,7 @@ def test_threads_with_scopes_of_their_own_run_their_own(manager):
 
 def test_an_op_that_is_its_reference_on_a_cpu_says_so(manager):
     """Whoever reads it calls torch's own function, so nobody may want to be told or to choose."""
-    op, x = op_of(manager, devices=("cuda",)), torch.ones(3)
-    assert not op.is_reference_on_cpu  # plugins have not been asked
-    op(x)
+    op = op_of(manager, devices=("cuda",))
     assert op.is_reference_on_cpu
     with trilith.use_implementation(op, "reference"):
         assert not op.is_reference_on_cpu
@@ -178,7 +177,15 @@ def test_an_op_that_is_its_reference_on_a_cpu_says_so(manager):
         assert not op.is_reference_on_cpu
     assert op.is_reference_on_cpu
     op.add_implementation(rival("acme_sel::op"))
-    op(x)
+    assert not op.is_reference_on_cpu
+
+
+def test_plugins_have_a_say_before_an_op_is_its_reference_on_a_cpu(manager, monkeypatch):
+    """A later answer would differ from the first, and a call from the one that it recomputes."""
+    op = op_of(manager, devices=("cuda",))
+    op.forget_selections()
+    plugin = functools.partial(op.add_implementation, rival("acme_sel::op"))
+    monkeypatch.setattr(op_module, "before_first_choice", plugin)
     assert not op.is_reference_on_cpu
 
 

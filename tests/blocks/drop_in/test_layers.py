@@ -267,6 +267,34 @@ def test_the_first_call_in_a_process_may_be_a_trace(interpreting):
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment)
 
 
+@pytest.mark.parametrize("name", ["MSELoss", "BatchNorm1d", "TransformerEncoderLayer"])
+def test_the_first_call_in_a_process_may_be_checkpointed(name):
+    """The second, which recomputes it, is the same function: gradients are those of a third."""
+    made, run = {
+        "MSELoss": ("()", "m(x.exp(), x)"),
+        "BatchNorm1d": ("(8)", "m(x)"),
+        "TransformerEncoderLayer": ("(8, 2, 16, dropout=0.5)", "m(x)"),
+    }[name]
+    code = f"""
+import torch
+from torch.utils.checkpoint import checkpoint
+from trilith.blocks import drop_in
+
+torch.manual_seed(0)
+x, m = torch.randn(6, 8, requires_grad=True), drop_in.{name}{made}
+
+def gradient(call):
+    torch.manual_seed(1)
+    y = call(lambda x: {run}, x)
+    return torch.autograd.grad((y * torch.arange(1.0, 1 + y.numel()).view_as(y)).sum(), x)[0]
+
+first = gradient(lambda f, x: checkpoint(f, x, use_reentrant=False))
+assert torch.equal(first, gradient(lambda f, x: f(x)))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment)
+
+
 def test_dropout_drops_in_training_only():
     x = torch.randn(64, 64, device=DEVICE)
     module = drop_in.Dropout(0.5)
