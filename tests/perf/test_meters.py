@@ -2,8 +2,10 @@
 
 from importlib.util import find_spec
 
+import numpy
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perf.meters.arithmetic import Arithmetic, arithmetic
 from perf.meters.aten import syncs
@@ -168,26 +170,62 @@ class _Square(torch.autograd.Function):
         raise NotImplementedError
 
 
-@pytest.mark.parametrize(
-    "waiting",
-    [
-        lambda x: x.sum().item(),
-        lambda x: bool(x.any()),
-        lambda x: x[x > 0],
-        lambda x: (x > 0).nonzero(),
-        lambda x: torch.equal(x, x),
-    ],
-)
-def test_where_the_host_would_wait_is_counted(waiting):
+WAITING = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.any()),
+    "int": lambda x: int(x[0]),
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: x.numpy(),
+    "asarray": lambda x: numpy.asarray(x),
+    "size": lambda x: x[: x.long()[0]],
+    "chosen": lambda x: x[x > 0],
+    "put": lambda x: x.index_put((x > 0,), x[0]),
+    "put in place": lambda x: x.index_put_((x > 0,), torch.ones(())),
+    "nonzero": lambda x: (x > 0).nonzero(),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "equal": lambda x: torch.equal(x, x),
+    "allclose": lambda x: torch.allclose(x, x),
+    "unique": lambda x: x.unique(),
+    "unique rows": lambda x: x.unique(dim=0),
+    "unique_consecutive": lambda x: x.unique_consecutive(),
+    "bincount": lambda x: x.long().bincount(),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_where_the_host_would_wait_is_counted(name):
     with syncs() as waits:
-        waiting(torch.randn(4))
+        WAITING[name](torch.arange(4.0))
     assert waits.total() == 1
+
+
+def test_a_copy_to_the_host_waits_and_one_from_it_does_not():
+    with FakeTensorMode(), syncs() as waits:
+        x = torch.empty(4, device="cuda")
+        x.copy_(torch.empty(4))
+        assert not waits
+        x.to("cpu")
+        assert waits.total() == 1
+        torch.empty(4).copy_(x)
+        assert waits.total() == 2
 
 
 def test_a_lookup_does_not_wait():
     x, at = torch.randn(4), torch.tensor([1, 2])
     with syncs() as waits:
         x[at] + x.index_select(0, at)
+        x.index_put((at,), x[0])
+        x.repeat_interleave(at[:1], output_size=4)
+        x.repeat_interleave(2)
+    assert not waits
+
+
+@interpreted
+def test_what_the_interpreter_reads_is_no_wait():
+    with syncs() as waits:
+        centre(torch.randn(4, 64))
     assert not waits
 
 
