@@ -52,12 +52,39 @@ def _accumulate_kernel(x_ptr, sum_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _claim_kernel(lock_ptr):
+    """The first program takes the lock."""
+    tl.atomic_cas(lock_ptr, 0, 1)
+
+
+@triton.jit
 def _product_kernel(x_ptr, y_ptr, SIZE: tl.constexpr, OF: tl.constexpr):
-    """exp of x times its transpose."""
+    """exp of x [SIZE, 2 * SIZE] times its transpose."""
     at = tl.arange(0, SIZE)
-    x = tl.load(x_ptr + at[:, None] * SIZE + at[None, :])
+    x = tl.load(x_ptr + at[:, None] * (2 * SIZE) + tl.arange(0, 2 * SIZE)[None, :])
     y = tl.dot(x.to(OF), tl.trans(x).to(OF))
     tl.store(y_ptr + at[:, None] * SIZE + at[None, :], tl.exp(y))
+
+
+@triton.jit
+def _special_kernel(x_ptr, n, SIZE: tl.constexpr):
+    """Each function that a GPU is slow at, of every element."""
+    at = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + at)
+    x = tl.sin(tl.cos(tl.erf(tl.exp2(tl.exp(x)))))
+    x = tl.rsqrt(tl.sqrt(tl.sqrt_rn(tl.log2(tl.log(x)))))
+    x = tl.div_rn(1.0 / x, x)
+    high = tl.umulhi(at.to(tl.uint32), at.to(tl.uint32)) + (at // n).to(tl.uint32)
+    tl.store(x_ptr + at, x + high.to(tl.float32))
+
+
+@triton.jit
+def _elementwise_kernel(x_ptr, SIZE: tl.constexpr):
+    """A sum, a product, a choice, a bound and a fused product and sum of every element."""
+    at = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + at)
+    x = tl.fma(tl.maximum(x + x, x), x, x) * x
+    tl.store(x_ptr + at, tl.where(at < 4, x, tl.floor(x)))
 
 
 def centre(x, *, twice=False):
@@ -114,15 +141,35 @@ class TestTraffic:
         assert total.item() == 256
         assert moved.total == x.nbytes + 2 * total.nbytes
         assert moved.requested == x.nbytes + 4 * 2 * total.nbytes
+        lock = torch.zeros(1, dtype=torch.int32)
+        with traffic() as moved:
+            launch(_claim_kernel, (3,), lock)
+        assert moved.total == 2 * lock.nbytes
+        assert moved.requested == 3 * 2 * lock.nbytes
 
 
 @interpreted
 @pytest.mark.parametrize(("of", "halves"), [(tl.bfloat16, 1), (tl.float16, 1), (tl.float32, 2)])
 def test_arithmetic_is_counted_by_kind(of, halves):
-    x, y = torch.randn(16, 16), torch.empty(16, 16)
+    x, y = torch.randn(16, 32), torch.empty(16, 16)
     with arithmetic() as done:
         launch(_product_kernel, (2,), x, y, SIZE=16, OF=of)
-    assert done == Arithmetic(2 * halves * 16**3, elementwise=2 * 16**2, special=2 * 16**2)
+    products = 2 * halves * 16 * 32 * 16
+    assert done == Arithmetic(products, elementwise=2 * 16**2, special=2 * 16**2)
+
+
+@interpreted
+def test_each_function_that_a_gpu_is_slow_at_counts_also_of_integers():
+    with arithmetic() as done:
+        launch(_special_kernel, (2,), torch.rand(8), 3, SIZE=8)
+    assert done.special == 2 * 14 * 8
+
+
+@interpreted
+def test_elementwise_operations_count_once_each_and_those_of_integers_do_not():
+    with arithmetic() as done:
+        launch(_elementwise_kernel, (2,), torch.rand(8), SIZE=8)
+    assert done == Arithmetic(elementwise=2 * 6 * 8)
 
 
 @interpreted
@@ -134,6 +181,14 @@ class TestLaunches:
             y = y.view(64, 4).t()
             torch.add(y, 1)
         assert counts == {"_centre_kernel": 1, "aten::add": 1}
+
+    def test_an_operator_in_place_counts_and_does_what_it_is_told(self):
+        x = torch.ones(4)
+        with launches() as counts:
+            x.add_(1, alpha=2).zero_()[1:].fill_(3)
+            total = x.sum(dtype=torch.float64)
+        assert counts == {"aten::add_": 1, "aten::zero_": 1, "aten::fill_": 1, "aten::sum": 1}
+        assert total.dtype == torch.float64 and total.item() == 9
 
     def test_a_copy_inside_an_op_counts(self):
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -203,7 +258,7 @@ def test_where_the_host_would_wait_is_counted(name):
 
 def test_a_copy_to_the_host_waits_and_one_from_it_does_not():
     with FakeTensorMode(), syncs() as waits:
-        x = torch.empty(4, device="cuda")
+        x = torch.empty(4, device="meta")
         x.copy_(torch.empty(4))
         assert not waits
         x.to("cpu")
