@@ -27,7 +27,8 @@ class Arithmetic:
 
     `products` are multiply-adds of `tl.dot`, one of 32-bit operands counted as two; `elementwise`
     operations are those of floats, and `special` those that a GPU does at a fourth of their rate or
-    less, counted once more. They are as written: the compiler may merge equal ones.
+    less: counted once more, but for rsqrt, erf and integers', which count here alone. They are as
+    written: the compiler may merge equal ones. Not counted are abs and what a reduction adds up.
     """
 
     products: int = 0

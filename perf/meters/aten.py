@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Observe = Callable[[str, tuple[Any, ...], dict[str, Any], Any], None]
@@ -27,6 +28,7 @@ _NO_LAUNCH = {
 _READS = "aten::_local_scalar_dense"  # a number, by the host
 _SYNCS = {
     _READS,
+    "aten::allclose",
     "aten::equal",
     "aten::nonzero",
     "aten::masked_select",
@@ -35,6 +37,7 @@ _SYNCS = {
     "aten::unique_consecutive",
     "aten::bincount",
 }
+_READERS = ("tolist", "numpy", "cpu")  # of a tensor: no operator is called for them on a CPU
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
 
 
@@ -55,30 +58,50 @@ def operators(observe: Observe) -> Iterator[None]:
 
 
 @contextmanager
-def _observed(observe: Observe) -> Iterator[None]:
+def _observed(observe: Observe) -> Iterator[_Operators]:
     mode = _Operators(observe)
     with ExitStack() as stack:
         _hide_the_interpreter(mode, stack)
         stack.enter_context(mode)
-        yield
+        yield mode
 
 
 @contextmanager
 def syncs() -> Iterator[Counter[str]]:
-    """Counts, by operator, where the host would wait for a device: it reads a number, or what comes
+    """Counts, by operator, where the host would wait for a device: it reads numbers, or what comes
     out has a size that only the data tell."""
     counts: Counter[str] = Counter()
 
-    def observe(name: str, args: tuple[Any, ...], *_: Any) -> None:
-        if name in _SYNCS or (name in _INDEXING and _picks_by_mask(args[1])):
+    def observe(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if name in _SYNCS or _size_is_data(name, args, kwargs) or _brings_to_the_host(args, result):
             counts[name] += 1
 
-    with _observed(observe):
+    def counted(name: str) -> Callable[..., Any]:
+        read = getattr(Tensor, name)
+
+        def method(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            counts[name] += not mode.hidden
+            return read(tensor, *args, **kwargs)
+
+        return method
+
+    with _observed(observe) as mode, ExitStack() as patches:
+        for name in _READERS:
+            patches.enter_context(patch.object(Tensor, name, counted(name)))
         yield counts
 
 
-def _picks_by_mask(indices: Any) -> bool:
-    return any(index is not None and index.dtype == torch.bool for index in indices)
+def _size_is_data(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if name in _INDEXING:
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+    return name == "aten::repeat_interleave" and kwargs.get("output_size") is None
+
+
+def _brings_to_the_host(args: tuple[Any, ...], result: Any) -> bool:
+    """A copy of a device's tensor is on the host."""
+    given = [t for t in args if isinstance(t, Tensor)]
+    there = any(not t.is_cpu and t.numel() > 0 for t in given)
+    return there and isinstance(result, Tensor) and result.is_cpu
 
 
 def _hide_the_interpreter(mode: _Operators, stack: ExitStack) -> None:
@@ -108,6 +131,8 @@ class _Operators(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # what a fake tensor is asked for its device by
+            return func(*args, **kwargs)
         with self:
             result = func.decompose(*args, **kwargs)
             ours = func.namespace != "aten" and func.has_kernel_for_dispatch_key(_BODY)

@@ -1,16 +1,21 @@
 """What a model makes on its way lies where the model is: a GPU would refuse, or wait for, the rest.
 
-On "meta", which every machine has beside its CPU.
+On "meta", which every machine has beside its CPU. And a GPU's tensors take kernels.
 """
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import trilith
 from tests.blocks.test_compile_each import EACH, results
+from tests.blocks.test_fuse import SwiGLU
+from tests.support.devices import INTERPRETING
+from trilith import kernels
 from trilith.blocks import KVCache, LMConfig, PagedKVCache, build_lm
+from trilith.kernels._runtime.launch import observers
 
 COPIES = ("aten::copy_", "aten::_to_copy")
 
@@ -59,3 +64,38 @@ def test_a_cache_lies_where_what_is_stored_does(make):
             cache.reorder([1, 0])
         cache.reset()
     assert all(t.is_meta for t in cache.buffers())
+
+
+class Swish(nn.Module):
+    __module__ = "transformers.activations"  # where fuse looks at what a module computes
+
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+FUSED = {
+    "sequence": lambda: nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12)),
+    "norm and linear": lambda: nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 20)),
+    "gated MLP": SwiGLU,
+    "activation": lambda: nn.Sequential(nn.Identity(), Swish()),
+}
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="a CPU's tensors stand for a GPU's")
+@pytest.mark.parametrize("name", FUSED)
+def test_what_is_fused_takes_kernels_for_a_gpus_tensors_where_ops_are_their_reference_on_cpus(
+    name, monkeypatch
+):
+    model, x = FUSED[name](), torch.randn(3, 12, requires_grad=True)
+    assert trilith.fuse(model).swapped
+    launched = []
+    for _ in range(2):
+        seen = []
+        observers.append(lambda kernel, *_, seen=seen: seen.append(kernel))
+        model(x).sum().backward()
+        observers.pop()
+        launched.append(seen)
+        for op in kernels.OPS:
+            monkeypatch.setattr(op, "is_reference_on_cpu", True)
+        monkeypatch.setattr(Tensor, "is_cpu", False)
+    assert launched[0] and launched[0] == launched[1]

@@ -11,7 +11,7 @@ from tests.support.devices import DTYPES, dtype_name
 from trilith.kernels import _norm_backward
 from trilith.kernels._runtime import device, launch
 from trilith.kernels._runtime.sizes import next_power_of_2
-from trilith.kernels.attention import config, decode
+from trilith.kernels.attention import config, decode, launchers
 from trilith.kernels.attention.launchers import AttentionCall
 from trilith.kernels.attention.tables import TABLES
 from trilith.plugins import manager, registry
@@ -138,6 +138,31 @@ def test_the_wider_head_dim_chooses_attentions_tiles(monkeypatch, arch, kernel):
                     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
                     found.append([options[n] for n in names])
                 assert found[0] == found[1] == found[2]
+
+
+ANY_TILES = config.Tiles(64, 64, 64, 4, 2)
+LADEN = {  # what is given beside q, k and v -> AttentionCall's arguments
+    "nothing": {},
+    "nothing but an idle seed": {"seed": torch.ones(1, dtype=torch.int64)},
+    "bias": {"bias": torch.zeros(1, 1, 4, 4)},
+    "key mask": {"key_mask": torch.ones(1, 4, dtype=torch.bool)},
+    "slopes": {"slopes": torch.ones(1, 1)},
+    "dropout": {"seed": torch.ones(1, dtype=torch.int64), "p": 0.5},
+    "soft cap": {"softcap": 30.0},
+    "score_mod": {"score_mod": "straight"},
+}
+
+
+@pytest.mark.parametrize("given", LADEN)
+def test_scores_with_a_term_take_the_tiles_that_have_room_for_it(monkeypatch, given):
+    asked = []
+    monkeypatch.setattr(launchers, "tiles_for", lambda *args: asked.append(args) or ANY_TILES)
+    monkeypatch.setattr(launchers.registry, "score_mod", lambda name: SimpleNamespace(forward=None))
+    terms = dict.fromkeys(("bias", "key_mask", "slopes", "seed"))
+    rest = {"scale": 1.0, "softcap": 0.0, "p": 0.0, "alignment": "top_left", "left": -1, "right": 0}
+    q = torch.empty(1, 1, 4, 64)
+    AttentionCall(q, q, q, **{**terms, **rest, **LADEN[given]}).options("fwd")
+    assert asked == [("fwd", q, "ieee", 64, "nothing" in given)]
 
 
 def powers_of_two(numbers):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.support.compare import assert_like_eager
-from tests.support.devices import DEVICE
+from tests.support.devices import DEVICE, INTERPRETING
 from trilith import kernels
 from trilith.blocks import drop_in
 from trilith.kernels._runtime.launch import observers
@@ -177,6 +177,28 @@ def test_the_others_launch_kernels(name, launches):
         module(*args, **weights)
         assert bool(launches) == isinstance(module, getattr(drop_in, name))
         launches.clear()
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="a CPU's tensors stand for a GPU's")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpus_tensors_take_kernels_also_where_ops_are_their_reference_on_cpus(
+    name, launches, monkeypatch
+):
+    ours, _ = pair(name, ELSEWHERE[name][0])
+    args = [torch.rand(5, 3, 12) for _ in range(ARGUMENTS.get(name, 1))]
+    weights = {"need_weights": False} if name == "MultiheadAttention" else {}
+
+    def launched():
+        launches.clear()
+        for training in (True, False):
+            ours.train(training)(*args, **weights)
+        return list(launches)
+
+    expected = launched()
+    for op in kernels.OPS:
+        monkeypatch.setattr(op, "is_reference_on_cpu", True)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    assert launched() == expected
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="torch's functions take their place on CPUs alone")

@@ -11,6 +11,8 @@ _ACT_TESTS = "tests/kernels/test_activations.py"
 _DROPOUT = "trilith.kernels.dropout"
 _DROPOUT_TESTS = "tests/kernels/test_dropout.py"
 _LOSS_TESTS = "tests/kernels/test_losses.py"
+_ELEMENTARY = "trilith.kernels._runtime.elementary"
+_ELEMENTARY_TESTS = "tests/kernels/test_elementary.py"
 _ROTARY = "trilith.kernels.rotary"
 
 ACTIVATIONS = (
@@ -128,14 +130,14 @@ ACTIVATIONS = (
     ),
     Mutant(
         "log1p_by_the_plain_logarithm",
-        "trilith.kernels._runtime.elementary",
+        _ELEMENTARY,
         "tl.where(x < 0.5, series, tl.log(1.0 + x))",
         "tl.log(1.0 + x)",
         _CE_TESTS + " -k confident",
     ),
     Mutant(
         "softplus_by_the_plain_logarithm",
-        "trilith.kernels._runtime.elementary",
+        _ELEMENTARY,
         "return e * (series * e + 1.0)",
         "return tl.log(1.0 + e)",
         _LOSS_TESTS + " -k confident",
@@ -153,5 +155,33 @@ ACTIVATIONS = (
         "tl.where(z > 0, z, expm1(z))",
         "tl.where(z > 0, z, exp(z) - 1.0)",
         _ACT_TESTS,
+    ),
+    Mutant(
+        "expm1_series_a_term_short",
+        _ELEMENTARY,
+        "series = 1.0 + x * (1 / 6) * (1.0 + x * (1 / 7))",
+        "series = 1.0 + x * (1 / 6)",
+        _ELEMENTARY_TESTS,
+    ),
+    Mutant(
+        "log1p_series_with_a_wrong_term",
+        _ELEMENTARY,
+        "zz * (1 / 7 +",
+        "zz * (1 / 8 +",
+        _ELEMENTARY_TESTS,
+    ),
+    Mutant(
+        "softplus_coefficient_with_a_wrong_digit",
+        _ELEMENTARY,
+        "0.1060364842414856",
+        "0.1060384842414856",
+        _ELEMENTARY_TESTS,
+    ),
+    Mutant(
+        "gelu_tail_with_a_wrong_digit",
+        _FUNCTORS,
+        "1.8406056156667836",
+        "1.8406156156667836",
+        _ELEMENTARY_TESTS,
     ),
 )

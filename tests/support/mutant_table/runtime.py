@@ -128,4 +128,11 @@ RUNTIME = (
         "return max(1, a // b)",
         "tests/kernels/test_activations.py -k adds_the_bias",
     ),
+    Mutant(
+        "packed_lengths_read_by_the_host",
+        "trilith.kernels.attention.varlen",
+        "q, k, v = map(_as_batch, (q, k, v))",
+        "q, k, v, _ = *map(_as_batch, (q, k, v)), cu_q.tolist()",
+        "tests/perf/test_every_op.py -k 'waits and varlen'",
+    ),
 )
