@@ -106,6 +106,12 @@ def test_the_committed_figures_are_what_is_counted_and_not_less_either(counting,
     assert gate.changes({name: committed["figures"][name]}, {name: found}) == []
 
 
+def test_every_subject_has_committed_figures(counting):
+    from perf.counted import BASELINE
+
+    assert set(counting.subjects()) == set(gate.read(BASELINE)["figures"])
+
+
 def test_names_choose_what_is_counted(counting):
     names = list(counting.subjects(["rotary", "gpt block"]))
     assert {"gpt block", "gpt block under torch.compile", "rotary under torch.compile"} <= {*names}
