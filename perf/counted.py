@@ -119,6 +119,8 @@ def chosen(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, 
             "the sample is of all kernels: --binaries takes no names; "
             "python -m tests.support.aot --filter NAME compiles those of one"
         )
+    if options.check and not BASELINE.exists():
+        parser.error(f"there is no {BASELINE} to check against; --update writes it")
     if options.json:
         try:
             options.json.parent.mkdir(parents=True, exist_ok=True)

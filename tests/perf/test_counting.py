@@ -136,6 +136,15 @@ def test_what_cannot_be_done_is_refused_before_counting(
     assert reason in capsys.readouterr().err
 
 
+def test_a_check_against_no_baseline_is_refused(counted, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(counted, "count_all", None)
+    monkeypatch.setattr(counted, "BASELINE", tmp_path / "counted.json")
+    with pytest.raises(SystemExit) as left:
+        counted.main(["softmax-M256", "--check"])
+    assert left.value.code == 2
+    assert "counted.json to check against; --update writes it" in capsys.readouterr().err
+
+
 def test_ctrl_c_ends_it_in_one_line(tmp_path):
     """Sent to all of its processes, as a terminal does."""
     command = [sys.executable, "-u", "-m", "perf.counted", "--json", str(tmp_path / "figures.json")]
