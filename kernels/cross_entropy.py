@@ -270,6 +270,7 @@ def cross_entropy(
         >>> loss = cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), z_loss=1e-4)
     """
     _check(input, target, weight, ignore_index, reduction, label_smoothing, softcap)
+    require_loss_dtype(_OP, dtype)
     x = input.unsqueeze(0) if input.dim() == 1 else input
     x = x.flatten(2) if x.dim() > 3 else x
     soft, scalars = target.is_floating_point(), (label_smoothing, z_loss, softcap)
@@ -362,6 +363,11 @@ def require_options(op: str, reduction: str, label_smoothing: float, softcap: fl
     if not 0 <= label_smoothing <= 1:  # torch's kind of error
         raise RuntimeError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
     require(softcap is None or softcap > 0, op, "softcap", "be None or positive", softcap)
+
+
+def require_loss_dtype(op: str, dtype: torch.dtype | None) -> None:
+    fits = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    require(fits, op, "dtype", "be None or a floating-point dtype", dtype)
 
 
 def counted_rows(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:

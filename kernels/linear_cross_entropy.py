@@ -45,6 +45,7 @@ from trilith.kernels.cross_entropy import (
     require_constant_weight,
     require_label_dtype,
     require_labels,
+    require_loss_dtype,
     require_options,
 )
 from trilith.plugins import BackwardContext, Cost, Op, OpSpec, Sample
@@ -272,6 +273,7 @@ def linear_cross_entropy(
     ignore_index = -100 if ignore_index is None else ignore_index
     _check(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, num_items)
     require_options(_OP, reduction, label_smoothing, softcap)
+    require_loss_dtype(_OP, dtype)
     x = input.reshape(-1, input.shape[-1])
     if autocasts(input) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(input.device.type))

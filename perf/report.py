@@ -75,7 +75,7 @@ def losses(rows: Rows) -> list[str]:
             continue
         for provider, peer in row.items():
             ratio = peer.median / row[OURS].median
-            if provider != OURS and ratio < _LOSS:
+            if not provider.startswith(OURS) and ratio < _LOSS:
                 found.append((ratio, f"- {' '.join(subject)}: {ratio:.2f} × {provider}"))
     return [line for _, line in sorted(found)]
 

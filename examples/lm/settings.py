@@ -126,6 +126,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not cuda:
         raise BadInput("--device cuda: PyTorch sees no GPU here; leave --device out")
+    if args.compile and args.parallel in ("tp", "fsdp+tp"):
+        raise BadInput(
+            f"--compile --parallel {args.parallel}: torch.compile cannot take torch's embedding "
+            "that is split over ranks; give ddp or fsdp, or leave --compile out"
+        )
     return args
 
 

@@ -192,7 +192,8 @@ def _squared_relu(z: Tensor) -> Tensor:
 
 def _one_rounding_quick_gelu(z: Tensor) -> Tensor:
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
-    return (wide * torch.sigmoid(1.702 * wide)).to(z.dtype)
+    y = wide * torch.sigmoid(1.702 * wide)
+    return y.to(z.dtype) if z.is_floating_point() else y
 
 
 class Activation(NamedTuple):

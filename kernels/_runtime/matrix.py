@@ -41,11 +41,10 @@ def parameter_gradients(
     """The gradients of weight and bias in y = hidden @ weight.T + bias, those that are needed."""
     if dy is None:
         return None, None
-    dweight = None
-    if needs[0]:
-        assert hidden is not None
-        dweight = _weight_gradient(dy, hidden)
-    return dweight, _bias_gradient(dy) if needs[1] else None
+    if not needs[0]:
+        return None, _bias_gradient(dy) if needs[1] else None
+    assert hidden is not None
+    return _both_gradients(dy, hidden) if needs[1] else (_weight_gradient(dy, hidden), None)
 
 
 @as_one
@@ -56,6 +55,12 @@ def _weight_gradient(dy: Tensor, hidden: Tensor) -> Tensor:
 @as_one
 def _bias_gradient(dy: Tensor) -> Tensor:
     return as_matrix(dy).sum(0)
+
+
+@as_one
+def _both_gradients(dy: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    dy = as_matrix(dy)  # of some strides a copy, which both read
+    return torch.mm(dy.t(), as_matrix(hidden)), dy.sum(0)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

@@ -181,6 +181,10 @@ def bad_inputs(folder: Path, good: Path, saved: Path) -> dict[str, tuple[list, s
         "heads": ([*text, "--heads", "3"], "n_heads must divide dim=16, got 3"),
         "steps": ([*text, "--steps", "0"], "--steps: must be at least 1, got 0; see --help"),
         "number": ([*text, "--lr", "fast"], "--lr: invalid .*'fast'"),
+        "compile": (
+            ["--compile", "--parallel", "tp"],
+            "--compile --parallel tp: .*give ddp or fsdp",
+        ),
         "option": (["--nonsense"], "unrecognized arguments: --nonsense"),
         "out": ([*text, "--out", folder / "file" / "deeper"], "cannot write to --out"),
         **({"cuda": ([*text, "--device", "cuda"], cuda)} if cuda else {}),
@@ -188,8 +192,8 @@ def bad_inputs(folder: Path, good: Path, saved: Path) -> dict[str, tuple[list, s
 
 
 CASES = (
-    "no_file directory empty short no_checkpoint other_shape damaged heads steps number option "
-    "out cuda"
+    "no_file directory empty short no_checkpoint other_shape damaged heads steps number compile "
+    "option out cuda"
 )
 
 

@@ -2,9 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from perf.meters.launches import launches
 from tests.kernels.test_add_norm import factor_of, leaf, randn
 from tests.support.compare import assert_like_eager
-from tests.support.devices import DEVICE, DTYPES, dtype_name
+from tests.support.devices import DEVICE, DTYPES, INTERPRETING, dtype_name
 from trilith.kernels import bias_act_linear, gated_act_linear
 from trilith.kernels._runtime.launch import observers
 
@@ -119,3 +120,14 @@ def test_errors_name_what_is_wrong():
         gated_act_linear(x, randn(4, 5), weight)
     with pytest.raises(ValueError, match=r"gated_act_linear: activation"):
         gated_act_linear(x, x, weight, activation="sine")
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="counts in Triton's interpreter")
+def test_an_upstream_gradient_of_no_matrix_is_copied_once_for_all_parameters():
+    """And once for x, whose gradient is made elsewhere."""
+    given = [leaf(t) for t in (randn(3, 5, 36), randn(36), randn(24, 36), randn(24))]
+    y = bias_act_linear(given[0], given[1], *given[2:])
+    dy = randn(5, 3, 24).transpose(0, 1)
+    with launches() as counts:
+        torch.autograd.grad(y, given, dy)
+    assert counts["aten::clone"] == 2

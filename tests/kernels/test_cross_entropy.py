@@ -368,6 +368,7 @@ ERRORS = {
     "reduction": (ValueError, "batchmean", (X, T), {"reduction": "batchmean"}),
     "smoothing": (RuntimeError, "label_smoothing", (X, T), {"label_smoothing": 1.5}),
     "softcap": (ValueError, "softcap", (X, T), {"softcap": 0.0}),
+    "dtype": (ValueError, "dtype must be .*torch.int64", (X, T), {"dtype": torch.int64}),
     "grad": (RuntimeError, "detach", (X, T, torch.ones(5, requires_grad=True)), {}),
     "probabilities": (RuntimeError, r"\(3, 5\), got \(3, 4\)", (X, torch.rand(3, 4)), {}),
 }

@@ -496,6 +496,7 @@ ERRORS = {
     "grad": (RuntimeError, "detach", (X, W, T), {"weight": torch.ones(5, requires_grad=True)}),
     "dtypes": (TypeError, "float64", (X, W.double(), T), {}),
     "integers": (TypeError, "floating-point", (X, W.int(), T), {}),
+    "dtype": (ValueError, "dtype must be .*float32", (X, W, T), {"dtype": "float32"}),
     "probabilities": (ValueError, r"\(3, 5\), got \(3, 4\)", (X, W, torch.rand(3, 4)), {}),
     "ignored": (RuntimeError, "zero the rows", (X, W, torch.rand(3, 5)), {"ignore_index": 0}),
     "positions": (ValueError, r"input \(N, K\)", (X[None], W[:, None], T[None, :, None]), {}),

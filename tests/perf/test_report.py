@@ -2,7 +2,7 @@
 
 import pytest
 
-from perf.report import beyond, by_subject, losses, main, report, roofline_points
+from perf.report import beyond, by_subject, losses, main, ratio_table, report, roofline_points
 from perf.results import load
 from tests.perf.results import H200, entry, samples, write
 
@@ -65,6 +65,13 @@ def test_losses_are_told_the_worst_first(results):
         "- attention bf16 forward: 0.92 × sdpa-flash",
         "- norm bf16 forward: 0.96 × compile",
     ]
+
+
+def test_ours_under_another_name_is_beside_the_peers_and_none_that_is_faster(results, tmp_path):
+    compiled = write(tmp_path / "compiled.json", [timed("norm", "trilith-compile", 1e-5)])
+    rows = by_subject(load([results, compiled]).values())
+    assert losses(rows) == losses(by_subject(load([results]).values()))
+    assert "× trilith-compile" in ratio_table(rows)
 
 
 def test_the_environment_and_the_limits_are_told(results):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from perf import suite
 from perf.attention_workloads import attention
 from perf.models import block_workload, train_step
 from perf.oracle import Wrong, check, seeded_arguments
@@ -100,6 +101,19 @@ def test_a_peer_that_cannot_be_imported_says_why(monkeypatch):
     workload = dataclasses.replace(NORM, peers={"other": broken})
     with pytest.raises(Unavailable, match="other: no module named nothing"):
         function_of("other", workload, torch.device("cuda"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("error", [Wrong("off by one"), RuntimeError("cannot be compiled")])
+@pytest.mark.parametrize("provider", ["trilith", "trilith-compile", "compile"])
+def test_a_peer_that_fails_is_skipped_and_ours_fails(provider, error, monkeypatch):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(suite, "check", failing)
+    case = suite.Case(NORM, torch.float32, provider, "forward")
+    is_ours = provider != "compile"
+    with pytest.raises(type(error) if is_ours else pytest.skip.Exception, match=str(error)):
+        suite._check(case, NORM.trilith)
 
 
 def test_the_clock_moves_only_when_told():
