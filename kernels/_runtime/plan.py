@@ -128,7 +128,7 @@ def _describe(args: Sequence[Any], kind: list[Any], tensors: list[Tensor]) -> bo
             kind.append(arg)
         elif of is Tensor or of is Parameter:
             address = arg.data_ptr()
-            if not address:  # empty, or without memory
+            if not address and arg.numel():  # without memory
                 return False
             kind += (arg.shape, arg.stride(), arg.dtype, address % _ALIGNED == 0)
             tensors.append(arg)

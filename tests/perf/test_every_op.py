@@ -68,17 +68,18 @@ def with_grad(op, args):
     return [a.detach().requires_grad_() if i in wanted else a for i, a in enumerate(args)]
 
 
-def pull(op, leaves, out):
-    """The gradients of the outputs that have elements: no layer hands on those of the others."""
+def pull(op, leaves, out, *, empty=False):
+    """Gradients from the outputs that have elements; also from `empty` ones, as compiled code."""
     outputs = [out] if isinstance(out, Tensor) else out
-    used = [o for o in outputs if o.requires_grad and o.numel()]
+    used = [o for o in outputs if o.requires_grad and (empty or o.numel())]
     inputs = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
     if used:
         torch.autograd.grad(used, inputs, [torch.ones_like(o) for o in used], allow_unused=True)
 
 
+@pytest.mark.parametrize("empty", [False, True])
 @every_op
-def test_the_third_call_follows_a_plan(name, monkeypatch):
+def test_the_third_call_follows_a_plan(name, empty, monkeypatch):
     followed, follow = [], plan._run
     monkeypatch.setattr(plan, "_run", lambda *args: followed.append(args) or follow(*args))
     op, calls = calls_of(name)
@@ -91,7 +92,7 @@ def test_the_third_call_follows_a_plan(name, monkeypatch):
                 if direction == "forward":
                     out = op(*leaves)
                 else:
-                    pull(op, leaves, out)
+                    pull(op, leaves, out, empty=empty)
                 found.append(bool(followed))
         expected = [
             (short(name), "forward") not in UNPLANNED,
