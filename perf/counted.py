@@ -52,7 +52,7 @@ def op_table(figures: Figures) -> str:
 
 
 def arithmetic_table(figures: Figures) -> str:
-    return _table_of_ops(figures, _both("products / minimal", "operations", "special"))
+    return _table_of_ops(figures, _both("products / minimal", "operations", "special", "reduced"))
 
 
 def _both(*kinds: str) -> list[str]:

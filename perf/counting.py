@@ -177,10 +177,11 @@ def _figures_of(direction: str, moved: Traffic, minimal: int) -> dict[str, float
 
 
 def _arithmetic_of(direction: str, done: Arithmetic, flops: int, elements: int) -> dict[str, float]:
-    """Products over those that the op declares; operations per element of its largest tensor."""
+    """Products over those that the op declares; others per element of its largest tensor."""
     figures = {
         f"{direction} operations": round(done.elementwise / elements, 4),
         f"{direction} special": round(done.special / elements, 4),
+        f"{direction} reduced": round(done.reduced / elements, 4),
     }
     if done.products:
         figures[f"{direction} products / minimal"] = round(2 * done.products / flops, 4)

@@ -1,6 +1,7 @@
 """Arithmetic that kernels do, counted in Triton's interpreter: masked elements too.
 
-What bytes do not show: a product made twice or of wider operands, an exponential in the inner loop.
+What bytes do not show: a product made twice or of wider operands, an exponential in the inner loop,
+a row summed up twice.
 """
 
 from __future__ import annotations
@@ -27,19 +28,21 @@ class Arithmetic:
 
     `products` are multiply-adds of `tl.dot`, one of 32-bit operands counted as two; `elementwise`
     operations are those of floats, and `special` those that a GPU does at a fourth of their rate or
-    less: counted once more, but for rsqrt, erf and integers', which count here alone. They are as
-    written: the compiler may merge equal ones. Not counted are abs and what a reduction adds up.
+    less: counted once more, but for rsqrt, erf and integers', which count here alone. `reduced` are
+    the elements that reductions and scans take in, of each tensor of theirs. They are as written:
+    the compiler may merge equal ones. Not counted is abs.
     """
 
     products: int = 0
     elementwise: int = 0
     special: int = 0
+    reduced: int = 0
 
 
 @contextmanager
 def arithmetic() -> Iterator[Arithmetic]:
     """Count the arithmetic of every kernel launched inside. Needs TRITON_INTERPRET=1."""
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ScanOps
 
     done = Arithmetic()
     dot = InterpreterBuilder.create_dot
@@ -48,6 +51,15 @@ def arithmetic() -> Iterator[Arithmetic]:
         halves = max(16, a.dtype.primitive_bitwidth, b.dtype.primitive_bitwidth) // 16
         done.products += a.data.size * b.data.shape[-1] * halves
         return dot(builder, a, b, *rest)
+
+    def taking_in(over: type) -> Callable[..., Any]:
+        original = over.apply_impl
+
+        def taken(ops: Any, tensors: Any) -> Any:
+            done.reduced += sum(tensor.handle.data.size for tensor in tensors)
+            return original(ops, tensors)
+
+        return taken
 
     def counting(method: str, kind: str) -> Callable[..., Any]:
         original = getattr(InterpreterBuilder, method)
@@ -62,6 +74,8 @@ def arithmetic() -> Iterator[Arithmetic]:
 
     with ExitStack() as patches:
         patches.enter_context(patch.object(InterpreterBuilder, "create_dot", multiplied))
+        for over in (ReduceOps, ScanOps):
+            patches.enter_context(patch.object(over, "apply_impl", taking_in(over)))
         for kind, methods in (("elementwise", _ELEMENTWISE), ("special", _SPECIAL)):
             for method in methods:
                 counted = counting(method, kind)

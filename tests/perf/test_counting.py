@@ -68,6 +68,7 @@ def twice(x):
         (twice, "forward launches"),
         (twice, "forward operations"),
         (twice, "forward special"),
+        (twice, "forward reduced"),
     ],
 )
 def test_a_slower_function_is_seen(counting, slower, figure):

@@ -89,6 +89,22 @@ def _elementwise_kernel(x_ptr, SIZE: tl.constexpr):
     tl.store(x_ptr + at, tl.where(at < 4, x, tl.floor(x)))
 
 
+@triton.jit
+def _wider(value, at, other_value, other_at):
+    keep = value > other_value
+    return tl.where(keep, value, other_value), tl.where(keep, at, other_at)
+
+
+@triton.jit
+def _reducing_kernel(x_ptr, SIZE: tl.constexpr):
+    """The sum and the greatest of every element, running sums, and a reduction of two tensors."""
+    at = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + at)
+    x = tl.cumsum(x) - tl.sum(x) + tl.max(x, axis=0)
+    widest, where = tl.reduce((x, at), 0, _wider)
+    tl.store(x_ptr + at, widest + where)
+
+
 def centre(x, *, twice=False):
     y = x.new_empty(x.shape)
     launch(_centre_kernel, (x.shape[0],), x, y, x.stride(0), x.shape[1], BLOCK=4096, TWICE=twice)
@@ -175,6 +191,13 @@ def test_each_function_that_a_gpu_is_slow_at_counts_also_of_integers():
     with arithmetic() as done:
         launch(_special_kernel, (2,), torch.rand(8), 3, SIZE=8)
     assert done.special == 2 * 14 * 8
+
+
+@interpreted
+def test_what_reductions_and_scans_take_in_counts_for_each_of_their_tensors():
+    with arithmetic() as done:
+        launch(_reducing_kernel, (2,), torch.rand(8), SIZE=8)
+    assert done.reduced == 2 * 5 * 8
 
 
 @interpreted
