@@ -8,8 +8,19 @@ from torch import Tensor, nn
 
 from trilith.blocks.alibi import Alibi
 from trilith.blocks.cache import KVCache, PagedKVCache
-from trilith.blocks.linear import plain_linear, reset, reset_linear
-from trilith.kernels import attention, scaled_dot_product_attention
+from trilith.blocks.linear import kernels_run, plain, plain_linear, reset, reset_linear
+from trilith.blocks.positions import Rotary
+from trilith.kernels import (
+    ATTENTION,
+    ATTENTION_QKVPACKED,
+    ROTARY,
+    ROTARY_QKVPACKED,
+    attention,
+    attention_qkvpacked,
+    scaled_dot_product_attention,
+)
+from trilith.kernels.attention.config import LARGEST_HEAD_DIM
+from trilith.plugins import may_fuse
 
 if TYPE_CHECKING:
     from trilith.blocks.parallel.context import Ring
@@ -78,8 +89,37 @@ class SelfAttention(nn.Module):
 
     def finish(self, packed: Tensor) -> Tensor:
         """The rest of forward, from qkv(x)."""
-        mixed_BHTD = self.mix(*self.heads_of(packed))
-        return self.out(mixed_BHTD.transpose(1, 2).flatten(2))
+        qkv_BTHD = packed.unflatten(-1, (sum(self.heads), -1))
+        if self._stays_packed(qkv_BTHD):
+            mixed_BTHD = self._mix_packed(qkv_BTHD)
+        else:
+            mixed_BTHD = self.mix(*self.heads_of(packed)).transpose(1, 2)
+        return self.out(mixed_BTHD.flatten(2))
+
+    def _stays_packed(self, qkv: Tensor) -> bool:
+        """Whether kernels that read q, k and v in one tensor do all there is to do."""
+        own = type(self)
+        is_own = own.mix is SelfAttention.mix and own.heads_of is SelfAttention.heads_of
+        if not is_own or self.cache is not None or self.ring is not None or not kernels_run(qkv):
+            return False
+        if qkv.shape[-1] > LARGEST_HEAD_DIM or not may_fuse(ATTENTION_QKVPACKED, qkv, ATTENTION):
+            return False
+        if self.position is None or isinstance(self.position, Alibi):
+            return True
+        return plain(self.position, Rotary) and may_fuse(ROTARY_QKVPACKED, qkv, ROTARY)
+
+    def _mix_packed(self, qkv: Tensor) -> Tensor:
+        """Attention (B, T, H, D)."""
+        n_heads, slopes = self.heads[0], None
+        if isinstance(self.position, Alibi):
+            slopes = self.position()
+        elif self.position is not None:
+            qkv = cast(Rotary, self.position).turn_packed(qkv, n_heads)
+        p = self.dropout if self.training else 0.0
+        mixed = attention_qkvpacked(
+            qkv, n_heads, causal=self.causal, alibi_slopes=slopes, dropout_p=p
+        )
+        return cast(Tensor, mixed)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention (B, H, T, D) over these keys, or over those of a cache, these the last."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trilith.kernels import rotary
+from trilith.kernels import rotary, rotary_qkvpacked
 
 
 class Rotary(nn.Module):
@@ -52,9 +52,16 @@ class Rotary(nn.Module):
         self.cos, self.sin = angles.cos().float(), angles.sin().float()
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        length = _checked_length("Rotary", q.shape[-2], self.max_len)
-        cos, sin = (_rows(table, length, self.offsets) for table in (self.cos, self.sin))
+        cos, sin = self._tables(q.shape[-2])
         return rotary(q, cos, sin), rotary(k, cos, sin)
+
+    def turn_packed(self, qkv: Tensor, n_heads: int) -> Tensor:
+        """The same of q and k where they lie beside v: qkv (B, T, H + 2 Hkv, D)."""
+        return rotary_qkvpacked(qkv, *self._tables(qkv.shape[1]), n_heads)
+
+    def _tables(self, length: int) -> tuple[Tensor, Tensor]:
+        _checked_length("Rotary", length, self.max_len)
+        return _rows(self.cos, length, self.offsets), _rows(self.sin, length, self.offsets)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

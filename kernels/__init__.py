@@ -20,6 +20,7 @@ from trilith.kernels.activations import BIAS_ACT, GATED_ACT, bias_act, gated_act
 from trilith.kernels.add_norm import ADD_NORM, add_layer_norm, add_rms_norm
 from trilith.kernels.attention import (
     attention,
+    attention_qkvpacked,
     decode_attention,
     merge_attention,
     scaled_dot_product_attention,
@@ -28,6 +29,7 @@ from trilith.kernels.attention import (
 from trilith.kernels.attention.decode import DECODE_ATTENTION
 from trilith.kernels.attention.merge import MERGE_ATTENTION
 from trilith.kernels.attention.op import ATTENTION
+from trilith.kernels.attention.qkvpacked import ATTENTION_QKVPACKED
 from trilith.kernels.attention.varlen import VARLEN_ATTENTION
 from trilith.kernels.batch_norm import BATCH_NORM, BATCH_NORM_GIVEN, batch_norm
 from trilith.kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
@@ -42,12 +44,14 @@ from trilith.kernels.losses import (
 from trilith.kernels.norm_linear import layer_norm_linear, rms_norm_linear
 from trilith.kernels.norms import LAYER_NORM, RMS_NORM, layer_norm, rms_norm
 from trilith.kernels.rotary import ROTARY, rotary
+from trilith.kernels.rotary_qkvpacked import ROTARY_QKVPACKED, rotary_qkvpacked
 from trilith.kernels.softmax import LOG_SOFTMAX, SOFTMAX, log_softmax, softmax
 
 OPS = (
     ADD_NORM,
     ADD_NORM_LINEAR,
     ATTENTION,
+    ATTENTION_QKVPACKED,
     BATCH_NORM,
     BATCH_NORM_GIVEN,
     BCE_WITH_LOGITS,
@@ -67,6 +71,7 @@ OPS = (
     NORM_LINEAR,
     RMS_NORM,
     ROTARY,
+    ROTARY_QKVPACKED,
     SOFTMAX,
     SOFT_CROSS_ENTROPY,
     VARLEN_ATTENTION,
@@ -76,6 +81,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_qkvpacked",
     "batch_norm",
     "bias_act",
     "bias_act_linear",
@@ -97,6 +103,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_linear",
     "rotary",
+    "rotary_qkvpacked",
     "scaled_dot_product_attention",
     "softmax",
     "varlen_attention",

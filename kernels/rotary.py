@@ -42,8 +42,10 @@ def _rotary_kernel(
     x_strides,
     cos_strides,
     sin_strides,
+    y_strides,
     H,
     T,
+    turned,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -53,7 +55,10 @@ def _rotary_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """One program owns HEADS heads of BLOCK_T positions, and reads cos and sin once."""
+    """One program owns HEADS heads of BLOCK_T positions, and reads cos and sin once.
+
+    Heads from `turned` on are copied; none is where that is None.
+    """
     n_t, n_h = tl.cdiv(T, BLOCK_T), tl.cdiv(H, HEADS)
     pid = tl.program_id(0)
     t = (pid % n_t).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -71,35 +76,38 @@ def _rotary_kernel(
     if INVERSE:
         sin = -sin
     x_ptr += b * x_strides[0]
-    y_ptr += b * H * T * D
+    y_ptr += b * y_strides[0]
     for i in range(HEADS):
         h = first_head + i
         x_head = x_ptr + h * x_strides[1]
-        y_head = y_ptr + h * T * D
+        y_head = y_ptr + h * y_strides[1]
         inside = mask_t & (h < H)
         if INTERLEAVED:
             channel = tl.arange(0, 2 * BLOCK_P)
             both = inside[:, None] & (channel < 2 * PAIRS)[None, :]
             x = tl.load(x_head + _offsets(t, channel, x_strides[1:]), mask=both, other=0.0)
             x1, x2 = tl.split(tl.reshape(x.to(tl.float32), (BLOCK_T, BLOCK_P, 2)))
-            y = tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)
-            y = tl.reshape(y, (BLOCK_T, 2 * BLOCK_P)).to(y_ptr.dtype.element_ty)
-            tl.store(y_head + t[:, None] * D + channel[None, :], y, mask=both)
+            y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+            if turned is not None:
+                y1, y2 = tl.where(h < turned, y1, x1), tl.where(h < turned, y2, x2)
+            y = tl.reshape(tl.join(y1, y2), (BLOCK_T, 2 * BLOCK_P)).to(y_ptr.dtype.element_ty)
+            tl.store(y_head + _offsets(t, channel, y_strides[1:]), y, mask=both)
         else:
             half = inside[:, None] & mask_p[None, :]
             x1 = tl.load(x_head + _offsets(t, pair, x_strides[1:]), mask=half, other=0.0)
             x2 = tl.load(x_head + _offsets(t, pair + PAIRS, x_strides[1:]), mask=half, other=0.0)
             x1, x2 = x1.to(tl.float32), x2.to(tl.float32)
-            y1 = (x1 * cos - x2 * sin).to(y_ptr.dtype.element_ty)
-            y2 = (x2 * cos + x1 * sin).to(y_ptr.dtype.element_ty)
-            y_half = y_head + t[:, None] * D + pair[None, :]
-            tl.store(y_half, y1, mask=half)
-            tl.store(y_half + PAIRS, y2, mask=half)
+            y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+            if turned is not None:
+                y1, y2 = tl.where(h < turned, y1, x1), tl.where(h < turned, y2, x2)
+            y_half = y_head + _offsets(t, pair, y_strides[1:])
+            tl.store(y_half, y1.to(y_ptr.dtype.element_ty), mask=half)
+            tl.store(y_half + PAIRS * y_strides[3], y2.to(y_ptr.dtype.element_ty), mask=half)
         if BLOCK_REST > 0:
             channel = 2 * PAIRS + tl.arange(0, BLOCK_REST)
             rest = inside[:, None] & (channel < D)[None, :]
             x = tl.load(x_head + _offsets(t, channel, x_strides[1:]), mask=rest)
-            tl.store(y_head + t[:, None] * D + channel[None, :], x, mask=rest)
+            tl.store(y_head + _offsets(t, channel, y_strides[1:]), x, mask=rest)
 
 
 @triton.jit
@@ -114,17 +122,30 @@ def _rotary_out(x: Tensor) -> Tensor:
 
 @planned
 def _rotary_fwd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor]:
-    return (_rotate(x, cos, sin, interleaved, inverse=False),)
+    y = _rotary_out(x)
+    rotate(x, cos, sin, interleaved, y)
+    return (y,)
 
 
 @planned
 def _rotary_bwd(ctx: BackwardContext, dy: Tensor) -> tuple[Tensor]:
     _, cos, sin, interleaved = ctx.inputs
-    return (_rotate(dy, cos, sin, interleaved, inverse=True),)
+    dx = _rotary_out(dy)
+    rotate(dy, cos, sin, interleaved, dx, inverse=True)
+    return (dx,)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, inverse: bool) -> Tensor:
-    y = _rotary_out(x)
+def rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    y: Tensor,
+    *,
+    inverse: bool = False,
+    turned: int | None = None,
+) -> None:
+    """x (B, H, T, D) goes into y, its first `turned` heads rotated; all where that is None."""
     b, h, t, d = x.shape
     pairs = cos.shape[-1]
     block_p = next_power_of_2(pairs)
@@ -144,8 +165,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, inverse: 
         x.stride(),
         _table_strides(cos),
         _table_strides(sin),
+        y.stride(),
         h,
         t,
+        turned,
         D=d,
         PAIRS=pairs,
         INTERLEAVED=interleaved,
@@ -156,7 +179,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, inverse: 
         BLOCK_REST=next_power_of_2(d - 2 * pairs) if d > 2 * pairs else 0,
         num_warps=4 if block_t * block_p >= 512 else 1,
     )
-    return y
 
 
 def _table_strides(table: Tensor) -> tuple[int, ...]:
@@ -164,7 +186,7 @@ def _table_strides(table: Tensor) -> tuple[int, ...]:
     return table.stride() if table.dim() == 3 else (0, *table.stride())
 
 
-def _rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotary position embedding; cos and sin are constants."""
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (table.detach().to(wide) for table in (cos, sin))
@@ -216,7 +238,7 @@ ROTARY = Op(
         name="trilith::rotary",
         forward=_rotary_fwd,
         backward=_rotary_bwd,
-        reference=_rotary_reference,
+        reference=rotary_reference,
         samples=_rotary_samples,
         fake=_rotary_out,
         cost=_rotary_cost,
@@ -252,12 +274,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
         >>> angles = torch.outer(torch.arange(T), 10000 ** -(torch.arange(0, D, 2) / D))
         >>> q = rotary(q, angles.cos(), angles.sin())  # q (B, H, T, D)
     """
-    _check(x, cos, sin)
+    require_tables("rotary", x, cos, sin)
     return ROTARY(x, cos, sin, interleaved)
 
 
-def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    op = "rotary"
+def require_tables(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """That they are of x (B, H, T, D)."""
     require_floating(op, x=x, cos=cos, sin=sin)
     require(x.dim() == 4, op, "x", "have shape (B, H, T, D)", tuple(x.shape))
     shape = tuple(cos.shape)
@@ -265,7 +287,7 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     require(sin.shape == cos.shape, op, "sin", f"have cos's shape {shape}", tuple(sin.shape))
     if shape[-2] != x.shape[2]:
         raise ValueError(
-            f"rotary: cos and sin must have x's T = {x.shape[2]} positions, got {shape[-2]}; "
+            f"{op}: cos and sin must have x's T = {x.shape[2]} positions, got {shape[-2]}; "
             "slice the tables to the positions of x"
         )
     if cos.dim() == 3:
@@ -274,4 +296,4 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     require(2 * shape[-1] <= x.shape[3], op, "cos", f"have {pairs}", shape[-1])
     require_same_device(op, x, cos=cos, sin=sin)
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
-        raise ValueError("rotary: cos and sin must not require a gradient; detach them")
+        raise ValueError(f"{op}: cos and sin must not require a gradient; detach them")

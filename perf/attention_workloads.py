@@ -55,6 +55,27 @@ def attention(b: int, h: int, t: int, d: int, causal: bool = True) -> Workload:
     )
 
 
+def attention_qkvpacked(b: int, h: int, hkv: int, t: int, d: int) -> Workload:
+    """Causal; q, k and v in one tensor, whose gradient is one too."""
+    rest = (None, None, None, None, None, h, 1 / math.sqrt(d), 0.0, 0.0, "top_left", -1, 0)
+
+    def sdpa(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.transpose(1, 2).split((h, hkv, hkv), dim=1)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=h != hkv)
+        return mixed.transpose(1, 2)
+
+    return Workload(
+        name=f"attention_qkvpacked-B{b}-H{h}-Hkv{hkv}-T{t}-D{d}",
+        arguments=lambda draw: (draw(b, t, h + 2 * hkv, d),),
+        cost=declared_cost("attention_qkvpacked", *rest),
+        trilith=lambda qkv: kernels.attention_qkvpacked(qkv, h, causal=True),
+        eager=sdpa,
+        peers={"sdpa-flash": lambda: _with_backend("FLASH_ATTENTION", sdpa)},
+        part=lambda x: x[:1],
+        compiled=False,
+    )
+
+
 def _sees_no_later_key(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return query >= key
 

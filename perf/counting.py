@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from perf.attention_workloads import (
     attention,
+    attention_qkvpacked,
     biased_attention,
     cache_append,
     decode_attention,
@@ -52,6 +53,7 @@ from perf.workloads import (
     mse,
     rms_norm,
     rotary,
+    rotary_qkvpacked,
     soft_cross_entropy,
     softmax,
     swiglu,
@@ -96,8 +98,10 @@ OPS = (
     softmax(4, 131072, log=True),
     rotary(1, 8, 256, 64),
     rotary(1, 8, 256, 64, 48, interleaved=True),
+    rotary_qkvpacked(1, 4, 2, 256, 64),
     attention(1, 2, 256, 64),
     attention(1, 1, 256, 128, causal=False),
+    attention_qkvpacked(1, 4, 2, 128, 64),
     biased_attention(1, 2, 256, 40),
     varlen_attention((100, 28, 128), 2, 64),
     merge_attention(4, 1, 2, 64, 128),

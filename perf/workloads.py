@@ -304,6 +304,26 @@ def rotary(
     )
 
 
+def rotary_qkvpacked(b: int, h: int, hkv: int, t: int, d: int) -> Workload:
+    """q and k of a packed projection; v is copied."""
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        angles = torch.rand(t, d // 2, device=draw.device) * 2 * math.pi
+        return draw(b, t, h + 2 * hkv, d), angles.cos(), angles.sin()
+
+    def eager(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned, v = qkv.transpose(1, 2).split((h + hkv, hkv), dim=1)
+        return torch.cat([rotated(turned, cos, sin), v], dim=1).transpose(1, 2)
+
+    return Workload(
+        name=f"rotary_qkvpacked-B{b}-H{h}-Hkv{hkv}-T{t}-D{d}",
+        arguments=arguments,
+        cost=declared_cost("rotary_qkvpacked", h + hkv, False),
+        trilith=lambda qkv, cos, sin: kernels.rotary_qkvpacked(qkv, cos, sin, h),
+        eager=eager,
+    )
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x (B, H, T, D), halves paired, as models write it."""
     return torch.cat(_turned(*_widened(x).chunk(2, dim=-1), cos, sin), dim=-1).to(x.dtype)

@@ -5,7 +5,7 @@ Shapes: B batch, T queries, S keys, E = H heads of D.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,15 @@ from torch.nn import functional as F
 
 from trilith.blocks.drop_in.layouts import nested, padded
 from trilith.blocks.drop_in.swap import constructed_like, keep_called
-from trilith.kernels import ATTENTION, scaled_dot_product_attention
+from trilith.blocks.linear import kernels_run
+from trilith.kernels import (
+    ATTENTION,
+    ATTENTION_QKVPACKED,
+    attention_qkvpacked,
+    scaled_dot_product_attention,
+)
+from trilith.kernels.attention.config import LARGEST_HEAD_DIM
+from trilith.plugins import may_fuse
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -107,14 +115,28 @@ class MultiheadAttention(nn.MultiheadAttention):
         mask: Tensor | None,
         is_causal: bool,
     ) -> Tensor:
-        q, k, v = (self._heads(t) for t in self._project(query, key, value))
         is_causal = is_causal and padding is None
-        mask = None if is_causal else self._merged(q, padding, mask)
-        k, v, mask = self._with_added_keys(k, v, mask)
+        mask = None if is_causal else self._merged(query, padding, mask)
         p = self.dropout if self.training else 0.0
+        if query is key is value and self._stays_packed(query):
+            packed = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+            heads = packed.unflatten(-1, (3 * self.num_heads, self.head_dim))
+            heads = heads.transpose(0, self._batch_dim)
+            mixed = attention_qkvpacked(heads, causal=is_causal, bias=mask, dropout_p=p)
+            return self.out_proj(cast(Tensor, mixed).flatten(2).transpose(0, self._batch_dim))
+        q, k, v = (self._heads(t) for t in self._project(query, key, value))
+        k, v, mask = self._with_added_keys(k, v, mask)
         mixed_BHTD = scaled_dot_product_attention(q, k, v, mask, p, is_causal)
         order = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
         return self.out_proj(mixed_BHTD.permute(order).flatten(2))
+
+    def _stays_packed(self, x: Tensor) -> bool:
+        """Whether a kernel reads q, k and v where one product has put them."""
+        if self.in_proj_weight is None or self.bias_k is not None or self.add_zero_attn:
+            return False
+        if not kernels_run(x) or self.head_dim > LARGEST_HEAD_DIM:
+            return False
+        return may_fuse(ATTENTION_QKVPACKED, x, ATTENTION)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         bias = self.in_proj_bias
@@ -139,10 +161,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         order = (0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)
         return x.unflatten(-1, (self.num_heads, self.head_dim)).permute(order)
 
-    def _merged(self, q: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    def _merged(self, query: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """One mask that broadcasts to (B, H, T, S): True where a key takes part, or added."""
         if mask is not None:
-            mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, q.shape[:2])
+            by_head = (query.shape[self._batch_dim], self.num_heads)
+            mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, by_head)
         if padding is not None:
             padding = padding[:, None, None]
         given = [m for m in (mask, padding) if m is not None]
@@ -150,7 +173,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return None
         if all(m.dtype == torch.bool for m in given):
             return ~(given[0] | given[-1])
-        return sum(_added(m, q.dtype) for m in given)  # type: ignore[return-value]
+        return sum(_added(m, query.dtype) for m in given)  # type: ignore[return-value]
 
     def _with_added_keys(
         self, k: Tensor, v: Tensor, mask: Tensor | None

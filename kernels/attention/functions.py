@@ -8,26 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trilith.kernels._runtime.checks import (
-    require,
-    require_floating_if_given,
-    require_probability,
-    require_same_device,
-    require_shape,
-    require_tensors,
-)
+from trilith.kernels._runtime.checks import require_same_device, require_shape
 from trilith.kernels._runtime.random import draw_seed
 from trilith.kernels.attention.arguments import (
-    known_precision,
-    known_score_mod,
-    known_softcap,
+    Scalars,
+    Terms,
+    options_of,
     require_axes,
-    require_bias_dtype,
     require_groups,
     require_head_dim,
     require_one_dtype,
-    score_window,
-    slopes_by_head,
 )
 from trilith.kernels.attention.config import LARGEST_HEAD_DIM
 from trilith.kernels.attention.op import ATTENTION
@@ -106,30 +96,24 @@ def attention(
         torch.Size([2, 8, 128, 64])
     """
     _check_shapes(q, k, v)
-    require_probability(_NAME, "dropout_p", dropout_p)
-    if causal is True:
-        causal = _aligned(q.shape[2], k.shape[2])
-    alignment, left, right = score_window(_NAME, causal, window)
-    cap = known_softcap(_NAME, softcap)
-    bias = _bias_as_4d(q, k, bias)
-    slopes = slopes_by_head(_NAME, q, alibi_slopes, *q.shape[:2])
-    require_floating_if_given(_NAME, sinks=sinks)
-    if key_padding_mask is not None:
-        require_tensors(_NAME, key_padding_mask=key_padding_mask)
-    require_same_device(_NAME, q, bias=bias, sinks=sinks, key_padding_mask=key_padding_mask)
-    require_shape(_NAME, "key_padding_mask", key_padding_mask, (q.shape[0], k.shape[2]))
-    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
-        raise TypeError(
-            f"{_NAME}: key_padding_mask must be boolean, True where a key takes part, "
-            f"got {key_padding_mask.dtype}"
-        )
-    require_shape(_NAME, "sinks", sinks, (q.shape[1],))
-    scale = 1 / math.sqrt(max(1, q.shape[3])) if scale is None else scale
-    out, lse = _attend(
-        *(q, k, v, bias, key_padding_mask, slopes, sinks),
-        *(scale, cap, dropout_p, alignment, left, right),
-        *(known_score_mod(_NAME, score_mod), known_precision(_NAME, precision), return_lse),
+    sizes = (*q.shape[:3], k.shape[2], q.shape[3])
+    terms, scalars = options_of(
+        _NAME,
+        q,
+        sizes,
+        causal=causal,
+        window=window,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sinks=sinks,
+        key_padding_mask=key_padding_mask,
+        dropout_p=dropout_p,
+        scale=scale,
+        score_mod=score_mod,
+        precision=precision,
     )
+    out, lse = _attend(q, k, v, terms, scalars, return_lse)
     if not return_lse:
         return out
     assert lse is not None
@@ -227,36 +211,21 @@ def _require_one_length(key: Tensor, value: Tensor) -> None:
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float,
-    p: float,
-    alignment: str,
-    left: int,
-    right: int,
-    score_mod: str,
-    precision: str,
-    return_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, terms: Terms, scalars: Scalars, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The op; where no kernel runs and the lse is not wanted, torch's function for what it can.
 
     Not for float64, which asks for second derivatives: torch's CPU kernel has none. Nor for
     DTensors, for which it has no rule.
     """
-    terms = (key_mask, slopes, sinks)
-    rest = (scale, softcap, p, alignment, left, right, score_mod, precision)
-    provider = ATTENTION.choose(q, k, v, bias, *terms, None, *rest)
+    provider = ATTENTION.choose(q, k, v, *terms, None, *scalars)
+    scale, softcap, p, alignment, left, right, score_mod, _ = scalars
     if provider is not None:
         require_head_dim(_NAME, q, v)
         seed = draw_seed(q) if p > 0 else None
-        return ATTENTION.run(provider, q, k, v, bias, *terms, seed, *rest)
-    plain = all(t is None for t in terms) and softcap == 0 and left < 0 and right <= 0
+        return ATTENTION.run(provider, q, k, v, *terms, seed, *scalars)
+    bias, *others = terms
+    plain = all(t is None for t in others) and softcap == 0 and left < 0 and right <= 0
     plain = plain and q.dtype != torch.float64 and not (is_dtensor(q) or score_mod)
     from_top = right < 0 or alignment == "top_left" or q.shape[2] == k.shape[2]
     if plain and from_top and not return_lse and not (right == 0 and bias is not None):
@@ -264,7 +233,7 @@ def _attend(
         causal = right == 0
         out = F.scaled_dot_product_attention(q, k, v, bias, p, causal, scale=scale, enable_gqa=gqa)
         return out, None
-    return ATTENTION.run(provider, q, k, v, bias, *terms, None, *rest)
+    return ATTENTION.run(provider, q, k, v, *terms, None, *scalars)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -274,26 +243,6 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     require_shape(_NAME, "k", k, (B, Hkv, S, D))
     require_shape(_NAME, "v", v, (B, Hkv, S, v.shape[3]))
     require_groups(_NAME, H, Hkv)
-
-
-def _aligned(T: int, S: int) -> str:
-    if T != S:
-        raise ValueError(
-            f"{_NAME}: causal must say where the diagonal lies when there are {T} queries and "
-            f'{S} keys, "top_left" or "bottom_right", got True'
-        )
-    return "top_left"
-
-
-def _bias_as_4d(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:
-    if bias is None:
-        return None
-    require_bias_dtype(_NAME, bias)
-    full = (*q.shape[:3], k.shape[2])
-    sizes = (1,) * (4 - bias.ndim) + tuple(bias.shape)
-    fits = len(sizes) == 4 and all(n in (1, m) for n, m in zip(sizes, full, strict=True))
-    require(fits, _NAME, "bias", f"broadcast to {full}", tuple(bias.shape))
-    return bias[(None,) * (4 - bias.ndim)]
 
 
 def _common_batch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,11 +61,28 @@ def attention_fwd(
 def attention_bwd(
     ctx: BackwardContext, dout: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, bias, key_mask, slopes, sinks, seed, *rest = ctx.inputs
-    (out,) = ctx.outputs
-    (lse2,) = ctx.aux
-    needs_q, needs_k, needs_v, needs_bias, _, needs_slopes, needs_sinks = ctx.needs_input_grad[:7]
-    call = AttentionCall(q, k, v, bias, key_mask, slopes, seed, *rest)
+    q, k, v, *rest = ctx.inputs
+    kept = (*ctx.outputs, *ctx.aux)
+    return attention_gradients((q, k, v), rest, kept, dout, dlse, ctx.needs_input_grad)
+
+
+def attention_gradients(
+    heads: tuple[Tensor, Tensor, Tensor],
+    rest: Sequence[Any],
+    kept: tuple[Tensor, ...],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    needs: Sequence[bool],
+    into: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Those of `heads` (q, k, v), which may go `into` tensors that are given, and of what follows.
+
+    rest: the op's other arguments. kept: out, and the lse in base 2. needs: of all arguments.
+    """
+    bias, key_mask, slopes, sinks, seed, *scalars = rest
+    out, lse2 = kept
+    needs_q, needs_k, needs_v, needs_bias, _, needs_slopes, needs_sinks = needs[:7]
+    call = AttentionCall(*heads, bias, key_mask, slopes, seed, *scalars, into=into)
     upstream = call.upstream(out, lse2, dout, dlse)
     dq = dk = dv = dbias = dslopes = dsinks = None
     if needs_q or needs_slopes:
@@ -101,7 +119,8 @@ class Upstream(NamedTuple):
 class AttentionCall:
     """One call's tensors, strides, sizes and scalars, in the order of every kernel's arguments.
 
-    Packed sequences come as one batch entry (1, H, total, D), beside where each begins.
+    Packed sequences come as one batch entry (1, H, total, D), beside where each begins. The
+    gradients of q, k and v go `into` these tensors, or into new ones.
     """
 
     def __init__(
@@ -123,12 +142,13 @@ class AttentionCall:
         precision: str = "ieee",
         *,
         packed: Packed | None = None,
+        into: tuple[Tensor, ...] | None = None,
     ) -> None:
         B, H, self.T, D = q.shape
         Hkv, self.S, DV = v.shape[1:]
         self.BH, self.HKV = B * H, Hkv
         self.q, self.k, self.v, self.key_mask = q, k, v, key_mask
-        self.packed = packed
+        self.packed, self.into = packed, into
         self.B = B if packed is None else packed.cu_q.shape[0] - 1
         rows, cols = (self.T, self.S) if packed is None or bias is None else bias.shape[2:]
         self.bias_sizes = (rows, cols)
@@ -162,8 +182,11 @@ class AttentionCall:
     def _tiles(self, rows: int, block: int) -> int:
         return rows // block + self.B + 1 if self.packed else cdiv(rows, block)
 
-    def _like(self, tensor: Tensor) -> Tensor:
-        """A gradient of q, k or v; that of packed ones lies as (rows, H, D)."""
+    def _gradient(self, which: int) -> Tensor:
+        """Room for that of q, k or v; of packed ones it lies as (rows, H, D)."""
+        if self.into is not None:
+            return self.into[which]
+        tensor = (self.q, self.k, self.v)[which]
         B, H, rows, D = tensor.shape
         if self.packed:
             return tensor.new_empty((B, rows, H, D)).transpose(1, 2)
@@ -243,7 +266,7 @@ class AttentionCall:
         self, upstream: Upstream, slopes: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """dq, and where `slopes` are given their gradient, summed over the rows here."""
-        dq = self._like(self.q)
+        dq = self._gradient(0)
         dslopes = None if slopes is None else torch.empty_like(upstream.delta)
         options = self.options("dq")
         launch(
@@ -275,7 +298,7 @@ class AttentionCall:
         return sums
 
     def key_gradients(self, upstream: Upstream) -> tuple[Tensor, Tensor]:
-        dk, dv = self._like(self.k), self._like(self.v)
+        dk, dv = self._gradient(1), self._gradient(2)
         if self._owns_parts():
             self.key_sums("dk", upstream, dk, None)
             self.key_sums("dv", upstream, None, dv)

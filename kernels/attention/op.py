@@ -27,7 +27,7 @@ from trilith.kernels.attention.reference import attention_reference
 from trilith.plugins import Cost, Op, OpSpec, Sample
 
 
-def _cost(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, right: int) -> Cost:
+def attention_cost(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, right: int) -> Cost:
     (B, H, T, D), (S, Dv) = q.shape, v.shape[2:]
     pairs = B * H * T * S // (2 if right >= 0 else 1)
     out_bytes, lse_bytes = B * H * T * Dv * q.element_size(), B * H * T * 4
@@ -86,7 +86,7 @@ ATTENTION = Op(
         fake=attention_out,
         materialize_grads=False,
         save_outputs=(0,),
-        cost=_cost,
+        cost=attention_cost,
         sharding=sharding.dense,
         autocast="low",
     )

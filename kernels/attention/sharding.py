@@ -20,8 +20,8 @@ def dense(
     """Of q (B, H, ...), k and v (B, Hkv, ...): either dimension."""
     if p > 0 or score_mod:
         return []
-    batch = split([0, 0], [0, 0, 0, _unless_one(bias, 0), 0, _unless_one(slopes, 0)])
-    terms = [_unless_one(bias, 1), None, _unless_one(slopes, 1), 0]
+    batch = split([0, 0], [0, 0, 0, unless_one(bias, 0), 0, unless_one(slopes, 0)])
+    terms = [unless_one(bias, 1), None, unless_one(slopes, 1), 0]
     return [batch, *(split([1, 1], [1, dim, dim, *terms]) for dim in _key_heads(q, k, 1))]
 
 
@@ -31,15 +31,15 @@ def packed(
     """Of q (total, H, D), k and v (total, Hkv, ...), lse (H, total): heads."""
     if p > 0 or score_mod:
         return []
-    terms = [None, None, _unless_one(bias, 1), _unless_one(slopes, 1), 0]
+    terms = [None, None, unless_one(bias, 1), unless_one(slopes, 1), 0]
     return [split([1, 0], [1, dim, dim, *terms]) for dim in _key_heads(q, k, 1)]
 
 
 def cached(q: Any, k: Tensor, table: Tensor | None, slopes: Tensor | None) -> list[Strategy]:
     """Of q (B, H, ...), caches in rows (B, S, Hkv, ...): batch or heads. Pages are every rank's."""
     rows = None if table is not None else 0
-    batch = split([0, 0], [0, rows, rows, 0, 0, _unless_one(slopes, 0)])
-    terms = [None, None, _unless_one(slopes, 1), 0]
+    batch = split([0, 0], [0, rows, rows, 0, 0, unless_one(slopes, 0)])
+    terms = [None, None, unless_one(slopes, 1), 0]
     return [batch, *(split([1, 1], [1, dim, dim, *terms]) for dim in _key_heads(q, k, 2))]
 
 
@@ -54,5 +54,5 @@ def _key_heads(q: Any, k: Tensor, at: int) -> list[int | None]:
     return found
 
 
-def _unless_one(tensor: Tensor | None, dim: int) -> int | None:
+def unless_one(tensor: Tensor | None, dim: int) -> int | None:
     return None if tensor is None or tensor.shape[dim] == 1 else dim

@@ -6,7 +6,9 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from tests.support.devices import DEVICE
+from perf.meters.launches import launches
+from tests.support.devices import DEVICE, INTERPRETING
+from trilith import use_implementation
 from trilith.blocks import Alibi, KVCache, Rotary, SelfAttention
 
 B, T, DIM, HEADS = 2, 9, 24, 4
@@ -78,6 +80,77 @@ def test_keeps_q_k_and_v_once(rotated):
     attended, lse = 2 * once, B * HEADS * T * 4
     assert sum(kept.values()) <= 3 * once + attended + lse
     y.sum().backward()
+
+
+def ran(call):
+    """Kernels launched by a forward."""
+    with launches() as counts:
+        result = call()
+    return result, counts
+
+
+class TestPacked:
+    """Where kernels run q, k and v stay in one tensor, unless somebody else has a say in them."""
+
+    pytestmark = pytest.mark.skipif(not (INTERPRETING or DEVICE == "cuda"), reason="needs Triton")
+
+    @pytest.fixture
+    def attention(self):
+        return make(2, position=Rotary(DIM // HEADS, T))
+
+    @pytest.fixture
+    def x(self):
+        return torch.randn(B, T, DIM, device=DEVICE)
+
+    def test_one_pass_turns_q_and_k(self, attention, x):
+        y, counts = ran(lambda: attention(x))
+        assert counts["_rotary_kernel"] == 1 and "aten::clone" not in counts
+        mixed = attention.mix(*attention.heads_of(attention.qkv(x)))
+        expected = attention.out(mixed.transpose(1, 2).flatten(2))
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+    def test_a_hook_on_the_position_sees_q_and_k(self, attention, x):
+        expected, seen = attention(x), []
+        attention.position.register_forward_hook(lambda _, heads, out: seen.append(heads))
+        torch.testing.assert_close(attention(x), expected, rtol=0, atol=0)
+        assert [t.shape[1] for t in seen[0]] == [HEADS, 2]
+
+    @pytest.mark.parametrize("part", ["attention", "rotary"])
+    def test_who_was_chosen_for_a_part_runs_it(self, attention, x, part):
+        expected = attention(x)
+        with use_implementation(f"trilith::{part}", "reference"):
+            y, counts = ran(lambda: attention(x))
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        kernel = {"attention": "attention_fwd_kernel", "rotary": "_rotary_kernel"}[part]
+        assert kernel not in counts
+
+    @pytest.mark.parametrize("method", ["mix", "heads_of"])
+    def test_what_a_subclass_overrides_is_called(self, attention, x, method):
+        def doubled(self, *given):
+            found = getattr(SelfAttention, method)(self, *given)
+            return 2 * found if method == "mix" else (*found[:2], 2 * found[2])
+
+        expected = 2 * attention(x) - attention.out.bias
+        attention.__class__ = type("Own", (SelfAttention,), {method: doubled})
+        torch.testing.assert_close(attention(x), expected, rtol=1e-4, atol=1e-5)
+
+    def test_another_position_is_called(self, attention, x):
+        class Own(Rotary):
+            def forward(self, q, k):
+                return q, k
+
+        attention.position = None
+        expected = attention(x)
+        attention.position = Own(DIM // HEADS, T).to(DEVICE)
+        torch.testing.assert_close(attention(x), expected, rtol=0, atol=0)
+
+
+def test_head_dims_beyond_the_kernels_are_torchs():
+    attention = SelfAttention(qkv=nn.Linear(8, 3 * 516), out=nn.Identity(), n_heads=1).to(DEVICE)
+    x = torch.randn(1, 3, 8, device=DEVICE)
+    q, k, v = attention.qkv(x)[:, None].chunk(3, dim=-1)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
+    torch.testing.assert_close(attention(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_acts_in_training_only():

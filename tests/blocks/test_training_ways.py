@@ -79,7 +79,7 @@ def test_checkpointed_blocks_give_the_same_bits(style):
 def test_checkpointing_selected_by_op_gives_the_same_bits(kept):
     """What the policy saves is not run again; the rest is, with the same dropout."""
     saved = {
-        "attention": [torch.ops.trilith.attention_fwd.default],
+        "attention": [torch.ops.trilith.attention_qkvpacked_fwd.default],
         "matrix products": [torch.ops.aten.mm.default],
     }[kept]
 

@@ -3,6 +3,7 @@
 import torch
 
 from trilith.kernels.attention.op import ATTENTION
+from trilith.kernels.attention.qkvpacked import ATTENTION_QKVPACKED
 from trilith.plugins import Sample
 
 
@@ -17,6 +18,14 @@ def sample(dtype, d, dv=None, heads=16, key_heads=16, length=4096, **given):
         torch.empty(2, key_heads, length, dv, dtype=dtype),
         **(terms | scalars | band | given),
     )
+
+
+def qkvpacked(dtype, d, heads=16, key_heads=4, length=4096, **given):
+    terms = {"seed": None, "bias": None, "key_mask": None, "slopes": None, "sinks": None}
+    scalars = {"n_heads": heads, "scale": d**-0.5, "softcap": 0.0, "p": 0.0}
+    band = {"alignment": "top_left", "left": -1, "right": -1}
+    qkv = torch.empty(2, length, heads + 2 * key_heads, d, dtype=dtype)
+    return Sample(qkv, **(terms | scalars | band | given))
 
 
 def boolean():
@@ -47,3 +56,5 @@ def cases():
     slopes, sinks = torch.empty(1, 16), torch.empty(16)
     key_mask = torch.empty(2, 4096, dtype=torch.bool)
     yield name, sample(torch.bfloat16, 160, slopes=slopes, sinks=sinks, key_mask=key_mask)
+    for d in (64, 128):
+        yield ATTENTION_QKVPACKED.spec.name, qkvpacked(torch.bfloat16, d, right=0)

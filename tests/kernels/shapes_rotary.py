@@ -14,6 +14,15 @@ def cases() -> Iterator[tuple[str, Sample]]:
                 yield _case(4, 16, 2048, d, r, dtype, dtype, interleaved)
             yield _case(4, 16, 2048, 128, 128, dtype, torch.float32, interleaved)
             yield _case(1, 32, 1, 128, 128, dtype, torch.float32, interleaved)
+            yield _packed(4, 16, 4, 2048, 128, dtype, interleaved)
+
+
+def _packed(
+    b: int, h: int, hkv: int, t: int, d: int, dtype: torch.dtype, interleaved: bool
+) -> tuple[str, Sample]:
+    qkv = torch.empty(b, t, h + 2 * hkv, d, dtype=dtype)
+    cos, sin = (torch.empty(t, d // 2) for _ in range(2))
+    return "trilith::rotary_qkvpacked", Sample(qkv, cos, sin, h + hkv, interleaved)
 
 
 def _case(

@@ -24,6 +24,7 @@ CALLS = {
     "add_layer_norm": {"x": randn(2, 4), "residual": randn(2, 4)},
     "add_rms_norm": {"x": randn(2, 4), "residual": randn(2, 4)},
     "attention": HEADS,
+    "attention_qkvpacked": {"qkv": randn(1, 4, 6, 16)},
     "batch_norm": {
         "input": randn(3, 4),
         "running_mean": None,
@@ -62,6 +63,7 @@ CALLS = {
     "rms_norm": {"input": randn(2, 4), "normalized_shape": (4,)},
     "rms_norm_linear": {"x": randn(2, 4), "norm_weight": None, "weight": randn(3, 4)},
     "rotary": {"x": randn(1, 2, 4, 16), "cos": randn(4, 8), "sin": randn(4, 8)},
+    "rotary_qkvpacked": {"qkv": randn(1, 4, 6, 16), "cos": randn(4, 8), "sin": randn(4, 8)},
     "scaled_dot_product_attention": {
         "query": randn(2, 4, 16),
         "key": randn(2, 4, 16),
@@ -106,6 +108,12 @@ OPTIONAL = {
     "add_layer_norm": {"weight": randn(4), "bias": randn(4)},
     "add_rms_norm": {"weight": randn(4)},
     "attention": {
+        "bias": randn(4, 4),
+        "alibi_slopes": randn(2),
+        "sinks": randn(2),
+        "key_padding_mask": integers([1, 1, 1, 1]).bool(),
+    },
+    "attention_qkvpacked": {
         "bias": randn(4, 4),
         "alibi_slopes": randn(2),
         "sinks": randn(2),

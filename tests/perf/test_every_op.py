@@ -43,12 +43,14 @@ WAITS = {"cross_entropy": READS_LABELS, "linear_cross_entropy": READS_LABELS}
 # op -> inputs whose gradients one kernel makes together: without one of them it runs as before.
 TOGETHER = {
     "attention": (("q", "slopes"), ("k", "v")),
+    "attention_qkvpacked": (("qkv", "slopes"),),
     "varlen_attention": (("q", "slopes"), ("k", "v")),
     "batch_norm": (("x", "weight", "bias"),),  # x's is made of the others
     "batch_norm_given": (("weight", "bias"),),
     "cross_entropy": (("x", "weight"),),
     "merge_attention": (("outs", "lses"),),
     "rotary": (("x", "cos", "sin"),),
+    "rotary_qkvpacked": (("qkv", "cos", "sin"),),
 }
 
 

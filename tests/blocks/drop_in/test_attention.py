@@ -160,6 +160,27 @@ def test_keys_that_are_values_and_queries_are_projected_together():
         )
 
 
+class OfItself(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x, **given):
+        return self.attention(x, x, x, **given)
+
+
+@pytest.mark.parametrize("kind", ["none", "padding", "mask", "heads", "both-added", "causal"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_one_product_that_holds_q_k_and_v_is_read_where_it_lies(kind, batch_first, launches):
+    ours, theirs = pair(batch_first=batch_first)
+    given = masks(kind)
+    if "attn_mask" in given:
+        given["attn_mask"] = given["attn_mask"][..., :S, :]
+    x = inputs(ours)[1]
+    compare(OfItself(ours), OfItself(theirs), [x], given | NO_WEIGHTS)
+    assert any("fwd" in name for name in launches)
+
+
 def test_dropout_of_the_weights_acts_in_training_only():
     ours, theirs = pair(dropout=0.5)
     args = inputs(ours)

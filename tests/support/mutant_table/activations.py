@@ -14,6 +14,7 @@ _LOSS_TESTS = "tests/kernels/test_losses.py"
 _ELEMENTARY = "trilith.kernels._runtime.elementary"
 _ELEMENTARY_TESTS = "tests/kernels/test_elementary.py"
 _ROTARY = "trilith.kernels.rotary"
+_QKVPACKED_TESTS = "tests/kernels/test_qkvpacked.py"
 
 ACTIVATIONS = (
     Mutant(
@@ -96,9 +97,23 @@ ACTIVATIONS = (
     Mutant(
         "rotary_pairs_swapped",
         _ROTARY,
-        "y1 = (x1 * cos - x2 * sin)",
-        "y1 = (x1 * cos + x2 * sin)",
+        "            x1, x2 = x1.to(tl.float32), x2.to(tl.float32)\n",
+        "            x2, x1 = x1.to(tl.float32), x2.to(tl.float32)\n",
         "tests/kernels/test_rotary.py",
+    ),
+    Mutant(
+        "rotary_turns_values_too",
+        _ROTARY,
+        "        turned,\n        D=d,",
+        "        None,\n        D=d,",
+        _QKVPACKED_TESTS + " -k rotary",
+    ),
+    Mutant(
+        "rotary_of_packed_heads_turns_its_gradient_on",
+        "trilith.kernels.rotary_qkvpacked",
+        "heads[1], inverse=True, turned",
+        "heads[1], turned",
+        _QKVPACKED_TESTS + " -k rotary",
     ),
     Mutant(
         "activation_made_again_without_dropout",

@@ -19,6 +19,20 @@ _SHARDING_TESTS = "tests/plugins/test_sharding.py"
 
 ATTENTION = (
     Mutant(
+        "packed_gradients_of_keys_and_values_swapped",
+        "trilith.kernels.attention.launchers",
+        "dk, dv = self._gradient(1), self._gradient(2)",
+        "dv, dk = self._gradient(1), self._gradient(2)",
+        "tests/kernels/test_qkvpacked.py -k attention",
+    ),
+    Mutant(
+        "packed_lse_has_no_gradient",
+        "trilith.kernels.attention.qkvpacked",
+        "        dlse,\n",
+        "        None,\n",
+        "tests/kernels/test_qkvpacked.py -k attention",
+    ),
+    Mutant(
         "attention_dk_and_dv_of_two_launches_swapped",
         _ATTENTION_BACKWARD,
         "dk_ptr is not None,\n                dv_ptr is not None,",
@@ -76,9 +90,9 @@ ATTENTION = (
     ),
     Mutant(
         "attention_scale_of_the_padded_head_dim",
-        "trilith.kernels.attention.functions",
-        "1 / math.sqrt(max(1, q.shape[3]))",
-        "1 / math.sqrt(1 << (q.shape[3] - 1).bit_length())",
+        "trilith.kernels.attention.arguments",
+        "1 / math.sqrt(max(1, D))",
+        "1 / math.sqrt(1 << (D - 1).bit_length())",
         _ATTENTION_TESTS + " -k default_scale",
     ),
     Mutant(

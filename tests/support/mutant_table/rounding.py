@@ -136,8 +136,9 @@ ROUNDING = (
     Mutant(
         "rotary_products_rounded",
         _ROTARY,
-        "y1 = (x1 * cos - x2 * sin)",
-        f"y1 = ({_rounded('x1 * cos')} - {_rounded('x2 * sin')})",
+        "            y_half = y_head",
+        f"            y1 = {_rounded('x1 * cos')} - {_rounded('x2 * sin')}\n"
+        "            y_half = y_head",
         _ROTARY_TESTS + _HALF,
     ),
     Mutant(
