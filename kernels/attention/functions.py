@@ -176,7 +176,8 @@ def scaled_dot_product_attention(
         right = 0 if causal else -1
         rest = (softmax_scale, 0.0, dropout_p, alignment, -1, right, "", "ieee")
         provider = ATTENTION.choose(*tensors, None, *rest)
-        if provider is not None or is_dtensor(query):
+        own = provider is not None or is_dtensor(query)
+        if own or _asks_for_more_than_a_gradient(query, key, value, attn_mask):
             seed = draw_seed(q) if dropout_p > 0 and provider is not None else None
             out, _ = ATTENTION.run(provider, *tensors, seed, *rest)
             return out.reshape(*batch, *out.shape[2:])
@@ -215,8 +216,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """The op; where no kernel runs and the lse is not wanted, torch's function for what it can.
 
-    Not for float64, which asks for second derivatives: torch's CPU kernel has none. Nor for
-    DTensors, for which it has no rule.
+    Not for float64, which asks for second derivatives: torch's CPU kernel has none. Nor where a
+    transform asks for more than a gradient, nor for DTensors, for which it has no rule.
     """
     provider = ATTENTION.choose(q, k, v, *terms, None, *scalars)
     scale, softcap, p, alignment, left, right, score_mod, _ = scalars
@@ -228,12 +229,32 @@ def _attend(
     plain = all(t is None for t in others) and softcap == 0 and left < 0 and right <= 0
     plain = plain and q.dtype != torch.float64 and not (is_dtensor(q) or score_mod)
     from_top = right < 0 or alignment == "top_left" or q.shape[2] == k.shape[2]
-    if plain and from_top and not return_lse and not (right == 0 and bias is not None):
+    plain = plain and from_top and not return_lse and not (right == 0 and bias is not None)
+    if plain and not _asks_for_more_than_a_gradient(q, k, v, bias):
         gqa = bool(q.shape[1] != k.shape[1])  # of tensors, under torch.jit.trace
         causal = right == 0
         out = F.scaled_dot_product_attention(q, k, v, bias, p, causal, scale=scale, enable_gqa=gqa)
         return out, None
     return ATTENTION.run(provider, q, k, v, *terms, None, *scalars)
+
+
+def _asks_for_more_than_a_gradient(*tensors: Tensor | None) -> bool:
+    """Whether forward mode is on, or a tensor has a gradient taken of it at two levels."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    if torch.compiler.is_dynamo_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return any(_gradients_of(tensor) > 1 for tensor in tensors if tensor is not None)
+
+
+def _gradients_of(tensor: Tensor) -> int:
+    """At how many levels of transforms, and outside of them, a tensor's gradient is wanted."""
+    functorch = torch._C._functorch
+    found = int(tensor.requires_grad)
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+        found += int(tensor.requires_grad)
+    return found
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:

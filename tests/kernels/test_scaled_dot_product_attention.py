@@ -8,7 +8,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from perf.meters.live import live_bytes
 from tests.kernels.test_attention import qkv, randn
 from tests.support.devices import DEVICE, dtype_name
-from trilith.kernels.attention import scaled_dot_product_attention
+from trilith.kernels.attention import attention, scaled_dot_product_attention
 
 DROP_IN = {
     "two_dims": (((5, 16), (7, 16), (7, 8)), {}),
@@ -117,3 +117,51 @@ def test_grouped_keys_are_not_copied(mask):
         out = scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
     rows = out.numel() // out.shape[-1]
     assert live.made <= out.nbytes + 2 * 4 * rows  # lse, in base 2 too
+
+
+def of_the_gradient(loss, q):
+    leaf = q.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(torch.func.grad(loss)(leaf).sum(), leaf)
+    return slope
+
+
+BEYOND_THE_GRADIENT = {
+    "forward_mode": lambda loss, q: torch.func.jvp(loss, (q,), (q,))[1],
+    "hessian": lambda loss, q: torch.func.hessian(loss)(q),
+    "reverse_twice": lambda loss, q: torch.func.jacrev(torch.func.grad(loss))(q),
+    "of_a_gradient_by_autograd": of_the_gradient,
+    "of_samples": lambda loss, q: torch.vmap(torch.func.hessian(loss))(torch.stack([q, 2 * q])),
+}
+
+
+unbatched = pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet")
+
+
+@pytest.mark.parametrize("function", [attention, scaled_dot_product_attention])
+@pytest.mark.parametrize("how", BEYOND_THE_GRADIENT)
+def test_transforms_go_beyond_the_gradient(how, function):
+    """Of which torch's fused functions have nothing."""
+    q, k, v = qkv(5, 7)
+    bias = randn(5, 7)
+
+    def loss(q):
+        bound = {"bias" if function is attention else "attn_mask": bias.to(q.dtype)}
+        return function(q, k.to(q.dtype), v.to(q.dtype), **bound).square().sum()
+
+    def by_hand(q):
+        scores = q @ k.double().mT / q.shape[-1] ** 0.5 + bias.double()
+        return (scores.softmax(-1) @ v.double()).square().sum()
+
+    take = BEYOND_THE_GRADIENT[how]
+    expected = take(by_hand, q.double())
+    torch.testing.assert_close(take(loss, q).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@unbatched
+def test_a_gradient_by_transforms_is_of_torchs_fused_function():
+    """In memory that the scores would not fit into."""
+    q, k, v = qkv(5, 7)
+    with torch.profiler.profile() as profile:
+        torch.vmap(torch.func.grad(lambda q: attention(q, k, v).sum()))(torch.stack([q, q]))
+    names = {event.key for event in profile.key_averages()}
+    assert any(name.startswith("aten::_scaled_dot_product_") for name in names), names

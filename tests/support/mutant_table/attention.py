@@ -103,6 +103,20 @@ ATTENTION = (
         _ATTENTION_TESTS + " -k default_scale",
     ),
     Mutant(
+        "torchs_function_where_two_gradients_are_wanted",
+        "trilith.kernels.attention.functions",
+        "_gradients_of(tensor) > 1",
+        "_gradients_of(tensor) > 2",
+        "tests/kernels/test_scaled_dot_product_attention.py -k beyond_the_gradient",
+    ),
+    Mutant(
+        "the_reference_where_one_gradient_is_wanted",
+        "trilith.kernels.attention.functions",
+        "_gradients_of(tensor) > 1",
+        "_gradients_of(tensor) > 0",
+        "tests/kernels/test_scaled_dot_product_attention.py -k fused_function",
+    ),
+    Mutant(
         "attention_backward_mask_differs",
         _ATTENTION_BACKWARD,
         "band = band_of(low, high, diagonal, T, S, FLAGS)",
