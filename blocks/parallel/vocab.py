@@ -2,8 +2,10 @@
 
     lse = logsumexp over ranks of lse_r        loss = lse - y_t        lse_r = ce_r(l) + y_l
 
-Each rank's op gives ce_r(l), the loss of its own classes against a label l among them: the target
-where this rank has it, else its nearest class. Between ranks go one lse and one logit a token.
+Each rank's op gives ce_r(l), the loss of its own classes against a label l among them, whose logit
+must not be far below the others, or lse_r is lost in rounding: the largest one's where there are
+logits; else the target, or, where this rank doesn't have it, the class of the largest bias. Between
+ranks go one lse and one logit a token.
 """
 
 from __future__ import annotations
@@ -103,7 +105,7 @@ def vocab_parallel_linear_cross_entropy(
     bias = None if linear_bias is None else _own(linear_bias)
     x, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1).to(torch.int64)
     _require_in_range(labels, linear_weight.shape[0], ignore_index)
-    own = (labels - start).clamp(0, weight.shape[0] - 1)
+    own = _among(labels - start, weight.shape[0], 0 if bias is None else bias.argmax())
     autocast = autocasts(x)
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -113,7 +115,7 @@ def vocab_parallel_linear_cross_entropy(
     if bias is not None:
         logit = logit + bias[own].to(x.dtype)
     logit = logit.to(x.dtype).to(ce.dtype)  # rounded as the op rounds it
-    loss = _combined(ce, logit, labels, own + start, mesh)
+    loss = _combined(ce + logit, logit, labels, own + start, mesh)
     loss = _reduced(loss, labels, target.shape, reduction, ignore_index, num_items)
     return loss if autocast else loss.to(input.dtype)
 
@@ -150,11 +152,13 @@ def vocab_parallel_cross_entropy(
     local = _own(input)
     logits, labels = local.flatten(0, -2), target.reshape(-1).to(torch.int64)
     _require_in_range(labels, input.shape[-1], ignore_index)
-    own = (labels - start).clamp(0, local.shape[-1] - 1)
+    own = _among(labels - start, local.shape[-1], 0)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    ce = cross_entropy(wide, own, reduction="none")
-    logit = wide.gather(1, own[:, None])[:, 0]
-    loss = _combined(ce, logit, labels, own + start, mesh)
+    top, at = wide.detach().max(-1)
+    masked = top == -torch.inf  # all classes of this rank: NaN by itself, and in its gradient
+    ce = cross_entropy(wide.masked_fill(masked[:, None], 0.0), at, reduction="none")
+    largest, logit = wide.gather(1, torch.stack([at, own], 1)).unbind(1)
+    loss = _combined(ce + largest, logit, labels, own + start, mesh)
     return _reduced(loss, labels, target.shape, reduction, ignore_index, None).to(local.dtype)
 
 
@@ -201,9 +205,14 @@ def _require_in_range(labels: Tensor, classes: int, ignore_index: int) -> None:
         raise IndexError(f"vocab parallel: target must be in [0, {classes}), got {found}")
 
 
-def _combined(ce: Tensor, logit: Tensor, labels: Tensor, own: Tensor, mesh: DeviceMesh) -> Tensor:
+def _among(own: Tensor, classes: int, other: int | Tensor) -> Tensor:
+    """A rank's own labels, and `other` for those that it doesn't have."""
+    return torch.where((own >= 0) & (own < classes), own, other)
+
+
+def _combined(lse: Tensor, logit: Tensor, labels: Tensor, own: Tensor, mesh: DeviceMesh) -> Tensor:
     """Each token's loss from what this rank knows of its class `own`; NaN if no rank has it."""
-    lses = DTensor.from_local((ce + logit)[None], mesh, [Shard(0)], run_check=False)
+    lses = DTensor.from_local(lse[None], mesh, [Shard(0)], run_check=False)
     lse = lses.redistribute(mesh, [Replicate()]).to_local().logsumexp(0)
     here = own == labels
     mine = torch.stack([torch.where(here, logit, 0.0), here.to(logit.dtype)])

@@ -200,6 +200,33 @@ def vocabulary_parallel_losses():
 
 
 @check(worlds=(2,))
+def vocabulary_parallel_loss_of_masked_classes():
+    """The first and the last class of a rank, all of a rank, a label: by -inf and by -1e9."""
+    mesh, target = mesh_of(2), torch.tensor([0, 1, 5, 6, 0, 6, 2])
+    masked = ([3, 4], [0, 3], [2, 5], [0, 3], [4, 5, 6, 0], range(4), [2])
+    for mask in (-torch.inf, -1e9):
+        logits = torch.randn(7, 7)
+        for row, classes in enumerate(masked):
+            logits[row, list(classes)] = mask
+        for rows in (slice(4), slice(7)):
+            wide = logits[rows].double().requires_grad_()
+            plain = F.cross_entropy(wide, target[rows], reduction="none")
+            dloss = torch.randn_like(plain)
+            (wanted,) = torch.autograd.grad(plain, wide, dloss)
+            split = distribute_tensor(logits[rows], mesh, [Shard(1)]).requires_grad_()
+            loss = vocab_parallel_cross_entropy(split, target[rows], reduction="none")
+            torch.testing.assert_close(loss.double(), plain, rtol=1e-6, atol=1e-5)
+            (dlogits,) = torch.autograd.grad(loss, split, dloss.float())
+            torch.testing.assert_close(whole(dlogits).double(), wanted, rtol=1e-5, atol=1e-6)
+        x, head, bias = torch.randn(7, 16), torch.randn(7, 16), torch.randn(7)
+        bias[3], bias[4] = mask, mask
+        plain = F.cross_entropy(F.linear(*(t.double() for t in (x, head, bias))), target)
+        split = [distribute_tensor(t, mesh, [Shard(0)]) for t in (head, bias)]
+        loss = vocab_parallel_linear_cross_entropy(x, split[0], target, linear_bias=split[1])
+        torch.testing.assert_close(loss.double(), plain, rtol=1e-6, atol=1e-5)
+
+
+@check(worlds=(2,))
 def vocabulary_parallel_losses_refuse_what_the_plain_ones_do():
     mesh, x, labels = mesh_of(2), torch.randn(4, 6), torch.tensor([0, 1, 2, -100])
     head = distribute_tensor(torch.randn(5, 6), mesh, [Shard(0)])
