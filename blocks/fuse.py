@@ -16,15 +16,10 @@ from torch.nn.utils import parametrize
 
 from trilith.blocks import drop_in
 from trilith.blocks.causal_lm import FusedLossClass, causal_lm, has_causal_parts
+from trilith.blocks.drop_in.activations import Activation
 from trilith.blocks.drop_in.swap import adopt, may_be_passed_over
 from trilith.blocks.drop_in.transformer import calls_its_own
-from trilith.blocks.lookalike import (
-    Activation,
-    GatedMLP,
-    gated_mlp,
-    known_activation,
-    rms_norm_like,
-)
+from trilith.blocks.lookalike import GatedMLP, gated_mlp, known_activation, rms_norm_like
 from trilith.blocks.sequential import FusedSequential, has_pattern
 
 _EXACT: dict[type[nn.Module], type[nn.Module]] = {

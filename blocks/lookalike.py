@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trilith.blocks.drop_in.activations import kernel_name
-from trilith.blocks.drop_in.layouts import elementwise
-from trilith.kernels import BIAS_ACT, GATED_ACT, RMS_NORM, bias_act, gated_act, rms_norm
+from trilith.kernels import GATED_ACT, RMS_NORM, gated_act, rms_norm
 from trilith.kernels._runtime.functors import ACTIVATIONS
 from trilith.plugins.manager import use_implementation
 
@@ -81,23 +80,11 @@ class GatedMLP(nn.Module):
     act_fn: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        name = kernel_or_probed_name(self.act_fn)
+        name = kernel_name(self.act_fn)
         gate, up = self.gate_proj(x), self.up_proj(x)
         if name is None or x.is_cpu and GATED_ACT.is_reference_on_cpu:
             return self.down_proj(self.act_fn(gate) * up)
         return self.down_proj(gated_act(gate, up, name))
-
-
-class Activation(nn.Module):
-    """An activation that a probe recognised, by the kernel of that name."""
-
-    ATTRIBUTE = "_trilith_activation"
-
-    def forward(self, input: Tensor) -> Tensor:
-        name = vars(self)[self.ATTRIBUTE]
-        if not input.is_floating_point() or input.is_cpu and BIAS_ACT.is_reference_on_cpu:
-            return ACTIVATIONS[name].torch(input)
-        return elementwise(lambda x: bias_act(x, None, name), input)
 
 
 def _on_cpu(function: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
@@ -109,10 +96,6 @@ def _on_cpu(function: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
             return function(module)
 
     return on_cpu
-
-
-def kernel_or_probed_name(activation: nn.Module) -> str | None:
-    return vars(activation).get(Activation.ATTRIBUTE) or kernel_name(activation)
 
 
 @_on_cpu
@@ -145,7 +128,7 @@ def gated_mlp(module: nn.Module) -> bool:
     if not _takes_one_tensor(module):
         return False
     act = children["act_fn"]
-    if act is None or kernel_or_probed_name(act) is None and known_activation(act) is None:
+    if act is None or kernel_name(act) is None and known_activation(act) is None:
         return False
     linears: dict[str, nn.Module | None] = {}
     for shift, name in enumerate(("gate_proj", "up_proj", "down_proj")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from trilith.blocks.drop_in.activations import kernel_name
 from trilith.blocks.drop_in.norms import may_join_linear, norm_linear, plain_norm
 from trilith.blocks.drop_in.transformer import plain_dropout
 from trilith.blocks.linear import linear_act, plain_linear
+from trilith.blocks.lookalike import known_activation
 from trilith.kernels import BIAS_ACT, DROPOUT
 
 
@@ -42,8 +44,16 @@ class FusedSequential(nn.Sequential):
 
 
 def has_pattern(sequence: nn.Sequential) -> bool:
+    """Whether something of it runs as one, once its activations are ours too."""
     modules = list(sequence)
-    return any(_pattern(modules, at) or _norm_and_linear(modules, at) for at in range(len(modules)))
+    return any(
+        _pattern(modules, at, _name_to_be) or _norm_and_linear(modules, at)
+        for at in range(len(modules))
+    )
+
+
+def _name_to_be(activation: nn.Module) -> str | None:
+    return kernel_name(activation) or known_activation(activation)
 
 
 def _activated(modules: list[nn.Module], x: Tensor, product: Any) -> Tensor:
@@ -60,11 +70,13 @@ def _norm_and_linear(modules: list[nn.Module], at: int) -> bool:
     return len(pair) == 2 and plain_norm(pair[0]) and plain_linear(pair[1])
 
 
-def _pattern(modules: list[nn.Module], at: int) -> int:
+def _pattern(
+    modules: list[nn.Module], at: int, name: Callable[[nn.Module], str | None] = kernel_name
+) -> int:
     """How many modules from `at` on run as one: 0, Linear + activation, or those and dropout."""
     if at + 2 >= len(modules) or not plain_linear(modules[at]):
         return 0
-    if kernel_name(modules[at + 1]) in (None, "identity"):
+    if name(modules[at + 1]) in (None, "identity"):
         return 0
     length = 3 if plain_dropout(modules[at + 2]) else 2
     follows = modules[at + length] if at + length < len(modules) else None

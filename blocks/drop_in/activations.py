@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from trilith.blocks.drop_in.layouts import elementwise
 from trilith.blocks.drop_in.swap import keep_called, unhooked
 from trilith.kernels import BIAS_ACT, bias_act
+from trilith.kernels._runtime.functors import ACTIVATIONS
 
 
 class ReLU(nn.ReLU):
@@ -92,6 +93,18 @@ class Tanh(nn.Tanh):
         return _run("tanh", input)
 
 
+class Activation(nn.Module):
+    """Another library's activation that a probe recognised, by the kernel of that name."""
+
+    ATTRIBUTE = "_trilith_activation"
+
+    def forward(self, input: Tensor) -> Tensor:
+        name = vars(self)[self.ATTRIBUTE]
+        if not input.is_floating_point() or input.is_cpu and BIAS_ACT.is_reference_on_cpu:
+            return ACTIVATIONS[name].torch(input)
+        return _run(name, input)
+
+
 _NAMES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     ReLU: "relu",
@@ -120,6 +133,8 @@ def kernel_name(activation: nn.Module | Callable[[Tensor], Tensor]) -> str | Non
 
 
 def _name(module: nn.Module) -> str | None:
+    if type(module) is Activation:
+        return vars(module)[Activation.ATTRIBUTE]
     name = _NAMES.get(type(module))
     if name == "gelu" and getattr(module, "approximate", "none") != "none":
         return "gelu_tanh"

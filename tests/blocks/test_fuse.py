@@ -159,13 +159,21 @@ def test_the_gelu_of_clip_is_known_by_its_class_and_what_it_computes(dtype, laun
     x = torch.randn(5, 6, device=DEVICE, dtype=dtype)
     expected, wide = model(x), copy.deepcopy(model).double()(x.double())
     report = trilith.fuse(model)
-    assert [(entry.name, entry.why) for entry in report.swapped] == [("1", "computes quick_gelu")]
+    assert [(e.name, e.became) for e in report.swapped] == [
+        ("", "FusedSequential"),
+        ("1", "Activation"),
+    ]
     exact = QuickGELU()(model[0](x).double())
     assert_one_rounding(model[1](model[0](x)), exact, scale=exact.abs())
-    assert_like_eager(model(x), wide, expected)
+    launches.clear()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        assert_like_eager(model(x), wide, expected)
+    product = nn.functional.linear(x, model[0].weight)  # to which the activation's pass adds
+    assert any(t.shape == product.shape and torch.equal(t, product) for t in kept)
+    assert "_bias_act_fwd_kernel" in launches
     whole = torch.arange(-3, 4, device=DEVICE)
     torch.testing.assert_close(model[1](whole), QuickGELU()(whole))
-    assert "_bias_act_fwd_kernel" in launches
     assert not trilith.fuse(nn.Sequential(QuickGELU(1.7))).swapped
 
 
@@ -471,14 +479,22 @@ def hooked(activation):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: nn.LeakyReLU(0.3), lambda: nn.ELU(0.5), lambda: hooked(nn.ReLU())],
-    ids=["slope", "alpha", "hook"],
+    [
+        lambda: nn.LeakyReLU(0.3),
+        lambda: nn.ELU(0.5),
+        lambda: hooked(nn.ReLU()),
+        lambda: hooked(QuickGELU()),
+    ],
+    ids=["slope", "alpha", "hook", "hook of another library's"],
 )
-def test_an_activation_within_a_sequence_or_a_layer_keeps_its_options_and_hooks(make):
+def test_an_activation_within_others_keeps_its_options_and_hooks(make):
     sequence = nn.Sequential(nn.Linear(12, 64), make(), nn.Linear(64, 12))
     layer = nn.TransformerEncoderLayer(12, 2, 64, 0.0, batch_first=True)
     layer.activation = make()
-    model, x = nn.Sequential(sequence, layer).to(DEVICE), torch.randn(2, 5, 12, device=DEVICE)
+    mlp = SwiGLU()
+    mlp.act_fn = make()
+    model, x = nn.Sequential(sequence, layer, mlp), torch.randn(2, 5, 12, device=DEVICE)
+    model.to(DEVICE)
     expected = results(model, x)
     trilith.fuse(model)
     torch.testing.assert_close(results(model, x), expected, **CLOSE)
