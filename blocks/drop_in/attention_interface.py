@@ -35,7 +35,7 @@ def register_transformers() -> None:
     (causal, a window, padding) never becomes a (T, S) tensor. Attention weights are not returned.
 
     Raises:
-        ImportError: transformers is not installed, or older than 5.
+        ImportError: transformers is not installed, older than 5, or does not import here.
 
     Example:
         >>> trilith.register_transformers()
@@ -45,8 +45,8 @@ def register_transformers() -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         raise ImportError(
-            "register_transformers: transformers must be installed, version 5 or newer; "
-            "pip install 'trilith[transformers]'"
+            "register_transformers: transformers must be of version 5 or newer and import, got "
+            f"{error!r}; pip install 'trilith[transformers]' brings one"
         ) from error
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)

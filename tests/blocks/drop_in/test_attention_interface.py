@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -298,6 +299,17 @@ def test_a_mask_that_the_model_changed_is_refused(window, change):
     attention_forward(torch.nn.Module(), q, q, q, mask)
     with pytest.raises(NotImplementedError, match="Module changes the mask for keys of its own"):
         attention_forward(torch.nn.Module(), q, q, q, change(mask))
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [(None, "import of transformers halted"), (ModuleType("transformers"), "AttentionInterface")],
+    ids=["not there", "old"],
+)
+def test_registering_without_transformers_says_what_failed(module, says, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", module)
+    with pytest.raises(ImportError, match=f"version 5 or newer and import, got .*{says}.*pip"):
+        trilith.register_transformers()
 
 
 def test_importing_trilith_imports_no_transformers():
