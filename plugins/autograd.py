@@ -94,8 +94,13 @@ def autograd_function(op: Op) -> type[torch.autograd.Function]:
                 gradients = shared(op, sources, gradients, grads)
             return (None, None, *gradients)
 
-    Function.__name__ = Function.__qualname__ = spec.name.replace("::", "_")
-    return Function
+    return _named(spec.name, Function)
+
+
+def _named(name: str, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """`function` by an op's name, which torch gives its nodes as the class is made."""
+    make: Any = type(function)
+    return make(name.replace("::", "_"), (function,), {"__module__": function.__module__})
 
 
 def function_of_fwd(
@@ -119,7 +124,7 @@ def function_of_fwd(
         def backward(ctx: Any, *grads: Any) -> Any:
             return function.backward(ctx, *grads[:n_outputs])
 
-    return FunctionOfFwd
+    return _named(f"{op.spec.name}_fwd", FunctionOfFwd)
 
 
 def _are_batched(grads: Sequence[Tensor | None]) -> bool:

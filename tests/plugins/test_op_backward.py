@@ -48,6 +48,17 @@ class TestBackwardContext:
             op(randn(3, 4, grad=False), randn(3, 4)).sum().backward()
         assert seen == [(None, 0, 1, (False, True)), (None, 1, 1, (False, True))]
 
+    def test_nodes_have_the_ops_name_which_anomaly_mode_tells(self, make):
+        op = make(PLUS_SQUARE, backward=lambda ctx, dy: (None, torch.nan * dy))
+        name = op.spec.name.replace("::", "_") + "Backward"
+        assert op(randn(3, 4), randn(3, 4)).grad_fn.name() == name
+        with (
+            pytest.warns(UserWarning, match="Anomaly"),
+            torch.autograd.detect_anomaly(),
+            pytest.raises(RuntimeError, match=f"'{name}' returned nan values"),
+        ):
+            op(randn(3, 4, grad=False), randn(3, 4)).sum().backward()
+
     def test_unsaved_inputs_are_not_kept_alive(self, make):
         packed = []
         with torch.autograd.graph.saved_tensors_hooks(packed.append, lambda x: x):
