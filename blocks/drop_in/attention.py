@@ -29,7 +29,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Weights that are asked for (`need_weights=True`) have to exist in memory: those calls, and those
     that don't fit, run torch's own formula and raise its errors. A query that may look at no
-    key has the output of zero weights, where torch gives NaN if it is asked for weights.
+    key has the output of zero weights, where torch gives NaN if it is asked for weights. Other
+    calls that kernels run call `out_proj`, hooks and all, of which torch reads the weight.
     """
 
     passed_over_by_torch = True

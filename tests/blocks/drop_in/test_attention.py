@@ -393,10 +393,11 @@ def subclassed(child, told):
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_children_that_are_not_plain_are_called(norm_first, change):
     names = ("linear1", "linear2", "dropout", "dropout1", "norm1", "norm2", "self_attn")
+    names += ("self_attn.out_proj",)
     for name in names:  # one at a time: of two the first may keep the second from being read
         ours, _ = layer_pair("TransformerEncoderLayer", dim_feedforward=24, norm_first=norm_first)
         seen = []
-        change(getattr(ours, name), lambda seen=seen, name=name: seen.append(name))
+        change(ours.get_submodule(name), lambda seen=seen, name=name: seen.append(name))
         ours(randn(T, B, E))
         assert seen == [name]
 
