@@ -3,7 +3,9 @@
 It keeps bfloat16 as uint16 bit patterns, truncates on fp32 -> bf16, and multiplies bit patterns in
 `tl.dot`. With `apply()` casts round to nearest even and dots take the values in fp32. Arithmetic on
 bfloat16 tiles stays wrong: kernels convert to fp32 before any. A product in tf32 has its factors
-rounded to 10 bits of mantissa, where the interpreter takes all 23.
+rounded to 10 bits of mantissa, where the interpreter takes all 23. Products are summed in float64:
+the interpreter's sums depend on the CPU's BLAS and on where an element lies in its tile, so that a
+backward that makes forward's scores again got others.
 
 It makes it quicker too. `tl.reduce` with a function of one's own takes half of the elements at a
 time, where the interpreter takes one. `triton.language` is patched once in a launch, where the
@@ -93,7 +95,10 @@ def _round_as_a_gpu(interpreter: Any) -> None:
         )
         if str(precision).rpartition(".")[2] == "TF32":
             a, b = (tf32(x) if x.dtype.scalar == tl.float32 else x for x in (a, b))
-        return dot(self, a, b, d, precision, *rest)
+        if not {a.data.dtype.char, b.data.dtype.char} <= {"e", "f"}:  # float16 and float32
+            return dot(self, a, b, d, precision, *rest)
+        product = np.matmul(a.data, b.data, dtype=np.float64)
+        return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = create_fp_to_fp
