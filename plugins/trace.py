@@ -62,16 +62,18 @@ def _wire(op: Op) -> None:
 
 
 def _traced(op: Op, implementation: Implementation) -> Implementation:
-    name, provider = op.spec.name, implementation.provider
+    name, provider, own_backward = op.spec.name, implementation.provider, implementation.backward
 
     def forward(*args: Any) -> Any:
         _tell(name, provider, "forward", op.tensors_of(args))
         return implementation.forward(*args)
 
+    if own_backward is None:
+        return replace(implementation, forward=forward)
+
     def backward(ctx: BackwardContext, *grads: Tensor | None) -> Any:
         _tell(name, provider, "backward", grads)
-        assert implementation.backward is not None
-        return implementation.backward(ctx, *grads)
+        return own_backward(ctx, *grads)
 
     return replace(implementation, forward=forward, backward=backward)
 
