@@ -22,7 +22,7 @@ from trilith.plugins.op import Op
 from trilith.plugins.registry import Registry, UnknownOpError, registry
 from trilith.plugins.selection import PluginWarning, SelectionKey
 from trilith.plugins.spec import Implementation, ModuleSpec, OpSpec, ScoreMod
-from trilith.plugins.trace import Listener, OpCalled, listening
+from trilith.plugins.trace import OpCalled, listening
 
 _HOOKS = frozenset(hook for hook in dir(HookSpecs) if hook.startswith("trilith_"))
 
@@ -70,8 +70,8 @@ class Manager:
             if self._done or self._loading:
                 return
             self._loading = True
-            interpreter.apply()
             try:
+                interpreter.apply()
                 self._load_all(discovery.installed() if found is None else found)
                 self._done = True
             finally:
@@ -100,7 +100,8 @@ class Manager:
         `load` returns the plugin, a module or an object with hooks, or is its class.
         """
         self.registry.before_lookup()
-        error = self._attempt(name, load)
+        with self._lock:
+            error = self._attempt(name, load)
         if error is not None:
             self._leave_out(name, error)
         return error is None
@@ -128,12 +129,10 @@ class Manager:
                 self._register(name, load)
         except PluginError as error:
             return error
-        self._take_in(name)
-        return None
-
-    def _take_in(self, name: str) -> None:
         self.loaded.append(name)
+        self.failures[:] = [failure for failure in self.failures if failure.plugin != name]
         self.registry.forget_selections()
+        return None
 
     def _leave_out(self, name: str, error: PluginError) -> None:
         self._report(name, error, "is left out")
@@ -257,11 +256,10 @@ class Manager:
                 try:
                     self._ask(plugin, "trilith_op_called", event=event)
                 except Exception as error:
-                    del observers[name]
+                    observers.pop(name, None)  # another thread may have been first
                     self._ignore(name, "trilith_op_called", error, "in this trace any more")
 
-        listener: Listener = tell
-        with listening(listener):
+        with listening(tell):
             yield events
 
 

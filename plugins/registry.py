@@ -193,8 +193,9 @@ class Registry:
     def transaction(self) -> Iterator[None]:
         """What is added inside is taken back if the block raises.
 
-        An Op that the block made stays whole, because a module that another plugin shares may hold
-        it, but its name is free again. Ops that the registry made of an OpSpec are destroyed.
+        An Op that the block made or took in stays whole, because a module that another plugin
+        shares may hold it, but its name is free again. Ops that the registry made of an OpSpec are
+        destroyed.
         """
         before = op_module.defined()
         ops, modules, owners = dict(self._ops), dict(self._modules), dict(self._owners)
@@ -203,11 +204,12 @@ class Registry:
         try:
             yield
         except BaseException:
-            for name in self._made & (self._ops.keys() - ops.keys()):
+            added = self._ops.keys() - ops.keys()
+            for name in self._made & added:
                 self._ops[name].destroy()
                 self._made.remove(name)
             for name, op in op_module.defined().items():
-                op.abandoned |= name not in before
+                op.abandoned |= name not in before or name in added
             for name, kept in implementations.items():
                 for implementation in [i for i in ops[name].implementations if i not in kept]:
                     ops[name].remove_implementation(implementation.provider)

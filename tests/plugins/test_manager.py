@@ -29,6 +29,7 @@ from trilith.plugins import (
     ScoreMod,
     discovery,
     hookimpl,
+    interpreter,
 )
 from trilith.plugins.discovery import OWN
 from trilith.plugins.selection import SelectionKey
@@ -485,6 +486,14 @@ def test_strict_loading_raises_each_time_and_keeps_what_loaded(manager, monkeypa
             manager.load(entries)
     assert manager.loaded == ["a:good"]
     assert len(manager.failures) == 1
+
+
+def test_loading_that_did_not_begin_begins_again(manager, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="another Triton"):
+        patch.setattr(interpreter, "apply", lambda: _raise(RuntimeError("another Triton")))
+        manager.load([])
+    manager.load([Entry("a", "good", Plugin())])
+    assert manager.loaded == ["a:good"]
 
 
 def test_nothing_is_loaded_under_tracing(manager):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -143,6 +144,48 @@ def test_a_plugin_added_twice_is_refused_and_stays(manager):
     manager.add("cell", Brings)
     with pytest.warns(PluginWarning, match=r"cell is loaded already; trilith.*remove\('cell'\)"):
         assert not manager.add("cell", Brings)
+    assert manager.loaded == ["cell"]
+    assert manager.registry.op(NAME) is op
+
+
+class Failing(Brings):
+    """Fails after its op was taken in."""
+
+    @hookimpl
+    def trilith_register_score_mods(self) -> Any:
+        raise RuntimeError("no score mods today")
+
+
+def test_the_cells_of_a_plugin_that_failed_are_run_again(manager):
+    run_cell(2.0)
+    with pytest.warns(PluginWarning, match="no score mods today"):
+        assert not manager.add("cell", Failing)
+    assert [failure.plugin for failure in manager.failures] == ["cell"]
+    new = run_cell(3.0)
+    assert manager.add("cell", Brings)
+    assert manager.registry.op(NAME) is new
+    assert manager.failures == []
+
+
+@pytest.mark.filterwarnings("ignore::trilith.plugins.PluginWarning")
+def test_a_plugin_that_fails_takes_nothing_from_one_added_meanwhile(manager):
+    started, proceed = threading.Event(), threading.Event()
+
+    def slow() -> Any:
+        started.set()
+        assert proceed.wait(5)
+        raise RuntimeError("no network")
+
+    op = run_cell(2.0)
+    first = threading.Thread(target=manager.add, args=("slow", slow))
+    first.start()
+    assert started.wait(5)
+    second = threading.Thread(target=manager.add, args=("cell", Brings))
+    second.start()
+    second.join(0.1)
+    proceed.set()
+    first.join(5)
+    second.join(5)
     assert manager.loaded == ["cell"]
     assert manager.registry.op(NAME) is op
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 
 import trilith
+from tests.plugins.small_ops import RELU2, randn
 from trilith.kernels.norms import RMS_NORM, rms_norm
 from trilith.plugins import Manager, PluginWarning, Registry, hookimpl
 
@@ -118,3 +120,33 @@ def test_a_watcher_that_raises_is_told_and_not_heard_again(manager):
         rms_norm(x, (8,))
     assert (len(broken.seen), len(good.seen)) == (1, 2)
     assert manager.failures[0].stage == "trilith_op_called"
+
+
+@pytest.mark.filterwarnings("ignore::trilith.plugins.PluginWarning")
+def test_a_watcher_that_raises_in_two_threads_harms_neither(manager):
+    both, calls = threading.Barrier(2), []
+
+    class Both:
+        @hookimpl
+        def trilith_op_called(self, event: Any) -> None:
+            both.wait(5)
+            raise RuntimeError("no disk")
+
+    def call() -> None:
+        calls.append(rms_norm(torch.randn(2, 8, device=_device()), (8,)))
+
+    manager.add("acme:both", Both)
+    with manager.trace():
+        threads = [threading.Thread(target=call) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(5)
+    assert len(calls) == 2
+
+
+def test_an_op_without_a_backward_says_so_inside_too(make):
+    op = make(RELU2, backward=None)
+    with trilith.trace() as events, pytest.raises(NotImplementedError, match="has no backward"):
+        op(randn(3)).sum().backward()
+    assert [event.direction for event in events] == ["forward"]
