@@ -101,6 +101,8 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 
 def _ask(question: dict[str, Any]) -> dict[str, Any] | None:
+    if _child().poll() is not None:  # what it was asked before ended it
+        _child.cache_clear()
     child = _child()
     assert child.stdin is not None
     assert child.stdout is not None

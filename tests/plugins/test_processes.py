@@ -14,6 +14,7 @@ from torch import nn
 
 from tests.support.devices import DEVICE
 from trilith.plugins import manager, registry
+from trilith.plugins.conformance import processes
 
 ROOT = Path(__file__).parents[2]
 manager.load()
@@ -40,13 +41,18 @@ def module(name, device=DEVICE):
 
 
 def results(names):
-    """Of each op the first output of its first sample; runs in a child process."""
+    """Of each op the first output of its first sample; runs in a child process too."""
     torch.set_num_threads(1)
     return {name: module(name)().numpy() for name in names}
 
 
-def here(names):
-    return {name: module(name)().cpu().numpy() for name in names}
+@pytest.fixture
+def one_thread():
+    """As many as the children have: sums are split over threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def same(one, other):
@@ -63,8 +69,8 @@ def test_a_module_that_holds_an_op_is_copied_and_pickled(name):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's context does not survive a fork")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_child_processes_compute_the_same(method):
-    expected = here(NAMES)
+def test_child_processes_compute_the_same(method, one_thread):
+    expected = results(NAMES)
     with multiprocessing.get_context(method).Pool(1) as pool:
         found = pool.apply(results, (NAMES,))
     assert [name for name in NAMES if not same(found[name], expected[name])] == []
@@ -131,6 +137,14 @@ def test_what_an_op_drew_at_import_is_seen_in_another_process(tmp_path):
     assert numbers.split()[0] == "forward_matches_reference"
     assert runs.split()[0] == "runs_are_bit_equal"
     assert ": processes_agree: in another process output 0: element" in processes
+
+
+def test_a_process_that_an_op_ended_is_followed_by_another():
+    question = {"op": "trilith::rms_norm", "provider": "reference", "device": "cpu"}
+    question |= {"dtype": "float32", "sample": 0, "threads": 1}
+    processes._child().kill()
+    processes._child().wait()
+    assert "results" in processes._ask(question)
 
 
 WITHOUT = """
