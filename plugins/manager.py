@@ -328,6 +328,7 @@ def use_implementation(op: str | Op, provider: str) -> AbstractContextManager[No
 
     Raises:
         ValueError: the op has no such provider.
+        TypeError: op is neither a name nor an op.
         NotImplementedError: raised by a call whose device, dtype or arguments it does not take.
 
     Example:
@@ -335,7 +336,7 @@ def use_implementation(op: str | Op, provider: str) -> AbstractContextManager[No
         ...     y = rms_norm(x, (512,))
     """
     manager.load()
-    return selection.forced(registry.op(op) if isinstance(op, str) else op, provider)
+    return selection.forced(registry.op(op), provider)
 
 
 def trace() -> AbstractContextManager[list[OpCalled]]:

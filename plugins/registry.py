@@ -131,7 +131,12 @@ class Registry:
             n for n in self._score_mods if owner is None or self._owners["score_mod", n] == owner
         )
 
-    def op(self, name: str) -> Op:
+    def op(self, name: str | Op) -> Op:
+        """The op of a name; an op itself is taken as it is, whoever made it."""
+        if isinstance(name, Op):
+            return name
+        if not isinstance(name, str):
+            raise TypeError(f"op must be a name like 'trilith::rms_norm', or an Op, got {name!r}")
         if name not in self._ops:
             self.before_lookup()
         if name not in self._ops:
@@ -218,7 +223,7 @@ class Registry:
             raise
 
     def explain(self, op: str | Op, device: torch.device, dtype: torch.dtype) -> str:
-        op = self.op(op) if isinstance(op, str) else op
+        op = self.op(op)
         lines = [f"{op.spec.name} on {device}, {dtype}:"]
         for choice in op.implementations:
             verdict = choice.refusal(device, dtype) or "can run"

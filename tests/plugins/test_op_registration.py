@@ -231,3 +231,13 @@ def test_the_signature_is_forwards(make):
 def test_explain_takes_an_op_that_no_plugin_brought(make):
     op = make(RELU2)
     assert trilith.explain(op, "cpu").startswith(f"{op.spec.name} on cpu")
+
+
+def test_what_is_neither_an_op_nor_a_name_is_told():
+    for call in (
+        trilith.op,
+        trilith.explain,
+        lambda op: trilith.use_implementation(op, "reference"),
+    ):
+        with pytest.raises(TypeError, match=r"op must be a name like .*, or an Op, got <function"):
+            call(trilith.kernels.rms_norm)
