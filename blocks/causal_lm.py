@@ -52,10 +52,10 @@ def _made(base: Any, output: Any) -> FusedLossClass:
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, logits: bool = False, **kwargs: Any) -> Any:
-        kwargs |= dict(zip(order, args, strict=False))
-        if logits or not (self.training and takes(self, kwargs)):
-            return own(self, **kwargs)
-        loss, hidden = _loss_and_hidden(self, **kwargs)
+        by_position = dict(zip(order, args, strict=False))
+        if logits or not (self.training and takes(self, by_position | kwargs)):
+            return own(self, *args, **kwargs)
+        loss, hidden = _loss_and_hidden(self, **by_position, **kwargs)
         others = {name: getattr(hidden, name, None) for name in kept}
         return output(loss=loss, logits=None, **others)
 

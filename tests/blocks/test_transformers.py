@@ -280,6 +280,15 @@ def own_labels(self, input_ids=None, attention_mask=None, labels=None, **given):
     )
 
 
+def test_a_fused_model_takes_no_argument_twice():
+    model = build("Llama").train()
+    tokens = torch.randint(3, 64, (2, 5))
+    for _ in range(2):
+        with pytest.raises(TypeError, match="multiple values for .*argument 'input_ids'"):
+            model(tokens, input_ids=tokens, labels=tokens)
+        trilith.fuse(model)
+
+
 @pytest.mark.parametrize("forward", [own_positions, own_labels])
 def test_a_causal_model_that_prepares_its_arguments_is_left(forward):
     model = with_forward(transformers.LlamaForCausalLM, forward)(
