@@ -70,6 +70,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise BadInput(f"--tokens must be positive, got {args.tokens}")
     if not args.prompt:
         raise BadInput("--prompt is empty; give at least one character")
+    try:
+        torch.empty(0, device=args.device)
+    except (AssertionError, RuntimeError) as error:
+        raise BadInput(f"--device {args.device}: {error}".partition("\n")[0]) from None
     return args
 
 

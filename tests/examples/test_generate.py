@@ -40,6 +40,8 @@ def test_bad_input_gives_one_line(checkpoint, tmp_path, capsys):
         (["--checkpoint", str(checkpoint), "--tokens", "400"], "must fit the positions' max_len"),
         (["--prompt", ""], "--prompt is empty"),
         (["--tokens", "0"], "--tokens must be positive, got 0"),
+        (["--device", "meta:x"], "--device meta:x: Invalid device string"),
+        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "--device cuda: .*CUDA")]),
     ):
         assert generate.main(options) == 2
         printed = capsys.readouterr()
