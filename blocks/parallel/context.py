@@ -62,7 +62,7 @@ def context_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for module in attentions:
         module.ring = ring
     places = [m for m in model.modules() if isinstance(m, _POSITIONS)]
-    model.register_forward_pre_hook(_Offsets(places, mesh))
+    model.register_forward_pre_hook(_Offsets(places, mesh), with_kwargs=True)
     return model
 
 
@@ -148,9 +148,10 @@ class _Offsets:
         self.places = places
         self.rank, self.ranks = mesh.get_local_rank(), mesh.size()
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        n, length = inputs[0].shape[:2]
-        offsets = torch.full((n,), self.rank * length, device=inputs[0].device)
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tokens = inputs[0] if inputs else named["tokens"]
+        n, length = tokens.shape[:2]
+        offsets = torch.full((n,), self.rank * length, device=tokens.device)
         for place in self.places:
             if self.ranks * length > place.max_len:
                 raise ValueError(

@@ -136,7 +136,8 @@ class _Root(ParallelStyle):
         assert isinstance(module, TransformerLM)
         module.projection = VocabParallel(device_mesh, self.between)
         if self.between != Replicate():
-            module.register_forward_pre_hook(_RequireDivisible(device_mesh.size()))
+            divisible = _RequireDivisible(device_mesh.size())
+            module.register_forward_pre_hook(divisible, with_kwargs=True)
             RankSeeds(device_mesh).attach(module)
         return module
 
@@ -145,11 +146,12 @@ class _RequireDivisible:
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs[0].shape[_TOKENS] % self.ranks:
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tokens = inputs[0] if inputs else named["tokens"]
+        if tokens.shape[_TOKENS] % self.ranks:
             raise ValueError(
                 f"sequence parallel: tokens must be (B, T) with T divisible by the {self.ranks} "
-                f"ranks of the mesh, got {tuple(inputs[0].shape)}"
+                f"ranks of the mesh, got {tuple(tokens.shape)}"
             )
 
 

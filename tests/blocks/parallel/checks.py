@@ -164,7 +164,7 @@ def tensor_parallel_model(model, sequence, **sizes):
         loss = ours(tokens, targets)
         loss.backward()
     agree(loss, gradients(ours), model, tokens, targets)
-    torch.testing.assert_close(ours(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(tokens=tokens), model(tokens), rtol=1e-5, atol=1e-5)
     names = [name for name, _ in model.named_parameters()]
     assert [name for name, _ in ours.named_parameters()] == names
 
@@ -565,7 +565,7 @@ def nothing_is_dropped_of_spread_sequences_in_evaluation():
     tokens, _ = batch()
     wanted = model(tokens)
     context_parallel(model, mesh)
-    found = model(tokens.chunk(2, 1)[dist.get_rank()])
+    found = model(tokens=tokens.chunk(2, 1)[dist.get_rank()])
     torch.testing.assert_close(found, wanted.chunk(2, 1)[dist.get_rank()])
 
 
