@@ -230,11 +230,13 @@ def _texts(prompts: Tensor | Sequence[Tensor], device: torch.device) -> list[Ten
     return [text.to(device, torch.long) for text in texts]
 
 
-def _require_whole_sequences(model: nn.Module) -> None:
-    if any(getattr(module, "ring", None) is not None for module in model.modules()):
+def _require_whole_sequences(model: TransformerLM) -> None:
+    in_a_ring = any(getattr(module, "ring", None) is not None for module in model.modules())
+    if in_a_ring or model.projection.splits_tokens:
+        what = "context_parallel" if in_a_ring else "sequence_parallel"
         raise NotImplementedError(
-            "generate: the model must have whole sequences, got one that context_parallel spread "
-            "over ranks; load its weights into one that is not"
+            f"generate: the model must have whole sequences, got one that {what} spread over "
+            "ranks; load its weights into one that is not"
         )
 
 

@@ -176,7 +176,8 @@ class TransformerLM(nn.Module):
 class Projection:
     """The head: hidden states (..., dim) to logits, or straight to the mean cross-entropy."""
 
-    takes_shards = False
+    takes_shards = False  # of the weight, as a DTensor
+    splits_tokens = False  # each rank has its share of x's tokens
 
     def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

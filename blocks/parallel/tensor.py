@@ -51,7 +51,8 @@ def tensor_parallel_plan(
         model: of `build_lm`'s modules: norms LayerNorm or RMSNorm, MLP or GatedMLP, SelfAttention
             with n_heads and n_kv_heads that the mesh divides, any of the positions but Alibi.
         sequence_parallel: between attention and MLPs a rank holds its share of the tokens only,
-            which the mesh must divide. Less memory, for the same communication.
+            which the mesh must divide. Less memory, for the same communication. The model does not
+            generate text: its weights do, without.
 
     Returns:
         Module names and their styles, of one mesh dimension.

@@ -35,6 +35,7 @@ class VocabParallel(Projection):
     def __init__(self, mesh: DeviceMesh, layout: Placement) -> None:
         self.mesh = mesh
         self.layout = layout
+        self.splits_tokens = layout != Replicate()
 
     def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = shared(x, self.mesh, self.layout)

@@ -528,6 +528,10 @@ def a_tensor_parallel_model_generates():
     parallelize_module(model, mesh_of(2), tensor_parallel_plan(model))
     found = model.generate(prompts, 4)
     assert all(map(torch.equal, found, wanted))
+    split = model_of("llama")
+    parallelize_module(split, mesh_of(2), tensor_parallel_plan(split, sequence_parallel=True))
+    with pytest.raises(NotImplementedError, match="whole sequences, got .* sequence_parallel"):
+        split.generate(prompts, 4)
 
 
 @check(worlds=(2,))
