@@ -1,9 +1,10 @@
 """The checks that every op passes, ours and third parties': numbers, gradients, layouts, tracing.
 
-Each check is a function of (op, sample, device, dtype) that raises AssertionError with the op, the
-sample and what was wrong; `CHECKS` holds all of them. A check that does not apply to a sample
-returns. The reference in float64 on a CPU is the measure; yardsticks for how much rounding is fair
-are the same reference in the sample's dtypes, and in float64 for inputs half a step away.
+Each check is called with (op, sample, device, dtype), takes those that it names, and raises
+AssertionError with the op, the sample and what was wrong; `CHECKS` holds all of them. A check that
+does not apply to a sample returns. The reference in float64 on a CPU is the measure; yardsticks for
+how much rounding is fair are the same reference in the sample's dtypes, and in float64 for inputs
+half a step away.
 
 Example:
     for sample in samples_of(op, device, dtype):

@@ -14,14 +14,13 @@ from trilith.plugins.conformance.support import (
     fixed_upstream,
     has_gradient,
     named_check,
-    provider_of,
 )
 from trilith.plugins.op import Op
 from trilith.plugins.spec import Cost, Sample
 
 
 @named_check
-def cost_is_sound(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def cost_is_sound(op: Op, sample: Sample) -> None:
     """A Cost of whole numbers; forward moves its outputs at least; torch's FlopCounterMode counts
     what it says."""
     if op.spec.cost is None:
@@ -37,7 +36,7 @@ def cost_is_sound(op: Op, sample: Sample, device: torch.device, dtype: torch.dty
         least = sum(o.numel() * o.element_size() for o in as_tuple(op(*args)))
     said = cost.forward_bytes
     assert said >= least, f"forward_bytes {said} is less than the {least} bytes of the outputs"
-    if provider_of(op, args) is None:
+    if op.choose(*args) is None:
         return
     wanted = cost.forward_flops
     with FlopCounterMode(display=False) as counter:

@@ -20,7 +20,6 @@ from trilith.plugins.conformance.support import (
     bound,
     has_gradient,
     named_check,
-    provider_of,
 )
 from trilith.plugins.op import Op
 from trilith.plugins.spec import Sample
@@ -30,10 +29,10 @@ _ALLOCATES = ("empty", "new_empty", "zeros", "new_zeros", "full", "new_full", "o
 
 
 @named_check
-def guard_bands(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def guard_bands(op: Op, sample: Sample) -> None:
     """Every tensor, given or allocated inside, lies between bands that nothing writes or reads."""
     args = bound(op, sample)
-    if provider_of(op, args) is None:
+    if op.choose(*args) is None:
         return
     bands = _Bands()
     torch.manual_seed(2)
@@ -47,7 +46,7 @@ def guard_bands(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype
 
 def forward_and_backward(op: Op, args: Sequence[Any], bands: _Bands | None = None) -> list[Tensor]:
     """Results of forward and backward without the dispatcher between."""
-    provider = provider_of(op, args)
+    provider = op.choose(*args)
     assert provider is not None
     with ExitStack() as stack:
         if bands is not None:
@@ -198,7 +197,7 @@ def recorded() -> Iterator[list[Launch]]:
 def _launches_of(op: Op, sample: Sample) -> list[Launch]:
     """Those of forward and backward; none where the reference runs the call."""
     args = bound(op, sample)
-    if provider_of(op, args) is None:
+    if op.choose(*args) is None:
         return []
     with recorded() as launches:
         forward_and_backward(op, args)
@@ -206,7 +205,7 @@ def _launches_of(op: Op, sample: Sample) -> list[Launch]:
 
 
 @named_check
-def reads_stay_inside(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def reads_stay_inside(op: Op, sample: Sample) -> None:
     """No kernel reads outside of its tensors, also where nobody uses what it reads.
 
     Seen where Triton's interpreter runs the kernels: on a GPU it is an illegal access, some day.
@@ -218,7 +217,7 @@ def reads_stay_inside(op: Op, sample: Sample, device: torch.device, dtype: torch
 
 
 @named_check
-def writes_are_disjoint(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def writes_are_disjoint(op: Op, sample: Sample) -> None:
     """No element is written by two programs, by atomics neither, nor is part of two arguments and
     written.
 

@@ -31,7 +31,7 @@ from trilith.plugins.spec import Sample
 
 
 @named_check
-def input_layouts(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def input_layouts(op: Op, sample: Sample) -> None:
     """Every tensor in every layout, several of them in different ones at a time."""
     args = bound(op, sample)
     inputs = floating(args)
@@ -64,7 +64,7 @@ def _arrangements(
 
 
 @named_check
-def upstream_layouts(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def upstream_layouts(op: Op, sample: Sample) -> None:
     """The same for the gradients of the outputs."""
     args = bound(op, sample)
     if not has_gradient(op, args):
@@ -80,9 +80,7 @@ def upstream_layouts(op: Op, sample: Sample, device: torch.device, dtype: torch.
 
 
 @named_check
-def offsets_beyond_32_bits(
-    op: Op, sample: Sample, device: torch.device, dtype: torch.dtype
-) -> None:
+def offsets_beyond_32_bits(op: Op, sample: Sample, device: torch.device) -> None:
     """Every tensor and gradient with 2**31 elements between its ends, one dimension at a time."""
     try:
         _check_far_apart(op, bound(op, sample))
@@ -115,7 +113,7 @@ def _far_apart(tensors: Sequence[Any]) -> Iterator[tuple[int, int, list[Any]]]:
 
 
 @named_check
-def nothing_is_written_to(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def nothing_is_written_to(op: Op, sample: Sample) -> None:
     """Inputs, gradients of outputs, outputs and saved tensors keep their values; inputs of the
     reference too, which runs where no kernel does."""
     args = bound(op, sample)
@@ -143,9 +141,7 @@ def nothing_is_written_to(op: Op, sample: Sample, device: torch.device, dtype: t
 
 
 @named_check
-def every_element_is_written(
-    op: Op, sample: Sample, device: torch.device, dtype: torch.dtype
-) -> None:
+def every_element_is_written(op: Op, sample: Sample) -> None:
     args = bound(op, sample)
     upstream = fixed_upstream(op, args)
     expected = both_of(op.spec.reference, op, args, upstream)

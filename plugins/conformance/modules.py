@@ -27,7 +27,8 @@ _STEP, _NEAR = 1e-4, 1e-2  # of a difference quotient, and how far a derivative 
 
 
 def _named(function: ModuleCheck) -> ModuleCheck:
-    return telling(function, lambda spec, *_: f"{spec.slot} {spec.name}")
+    given = ["spec", "config", "device"]
+    return telling(function, lambda spec, *_: f"{spec.slot} {spec.name}", given)
 
 
 def _built(spec: ModuleSpec, config: Any, device: torch.device) -> nn.Module:

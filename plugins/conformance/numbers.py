@@ -37,9 +37,7 @@ _COMBINED_AT_MOST = 4
 
 
 @named_check
-def forward_matches_reference(
-    op: Op, sample: Sample, device: torch.device, dtype: torch.dtype
-) -> None:
+def forward_matches_reference(op: Op, sample: Sample) -> None:
     args = bound(op, sample)
     expected = oracle(lambda a: as_tuple(op.spec.reference(*a)), args)
     eager = as_tuple(op.spec.reference(*args))
@@ -55,9 +53,7 @@ def forward_matches_reference(
 
 
 @named_check
-def gradients_match_reference(
-    op: Op, sample: Sample, device: torch.device, dtype: torch.dtype
-) -> None:
+def gradients_match_reference(op: Op, sample: Sample) -> None:
     args = bound(op, sample)
     if not has_gradient(op, args):
         return
@@ -76,7 +72,7 @@ def gradients_match_reference(
 
 
 @named_check
-def gradient_subsets(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def gradient_subsets(op: Op, sample: Sample) -> None:
     args = bound(op, sample)
     if not has_gradient(op, args):
         return
@@ -94,7 +90,7 @@ def gradient_subsets(op: Op, sample: Sample, device: torch.device, dtype: torch.
 
 
 @named_check
-def unused_outputs(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def unused_outputs(op: Op, sample: Sample) -> None:
     """Where only some of the outputs reach the loss, the others count as zero."""
     args = bound(op, sample)
     if not has_gradient(op, args) or op.spec.outputs == 1:
@@ -117,7 +113,7 @@ def unused_outputs(op: Op, sample: Sample, device: torch.device, dtype: torch.dt
 
 
 @named_check
-def empty_tensors(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def empty_tensors(op: Op, sample: Sample) -> None:
     """With a leading dimension of 0: the reference's outputs, and its gradients, finite ones."""
     args = bound(op, sample)
     lead = op.parameters.lead(tuple(args))
@@ -146,7 +142,7 @@ def empty_tensors(op: Op, sample: Sample, device: torch.device, dtype: torch.dty
 
 
 @named_check
-def double_backward(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def double_backward(op: Op, sample: Sample) -> None:
     """Second derivatives: those of the reference in float64."""
     args = bound(op, sample)
     if not has_gradient(op, args):

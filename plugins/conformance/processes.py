@@ -27,7 +27,6 @@ from trilith.plugins.conformance.support import (
     floating,
     name_of,
     named_check,
-    provider_of,
     samples_of,
 )
 from trilith.plugins.manager import manager
@@ -45,7 +44,7 @@ def processes_agree(op: Op, sample: Sample, device: torch.device, dtype: torch.d
     Passed over where that process has no such op, as one that a notebook made, or sample.
     """
     args = bound(op, sample)
-    provider = provider_of(op, args) or selection.REFERENCE
+    provider = op.choose(*args) or selection.REFERENCE
     alike = [
         i
         for i, other in enumerate(samples_of(op, device, dtype))

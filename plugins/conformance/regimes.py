@@ -33,7 +33,7 @@ _NUDGES_OF_FEW = 3  # what one does to a few elements may be little by chance
 
 
 @named_check
-def mixed_dtypes(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def mixed_dtypes(op: Op, sample: Sample) -> None:
     """Each tensor but the first in another dtype: right, if the reference takes it, or refused."""
     args = bound(op, sample)
     for i in floating(args)[1:]:
@@ -57,7 +57,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 @named_check
-def regimes(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def regimes(op: Op, sample: Sample) -> None:
     """The first tensor far from zero, tiny, zero, equal along a row, large, with a NaN, an inf.
 
     Gradients only where it is finite: what the derivative of relu at NaN is, libraries differ.
@@ -89,7 +89,7 @@ def _with_one(value: float, tensor: Tensor) -> Tensor:
 
 
 @named_check
-def regimes_of_others(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def regimes_of_others(op: Op, sample: Sample) -> None:
     """Each tensor but the first large, with an inf, with a NaN.
 
     Coarsely: how an infinite weight becomes inf or NaN differs from formula to formula, and so does
@@ -108,7 +108,7 @@ def regimes_of_others(op: Op, sample: Sample, device: torch.device, dtype: torch
 
 
 @named_check
-def regimes_in_16_bits(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def regimes_in_16_bits(op: Op, sample: Sample) -> None:
     """Where 16 bits have too few: up to 6e4, gradients of outputs too, and tiny in float16, far
     from zero in bfloat16."""
     args = bound(op, sample)

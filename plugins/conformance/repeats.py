@@ -19,7 +19,6 @@ from trilith.plugins.conformance.support import (
     has_gradient,
     name_of,
     named_check,
-    provider_of,
     random_like,
 )
 from trilith.plugins.op import Op
@@ -27,7 +26,7 @@ from trilith.plugins.spec import Sample
 
 
 @named_check
-def backward_twice(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def backward_twice(op: Op, sample: Sample) -> None:
     """With retain_graph: the same again is bit-equal, and twice the upstream gives twice."""
     args = bound(op, sample)
     if not has_gradient(op, args):
@@ -43,7 +42,7 @@ def backward_twice(op: Op, sample: Sample, device: torch.device, dtype: torch.dt
 
 
 @named_check
-def runs_are_bit_equal(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def runs_are_bit_equal(op: Op, sample: Sample, device: torch.device) -> None:
     args = bound(op, sample)
     upstream = fixed_upstream(op, args)
     first = both(op, args, upstream)
@@ -56,7 +55,7 @@ def runs_are_bit_equal(op: Op, sample: Sample, device: torch.device, dtype: torc
 
 
 @named_check
-def calls_are_apart(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def calls_are_apart(op: Op, sample: Sample) -> None:
     """What a call makes, aux too, is its own: one between its forward and backward changes none."""
     args = bound(op, sample)
     _require_memory_apart(op, args)
@@ -74,7 +73,7 @@ def calls_are_apart(op: Op, sample: Sample, device: torch.device, dtype: torch.d
 
 
 def _require_memory_apart(op: Op, args: Sequence[Any]) -> None:
-    provider = provider_of(op, args)
+    provider = op.choose(*args)
     if provider is None:
         return
     first, second = (op.torch_ops.run_forward(*args, provider) for _ in range(2))

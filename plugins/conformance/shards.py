@@ -37,7 +37,7 @@ _REDUCED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @named_check
-def shards_agree(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def shards_agree(op: Op, sample: Sample, device: torch.device) -> None:
     """Placed as the rules allow, tensors give two ranks what one has of them, gradients too.
 
     No process group is needed, for ranks do not communicate: each has a mesh on which it is alone.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trilith.plugins.arguments import by_name
 from trilith.plugins.autograd import asked_of_backward
 from trilith.plugins.conformance.compare import assert_same, is_differentiable
 from trilith.plugins.op import Op
@@ -66,15 +67,21 @@ def covering(op: Op, samples: Sequence[Sample]) -> list[Sample]:
     return chosen
 
 
-def telling(check: Callable[..., None], subject: Callable[..., str]) -> Callable[..., None]:
-    """The check, with what it was of, and its own name, in whatever goes wrong."""
+def telling(
+    check: Callable[..., None], subject: Callable[..., str], given: list[str]
+) -> Callable[..., None]:
+    """The check, with what it was of, and its own name, in whatever goes wrong.
+
+    It is called with all that is `given`, and takes what it names.
+    """
+    run = by_name(check, given)
 
     @functools.wraps(check)
     def checked(*args: Any) -> None:
         require_assertions()
         torch.manual_seed(1)
         try:
-            check(*args)
+            run(*args)
         except Exception as error:
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
             raise AssertionError(f"{subject(*args)}: {check.__name__}: {kind}{error}") from error
@@ -90,9 +97,10 @@ def require_assertions() -> None:
         )
 
 
-def named_check(function: Check) -> Check:
-    """Names the op, the sample and the check in whatever goes wrong."""
-    return telling(function, lambda op, sample, *_: f"{op.spec.name}({sample})")
+def named_check(function: Callable[..., None]) -> Check:
+    """A check of those of (op, sample, device, dtype) that the function names."""
+    given = ["op", "sample", "device", "dtype"]
+    return telling(function, lambda op, sample, *_: f"{op.spec.name}({sample})", given)
 
 
 def bound(op: Op, sample: Sample) -> list[Any]:
@@ -220,14 +228,14 @@ def fixed_upstream(op: Op, args: Sequence[Any]) -> list[Tensor]:
 
 
 def both(op: Op, args: Sequence[Any], upstream: Sequence[Tensor]) -> Any:
-    if has_gradient(op, args):
-        return gradients_of(op, args, upstream)
-    return as_tuple(op(*args)), [torch.zeros_like(args[i]) for i in floating(args)]
+    """The op's outputs and gradients; of an op without gradients zeros."""
+    return both_of(op, op, args, upstream)
 
 
 def both_of(
     function: Callable[..., Any], op: Op, args: Sequence[Any], upstream: Sequence[Tensor]
 ) -> Any:
+    """The same of a function in the op's place."""
     if has_gradient(op, args):
         return gradients_of(function, args, upstream)
     return as_tuple(function(*args)), [torch.zeros_like(args[i]) for i in floating(args)]
@@ -261,11 +269,7 @@ def assert_all_same(
 
 
 def name_of(op: Op, position: int) -> str:
-    return list(op.signature.parameters)[position]
-
-
-def provider_of(op: Op, args: Sequence[Any]) -> str | None:
-    return op.provider(op.parameters.lead(tuple(args)), tuple(args))
+    return op.parameters.names[position]
 
 
 def has_gradient(op: Op, args: Sequence[Any]) -> bool:

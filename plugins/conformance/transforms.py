@@ -27,7 +27,6 @@ from trilith.plugins.conformance.support import (
     largest,
     name_of,
     named_check,
-    provider_of,
     replaced,
     tensors_of,
 )
@@ -36,7 +35,7 @@ from trilith.plugins.spec import Sample
 
 
 @named_check
-def functorch_transforms(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def functorch_transforms(op: Op, sample: Sample) -> None:
     """torch.func.grad and vmap give what plain calls give."""
     args = bound(op, sample)
     inputs = floating(args)
@@ -71,14 +70,14 @@ def functorch_transforms(op: Op, sample: Sample, device: torch.device, dtype: to
 
 
 @named_check
-def fakes_are_exact(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def fakes_are_exact(op: Op, sample: Sample) -> None:
     """Shapes, dtypes and strides of what the ops return, and of what their fakes say.
 
     None shares memory with an input, the reference's neither: where no kernel runs it is a result.
     """
     args = bound(op, sample)
     _require_fresh_tensors(op, args, as_tuple(op.spec.reference(*args)), "the reference's output")
-    provider = provider_of(op, args)
+    provider = op.choose(*args)
     if provider is None:
         return
     _require_fresh_tensors(op, args, op.torch_ops.run_forward(*args, provider), "forward result")
@@ -90,7 +89,7 @@ def fakes_are_exact(op: Op, sample: Sample, device: torch.device, dtype: torch.d
 
 def require_exact_fakes(op: Op, args: Sequence[Any]) -> dict[int, Tensor]:
     """That results are as their fakes say; the gradients that backward gives, by position."""
-    provider = provider_of(op, args)
+    provider = op.choose(*args)
     if provider is None:
         return {}
     results = op.torch_ops.forward(*args, provider)
@@ -144,10 +143,10 @@ _WITHOUT_COMPARING = (
 
 
 @named_check
-def opcheck(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def opcheck(op: Op, sample: Sample) -> None:
     """torch.library.opcheck on the forward and the backward op."""
     args = [a.detach() if isinstance(a, Tensor) else a for a in bound(op, sample)]
-    provider = provider_of(op, args)
+    provider = op.choose(*args)
     if provider is None:
         return
     _opcheck(op.torch_ops.forward, (*args, provider))
@@ -197,13 +196,13 @@ def _compiled_equals_eager(op: Op, sample: Sample, **options: Any) -> None:
 
 
 @named_check
-def compiles(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def compiles(op: Op, sample: Sample) -> None:
     """torch.compile(fullgraph=True) up to the backend's input, static shapes."""
     _compiled_equals_eager(op, sample, dynamic=False, backend="aot_eager")
 
 
 @named_check
-def compiles_dynamic(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def compiles_dynamic(op: Op, sample: Sample) -> None:
     """The same with every size a symbol."""
     _compiled_equals_eager(op, sample, dynamic=True, backend="aot_eager")
 
@@ -215,9 +214,7 @@ def has_cpp_compiler() -> bool:
 
 
 @named_check
-def compiles_with_inductor(
-    op: Op, sample: Sample, device: torch.device, dtype: torch.dtype
-) -> None:
+def compiles_with_inductor(op: Op, sample: Sample, device: torch.device) -> None:
     """Without Inductor's caches on disk: their keys do not see that a fake has changed.
 
     Passed over for CPU tensors where there is no C++ compiler.
@@ -231,7 +228,7 @@ def compiles_with_inductor(
 
 
 @named_check
-def autocast(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def autocast(op: Op, sample: Sample, device: torch.device) -> None:
     """Under autocast to bfloat16 the op does what its spec says, inputs' gradients included."""
     args = bound(op, sample)
     inputs = floating(args)
@@ -252,7 +249,7 @@ def autocast(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -
 
 
 @named_check
-def checkpointing(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def checkpointing(op: Op, sample: Sample) -> None:
     """Recomputing the forward in backward gives the same bits."""
     from torch.utils.checkpoint import checkpoint
 
@@ -267,7 +264,7 @@ def checkpointing(op: Op, sample: Sample, device: torch.device, dtype: torch.dty
 
 
 @named_check
-def inference_mode(op: Op, sample: Sample, device: torch.device, dtype: torch.dtype) -> None:
+def inference_mode(op: Op, sample: Sample) -> None:
     args = bound(op, sample)
     expected = as_tuple(op(*args))
     with torch.inference_mode():
