@@ -47,13 +47,13 @@ class SelectionKey:
 class Selection:
     """Implementations to try in order; none of them is the reference. `reason` says why so.
 
-    With `by_name`, the one implementation runs or the call raises. `is_choice` tells a reference
-    that was chosen from one that is left over.
+    Where an `asker` named the one implementation, it runs or the call raises. `is_choice` tells a
+    reference that was chosen from one that is left over.
     """
 
     implementations: tuple[Implementation, ...]
     reason: str
-    by_name: bool = False
+    asker: str = ""
     is_choice: bool = True
     first: str | None = field(init=False)
     always: str | None = field(init=False)  # runs whatever the arguments are
@@ -127,7 +127,7 @@ def _by_name(op: Op, key: SelectionKey, provider: str, asker: str) -> Selection:
     refusal = found.refusal(key.device, key.dtype)
     if refusal is not None:
         raise NotImplementedError(f"{op.spec.name}: {asker} names {provider!r}, which {refusal}")
-    return Selection((found,), reason, by_name=True)
+    return Selection((found,), reason, asker)
 
 
 def providers(op: Op) -> list[str]:
@@ -140,13 +140,15 @@ def supporting(op: Op, selection: Selection, args: tuple[object, ...]) -> str | 
     for candidate in selection.implementations:
         if candidate.supports is None or _asked(op, candidate, args):
             return candidate.provider
-    if selection.by_name:
-        provider = selection.implementations[0].provider
-        raise NotImplementedError(
-            f"{op.spec.name}: {selection.reason.removesuffix(' names it')} names {provider!r}, "
-            "whose supports() refuses these arguments"
-        )
+    _require_unnamed(op, selection, "refuses these arguments")
     return None
+
+
+def _require_unnamed(op: Op, selection: Selection, why: str) -> None:
+    if selection.asker:
+        raise NotImplementedError(
+            f"{op.spec.name}: {selection.asker} names {selection.first!r}, whose supports() {why}"
+        )
 
 
 def _asked(op: Op, candidate: Implementation, args: tuple[object, ...]) -> bool:
@@ -166,12 +168,7 @@ def traceable(op: Op, selection: Selection) -> str | None:
     for candidate in selection.implementations:
         if candidate.supports is None:
             return candidate.provider
-    if selection.by_name:
-        provider = selection.implementations[0].provider
-        raise NotImplementedError(
-            f"{op.spec.name}: {selection.reason.removesuffix(' names it')} names {provider!r}, "
-            "whose supports() cannot see the arguments under torch.compile"
-        )
+    _require_unnamed(op, selection, "cannot see the arguments under torch.compile")
     return None
 
 
