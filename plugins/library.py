@@ -143,7 +143,7 @@ class TorchOps:
             own = self._op.lowered(lead.device.type, own)
             with torch.autocast(lead.device.type, enabled=False):
                 return self.forward(*own, *args[self._arity :])
-        if torch.is_grad_enabled() and any(_wants_gradient(args[i]) for i in self._tensors):
+        if torch.is_grad_enabled() and self._op.wants_gradient(own):
             return list(self._op.function_of_fwd.apply(args[self._arity], False, *own))
         if self._op.is_ordinary(own):
             return self.run_forward(*args)
@@ -218,10 +218,6 @@ class TorchOps:
                 grad = like.new_zeros(like.shape)
             found.append(grad)
         return found
-
-
-def _wants_gradient(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
 
 
 def is_watched() -> bool:

@@ -183,7 +183,7 @@ class Op:
             if _is_dynamo_compiling():
                 return self.spec.reference(*args)  # no guard on what `wire` swaps
             return self._reference(*args)
-        if torch.is_grad_enabled() and self._wants_gradient(args):
+        if torch.is_grad_enabled() and self.wants_gradient(args):
             apply = self._apply if is_ordinary else self._function.apply
             return apply(provider, is_ordinary, *args)
         if is_ordinary:
@@ -366,7 +366,7 @@ class Op:
                 "thread's use_implementation; compile once for each thread"
             )
 
-    def _wants_gradient(self, args: tuple[Any, ...]) -> bool:
+    def wants_gradient(self, args: tuple[Any, ...]) -> bool:
         for i in self._tensors:  # any() over a generator takes three times as long
             tensor = args[i]
             if tensor is not None and tensor.requires_grad:
