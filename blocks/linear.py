@@ -76,32 +76,24 @@ def linear_act(
     linear: nn.Module,
     x: Tensor,
     activation: str,
-    *,
     p: float,
-    training: bool,
     product: Callable[[Tensor, Tensor], Tensor] = F.linear,
 ) -> Tensor:
     """dropout(activation(linear(x))); where kernels run, the activation's pass adds the bias.
 
     Elsewhere the matrix product adds the bias at no cost, and adding it apart would be a pass more.
-    `product` takes x and linear's weight where it may be read.
+    `p` is 0 where nothing is dropped, as in evaluation; `product` takes x and linear's weight where
+    it may be read.
     """
     if kernels_run(x) and plain_linear(linear):
-        return _act(product(x, linear.weight), linear.bias, activation, p if training else 0.0)
-    return _act(linear(x), None, activation, p if training else 0.0)
+        return _act(product(x, linear.weight), linear.bias, activation, p)
+    return _act(linear(x), None, activation, p)
 
 
 def act_linear(
-    x: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    linear: nn.Module,
-    *,
-    p: float,
-    training: bool,
+    x: Tensor, bias: Tensor | None, activation: str, linear: nn.Module, p: float
 ) -> Tensor:
     """linear(dropout(activation(x + bias)))."""
-    p = p if training else 0.0
     parts = (BIAS_ACT, DROPOUT) if p else (BIAS_ACT,)
     if kernels_run(x) and plain_linear(linear) and may_fuse(BIAS_ACT_LINEAR, x, *parts):
         return bias_act_linear(x, bias, linear.weight, linear.bias, activation, p=p)

@@ -68,10 +68,10 @@ class MLP(nn.Module):
         return self._act_down(hidden, cast("Tensor | None", self.up.bias) if named else None)
 
     def _act_down(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
-        p, training = self.dropout, self.training
         if isinstance(self.activation, str):
-            return act_linear(hidden, bias, self.activation, self.down, p=p, training=training)
-        return self.down(dropout(self.activation(hidden), p, training))
+            p = self.dropout if self.training else 0.0
+            return act_linear(hidden, bias, self.activation, self.down, p)
+        return self.down(dropout(self.activation(hidden), self.dropout, self.training))
 
     def extra_repr(self) -> str:
         return _repr(self.activation, self.dropout)

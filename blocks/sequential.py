@@ -62,7 +62,7 @@ def _activated(modules: list[nn.Module], x: Tensor, product: Any) -> Tensor:
     assert name is not None
     drops = len(modules) == 3 and modules[2].training
     p = float(modules[2].p) if drops else 0.0  # type: ignore[arg-type]
-    return linear_act(modules[0], x, name, p=p, training=drops, product=product)
+    return linear_act(modules[0], x, name, p, product)
 
 
 def _norm_and_linear(modules: list[nn.Module], at: int) -> bool:

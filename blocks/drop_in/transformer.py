@@ -184,7 +184,7 @@ def _feed_forward(
 ) -> Tensor:
     name, dropout = kernel_name(layer.activation), layer.dropout
     if name is not None and plain_dropout(dropout):
-        hidden = linear_act(layer.linear1, x, name, p=dropout.p, training=dropout.training)
+        hidden = linear_act(layer.linear1, x, name, dropout.p if dropout.training else 0.0)
     else:
         hidden = dropout(layer.activation(layer.linear1(x)))
     return layer.linear2(hidden)
