@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,19 +32,14 @@ class FusedLossClass(type):
     output: type
 
 
-def fused_loss_class(base: type[nn.Module], output: type) -> FusedLossClass:
+@functools.cache
+def fused_loss_class(base: Any, output: Any) -> FusedLossClass:
     """A subclass of `base`, by its name, that in training makes the loss without the logits.
 
     Its forward takes one argument more: `logits=True` asks for the logits too, which then are made
     by the model's own forward, and so are they in eval, without labels, with `logits_to_keep`, and
     where the head must be called (LoRA, hooks, a sharded head).
     """
-    made: FusedLossClass = cast(Any, _made)(base, output)
-    return made
-
-
-@functools.cache
-def _made(base: Any, output: Any) -> FusedLossClass:
     own = base.forward
     order = [name for name in inspect.signature(own).parameters if name != "self"]
     fields = [field.name for field in dataclasses.fields(output)]  # which Dynamo cannot trace
