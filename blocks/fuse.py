@@ -6,7 +6,6 @@ place stay what they were, so state dicts, optimizers, sharing and wrappers don'
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,13 +54,13 @@ class FuseReport:
         return [entry for entry in self.entries if entry.became is None]
 
     def __str__(self) -> str:
-        groups = Counter((e.was, e.became or "left", e.why) for e in self.entries)
-        first = {(e.was, e.became or "left", e.why): e.name for e in reversed(self.entries)}
+        names: dict[tuple[str, str, str], list[str]] = {}  # of the layers that share a row
+        for e in self.entries:
+            names.setdefault((e.was, e.became or "left", e.why), []).append(e.name or "(model)")
         rows = [("layer", "became", "count", "first", "why")]
-        for group, count in sorted(
-            groups.items(), key=lambda item: (item[0][1] == "left", item[0])
-        ):
-            rows.append((group[0], group[1], str(count), first[group] or "(model)", group[2]))
+        for was, became, why in sorted(names, key=lambda row: (row[1] == "left", row)):
+            alike = names[was, became, why]
+            rows.append((was, became, str(len(alike)), alike[0], why))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         return "\n".join(
             "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]).rstrip()

@@ -47,10 +47,10 @@ def gradcheck(module: nn.Module, x: Tensor) -> bool:
     checked = {name: p for name, p in module.named_parameters() if p.requires_grad}
     inputs = {"x": x.detach().double(), **{f"parameter {n}": p for n, p in checked.items()}}
 
-    for wrong in inputs:
+    for varied in inputs:
 
-        def forward(value: Tensor, wrong: str = wrong) -> Any:
-            values = [value if name == wrong else t.detach() for name, t in inputs.items()]
+        def forward(value: Tensor, varied: str = varied) -> Any:
+            values = [value if name == varied else t.detach() for name, t in inputs.items()]
             parameters = dict(zip(checked, values[1:], strict=True))
             buffers = {name: b.clone() for name, b in module.named_buffers()}
             with torch.random.fork_rng():
@@ -58,8 +58,8 @@ def gradcheck(module: nn.Module, x: Tensor) -> bool:
                 return functional_call(module, {**frozen, **parameters, **buffers}, (values[0],))
 
         try:
-            torch.autograd.gradcheck(forward, (inputs[wrong].detach().requires_grad_(),))
+            torch.autograd.gradcheck(forward, (inputs[varied].detach().requires_grad_(),))
         except GradcheckError as error:
             kind = type(module).__name__
-            raise GradcheckError(f"gradcheck: {kind}: the gradient of {wrong}: {error}") from error
+            raise GradcheckError(f"gradcheck: {kind}: the gradient of {varied}: {error}") from error
     return True

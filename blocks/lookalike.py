@@ -130,12 +130,13 @@ def gated_mlp(module: nn.Module) -> bool:
     act = children["act_fn"]
     if act is None or kernel_name(act) is None and known_activation(act) is None:
         return False
-    linears: dict[str, nn.Module | None] = {}
+    parts: dict[str, nn.Module | None] = {"act_fn": act}
+    steps = torch.arange(_PROBE_DIM**2, dtype=torch.float32).view(_PROBE_DIM, -1)
     for shift, name in enumerate(("gate_proj", "up_proj", "down_proj")):
-        linears[name] = nn.utils.skip_init(nn.Linear, _PROBE_DIM, _PROBE_DIM, bias=False)
-        steps = torch.arange(_PROBE_DIM**2, dtype=torch.float32).view(_PROBE_DIM, -1)
-        linears[name].weight.data = torch.sin(steps + shift)  # type: ignore[union-attr]
-    probe = _with(module, modules={**linears, "act_fn": act})
+        linear = nn.utils.skip_init(nn.Linear, _PROBE_DIM, _PROBE_DIM, bias=False)
+        linear.weight.data = torch.sin(steps + shift)
+        parts[name] = linear
+    probe = _with(module, modules=parts)
     x = torch.linspace(-2, 3, 2 * _PROBE_DIM).view(2, -1)
     return all(_agree(GatedMLP, probe, size * x, terms=size**2) for size in (1.0, _LARGE))
 
