@@ -21,6 +21,10 @@ _WHEN_THE_REFERENCE_RUNS = "for empty tensors, torch.func transforms, double bac
 def _nothing() -> None: ...
 
 
+def _owner(op: Op) -> str:
+    return op.owner_of(op.spec.provider)
+
+
 class UnknownOpError(KeyError):
     """No plugin has registered an op of this name so far."""
 
@@ -45,16 +49,16 @@ class Registry:
         self.vote: Vote | None = None
         self.before_lookup: Callable[[], None] = _nothing
         self._ops: dict[str, Op] = {}
-        self._modules: dict[tuple[str, str], ModuleSpec] = {}
-        self._score_mods: dict[str, ScoreMod] = {}
-        self._owners: dict[Any, str] = {}
-        self._made: set[str] = set()
+        self._made: set[str] = set()  # the ops that were made here, of an OpSpec
+        # Each with its owner, the plugin that brought it; an op knows its own.
+        self._modules: dict[tuple[str, str], tuple[ModuleSpec, str]] = {}
+        self._score_mods: dict[str, tuple[ScoreMod, str]] = {}
 
     def add_op(self, spec: OpSpec | Op, owner: str = "trilith") -> Op:
         name = spec.spec.name if isinstance(spec, Op) else spec.name
         if name in self._ops:
             raise ValueError(
-                f"op {name} of {owner} is already defined by {self._owners[name]}; "
+                f"op {name} of {owner} is already defined by {_owner(self._ops[name])}; "
                 "register an Implementation to replace how it runs"
             )
         if isinstance(spec, Op):
@@ -64,7 +68,6 @@ class Registry:
             self._made.add(name)
         op.adopt(owner, self.vote)
         self._ops[name] = op
-        self._owners[name] = owner
         return op
 
     def add_implementation(self, implementation: Implementation, owner: str = "trilith") -> None:
@@ -77,24 +80,22 @@ class Registry:
         if key in self._modules:
             raise ValueError(
                 f"{spec.slot} {spec.name!r} of {owner} is already defined by "
-                f"{self._owners[key]}; choose another name"
+                f"{self._modules[key][1]}; choose another name"
             )
-        self._modules[key] = spec
-        self._owners[key] = owner
+        self._modules[key] = spec, owner
 
     def add_score_mod(self, spec: ScoreMod, owner: str = "trilith") -> None:
         if spec.name in self._score_mods:
             raise ValueError(
                 f"score mod {spec.name} of {owner} is already defined by "
-                f"{self._owners['score_mod', spec.name]}; choose another name"
+                f"{self._score_mods[spec.name][1]}; choose another name"
             )
-        self._score_mods[spec.name] = spec
-        self._owners["score_mod", spec.name] = owner
+        self._score_mods[spec.name] = spec, owner
 
     def require_parts(self, owner: str) -> None:
         """That there are the ops which those of a plugin name as their parts."""
         for op in self._ops.values():
-            for part in op.spec.parts if self._owners[op.spec.name] == owner else ():
+            for part in op.spec.parts if _owner(op) == owner else ():
                 if part not in self._ops:
                     raise UnknownOpError(f"{op.spec.name}: parts names {self._unknown(part)}")
 
@@ -103,15 +104,11 @@ class Registry:
 
         The ops stay whole, because somebody may hold them, but their names are free again.
         """
-        for key in [key for key, of in self._owners.items() if of == owner]:
-            del self._owners[key]
-            if isinstance(key, str):
-                self._ops.pop(key).abandoned = True
-                self._made.discard(key)
-            elif key[0] == "score_mod":
-                del self._score_mods[key[1]]
-            else:
-                del self._modules[key]
+        for name in [name for name, op in self._ops.items() if _owner(op) == owner]:
+            self._ops.pop(name).abandoned = True
+            self._made.discard(name)
+        self._modules = {key: own for key, own in self._modules.items() if own[1] != owner}
+        self._score_mods = {key: own for key, own in self._score_mods.items() if own[1] != owner}
         for op in self._ops.values():
             for provider in [i.provider for i in op.implementations]:
                 if op.owner_of(provider) == owner:
@@ -123,13 +120,15 @@ class Registry:
         if name not in self._score_mods:
             known = ", ".join(sorted(self._score_mods)) or "none"
             raise KeyError(f"no score mod {name!r}; registered are: {known}")
-        return self._score_mods[name]
+        return self._score_mods[name][0]
+
+    def score_mods(self) -> list[tuple[ScoreMod, str]]:
+        """All of them, each with the plugin that brought it."""
+        self.before_lookup()
+        return [self._score_mods[name] for name in sorted(self._score_mods)]
 
     def score_mod_names(self, owner: str | None = None) -> list[str]:
-        self.before_lookup()
-        return sorted(
-            n for n in self._score_mods if owner is None or self._owners["score_mod", n] == owner
-        )
+        return [spec.name for spec, of in self.score_mods() if owner in (None, of)]
 
     def op(self, name: str | Op) -> Op:
         """The op of a name; an op itself is taken as it is, whoever made it."""
@@ -152,42 +151,36 @@ class Registry:
 
     def op_names(self, owner: str | None = None) -> list[str]:
         self.before_lookup()
-        return sorted(n for n in self._ops if owner is None or self._owners[n] == owner)
+        return sorted(n for n, op in self._ops.items() if owner in (None, _owner(op)))
 
     def ops(self) -> list[Op]:
         return [self._ops[name] for name in self.op_names()]
 
     def build_module(self, slot: str, name: str, config: Any) -> torch.nn.Module:
         self.before_lookup()
-        spec = self._modules.get((slot, name))
-        if spec is None:
+        if (slot, name) not in self._modules:
             raise KeyError(f"no {slot} {name!r}; there are: {', '.join(self.module_names(slot))}")
+        spec, owner = self._modules[slot, name]
         try:
             module = spec.build(config)
         except TypeError as error:
             raise TypeError(
-                f"{slot} {name!r} of {self._owners[slot, name]}: build is given the whole "
+                f"{slot} {name!r} of {owner}: build is given the whole "
                 f"{type(config).__name__}, and said: {error}"
             ) from error
         if not isinstance(module, torch.nn.Module):
             raise TypeError(
-                f"{slot} {name!r} of {self._owners[slot, name]}: build must return an nn.Module, "
-                f"got {module!r}"
+                f"{slot} {name!r} of {owner}: build must return an nn.Module, got {module!r}"
             )
         return module
 
     def modules(self) -> list[tuple[ModuleSpec, str]]:
         """All of them, each with the plugin that brought it."""
         self.before_lookup()
-        return [(self._modules[key], self._owners[key]) for key in sorted(self._modules)]
+        return [self._modules[key] for key in sorted(self._modules)]
 
     def module_names(self, slot: str, owner: str | None = None) -> list[str]:
-        self.before_lookup()
-        return sorted(
-            n
-            for s, n in self._modules
-            if s == slot and (owner is None or self._owners[s, n] == owner)
-        )
+        return [m.name for m, of in self.modules() if m.slot == slot and owner in (None, of)]
 
     def forget_selections(self) -> None:
         """Every op chooses anew."""
@@ -203,8 +196,7 @@ class Registry:
         destroyed.
         """
         before = op_module.defined()
-        ops, modules, owners = dict(self._ops), dict(self._modules), dict(self._owners)
-        score_mods = dict(self._score_mods)
+        ops, modules, score_mods = dict(self._ops), dict(self._modules), dict(self._score_mods)
         implementations = {name: list(op.implementations) for name, op in ops.items()}
         try:
             yield
@@ -218,8 +210,7 @@ class Registry:
             for name, kept in implementations.items():
                 for implementation in [i for i in ops[name].implementations if i not in kept]:
                     ops[name].remove_implementation(implementation.provider)
-            self._ops, self._modules, self._owners = ops, modules, owners
-            self._score_mods = score_mods
+            self._ops, self._modules, self._score_mods = ops, modules, score_mods
             raise
 
     def explain(self, op: str | Op, device: torch.device, dtype: torch.dtype) -> str:
@@ -237,8 +228,7 @@ class Registry:
             lines.append("  why: no implementation can run there")
         else:
             lines.append(f"  why: {found.reason}")
-        first = next((i.provider for i in found.implementations), "the reference (PyTorch)")
-        lines.append(f"  takes: {first}")
+        lines.append(f"  takes: {found.first or 'the reference (PyTorch)'}")
         return "\n".join([*lines, *self._fusions(op, device, dtype)])
 
     def _fusions(self, op: Op, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -252,11 +242,12 @@ class Registry:
             ("done in blocks by", "not done in blocks by", inside),
             ("stands in blocks for", "stands not in blocks for", instead),
         ):
-            yes, no = (", ".join(n for n, taken in found if taken is t) for t in (True, False))
-            lines += [f"  {said}: {yes}"] if yes else []
-            lines += (
-                [f"  {otherwise}: {no} (who runs the part is not who runs the whole)"] if no else []
-            )
+            yes = ", ".join(name for name, taken in found if taken)
+            no = ", ".join(name for name, taken in found if not taken)
+            if yes:
+                lines.append(f"  {said}: {yes}")
+            if no:
+                lines.append(f"  {otherwise}: {no} (who runs the part is not who runs the whole)")
         return lines
 
 

@@ -110,22 +110,18 @@ def default_device() -> torch.device:
 
 def named_score_mods(manager: Manager, name: str) -> list[ScoreMod]:
     """The score mod of a name, or those of a vendor, plugin or distribution."""
-    registry = manager.registry
-    found = []
-    for plugin in manager.loaded:
-        for mod in registry.score_mod_names(owner=plugin):
-            if name in {mod, mod.partition(".")[0], plugin, *plugin.split(":")}:
-                found.append(registry.score_mod(mod))
-    return found
+    return [mod for mod, owner in manager.registry.score_mods() if _means(name, mod.name, owner)]
 
 
 def named_modules(manager: Manager, name: str) -> list[tuple[ModuleSpec, str]]:
     """The modules of a name, or those of a vendor, plugin or distribution, and whose they are."""
-    return [
-        (spec, owner)
-        for spec, owner in manager.registry.modules()
-        if name in {spec.name, spec.name.partition(".")[0], owner, *owner.split(":")}
-    ]
+    found = manager.registry.modules()
+    return [(spec, owner) for spec, owner in found if _means(name, spec.name, owner)]
+
+
+def _means(name: str, own: str, owner: str) -> bool:
+    """Whether it is a thing's own name, that of its vendor, or of the plugin that brought it."""
+    return name in {own, own.partition(".")[0], owner, *owner.split(":")}
 
 
 def named_ops(manager: Manager, name: str, required: bool = True) -> list[Op]:

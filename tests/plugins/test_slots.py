@@ -141,8 +141,7 @@ def bring(monkeypatch):
     Our own ops run as their references: the interpreter has nothing to add here.
     """
     registry.before_lookup()
-    for field in ("_modules", "_owners"):
-        monkeypatch.setattr(registry, field, dict(getattr(registry, field)))
+    monkeypatch.setattr(registry, "_modules", dict(registry._modules))
     monkeypatch.setattr(registry, "vote", registry.vote)
     manager = Manager(registry)
 
