@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from trilith.plugins import selection
+from trilith.plugins.dynamo import assume_constant_result
 from trilith.plugins.selection import Selection, SelectionKey
-from trilith.plugins.tracing import assume_constant_result
 
 if TYPE_CHECKING:
     from trilith.plugins.op import Op

@@ -21,11 +21,11 @@ from torch import Tensor
 from trilith.plugins import naming, selection, sharding
 from trilith.plugins.autocast import autocasts, is_any_autocast_enabled
 from trilith.plugins.autograd import autograd_function, function_of_fwd
+from trilith.plugins.dynamo import assume_constant_result
 from trilith.plugins.library import TorchOps, as_tuple, is_watched, outputs_of
 from trilith.plugins.parameters import Parameters
 from trilith.plugins.selection import Selection, SelectionKey, Vote
 from trilith.plugins.spec import Implementation, OpSpec
-from trilith.plugins.tracing import assume_constant_result
 
 # A name of this module is found faster than one of torch's, in what every call does.
 _transforms_are_active = torch._C._are_functorch_transforms_active

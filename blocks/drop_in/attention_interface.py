@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trilith.kernels import attention, decode_attention, varlen_attention
-from trilith.plugins.tracing import assume_constant_result
+from trilith.plugins.dynamo import assume_constant_result
 
 NAME = "trilith"
 _CAUSAL, _WINDOWED = torch.uint8, torch.int8  # dtypes of masks by rule

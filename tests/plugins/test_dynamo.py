@@ -1,6 +1,6 @@
 import torch
 
-from trilith.plugins.tracing import assume_constant_result
+from trilith.plugins.dynamo import assume_constant_result
 
 
 def test_a_constant_result_is_marked_as_torch_marks_it():
