@@ -82,7 +82,7 @@ class _Bands(TorchDispatchMode):
         return result
 
     def around(self, tensor: Tensor) -> Tensor:
-        extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        extent = _extent(tensor)
         with torch.utils._python_dispatch._disable_current_modes():
             wide = torch.full(
                 (extent + 2 * _BAND,), _filler(tensor), dtype=tensor.dtype, device=tensor.device
@@ -133,7 +133,8 @@ class Launch:
 def _extents(tensors: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """Starts and ends of the memory that tensors span, ascending and apart; never empty."""
     apart: list[list[int]] = [[0, 0]]
-    for start, end in sorted((t.data_ptr(), t.data_ptr() + _extent(t)) for t in tensors):
+    spans = [(t.data_ptr(), t.data_ptr() + _extent(t) * t.element_size()) for t in tensors]
+    for start, end in sorted(spans):
         if start <= apart[-1][1]:
             apart[-1][1] = max(end, apart[-1][1])
         else:
@@ -143,11 +144,10 @@ def _extents(tensors: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
+    """Elements from the first one to the last, of memory."""
     if not tensor.numel():
         return 0
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return (1 + sum((n - 1) * s for n, s in steps)) * tensor.element_size()
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @contextmanager

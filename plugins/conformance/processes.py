@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,8 +105,7 @@ def _ask(question: dict[str, Any]) -> dict[str, Any] | None:
     child = _child()
     assert child.stdin is not None
     assert child.stdout is not None
-    child.stdin.write(json.dumps(question) + "\n")
-    child.stdin.flush()
+    print(json.dumps(question), file=child.stdin, flush=True)
     line = child.stdout.readline()
     assert line, f"another process ended with status {child.wait()}"
     return json.loads(line)
@@ -119,12 +118,7 @@ def serve() -> None:
     os.dup2(2, 1)
     manager.load()
     for line in sys.stdin:
-        _tell(answers, _answer(**json.loads(line)))
-
-
-def _tell(to: TextIO, answer: dict[str, Any] | None) -> None:
-    to.write(json.dumps(answer) + "\n")
-    to.flush()
+        print(json.dumps(_answer(**json.loads(line))), file=answers, flush=True)
 
 
 def _answer(
