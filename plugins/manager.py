@@ -216,9 +216,7 @@ class Manager:
     def _having(self, hook: str) -> list[tuple[str, Any]]:
         """Names and plugins that implement a hook, in pluggy's order of calling."""
         found = getattr(self._pluggy.hook, hook).get_hookimpls()
-        return [(implementation.plugin_name, implementation.plugin) for implementation in found][
-            ::-1
-        ]
+        return [(own.plugin_name, own.plugin) for own in reversed(found)]
 
     def vote(
         self, op: str, key: SelectionKey, candidates: tuple[Implementation, ...]

@@ -1,7 +1,7 @@
 """Ops that write into their arguments, as torch ops that torch.compile knows how to order.
 
-Such an op returns nothing and has no
-gradient; what it means is its reference, which writes in place too.
+Such an op returns nothing and has no gradient; what it means is its reference, which writes in
+place too.
 """
 
 from __future__ import annotations
