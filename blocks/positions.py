@@ -24,7 +24,7 @@ class Rotary(nn.Module):
         base: the slowest pair turns by 1 / base of the fastest's angle, nearly.
 
     Raises:
-        ValueError: head_dim is odd; called, T is more than max_len.
+        ValueError: head_dim is odd, or base not positive; called, T is more than max_len.
     """
 
     acts_on = "heads"
@@ -36,6 +36,8 @@ class Rotary(nn.Module):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"Rotary: head_dim must be even, got {head_dim}")
+        if not base > 0:  # its powers would be NaN
+            raise ValueError(f"Rotary: base must be positive, got {base}")
         self.head_dim = head_dim
         self.max_len = max_len
         self.base = base

@@ -91,6 +91,8 @@ def test_too_long_for_rotary_is_refused():
 
 
 def test_odd_sizes_are_refused():
+    with pytest.raises(ValueError, match="base must be positive, got -1.0"):
+        Rotary(4, 4, base=-1.0)
     with pytest.raises(ValueError, match="head_dim must be even, got 5"):
         Rotary(5, 4)
     with pytest.raises(ValueError, match="dim must be even, got 5"):
