@@ -160,7 +160,7 @@ class _Cached:
             self.starts = torch.zeros(len(new), dtype=torch.long, device=padded.device)
         for _, cache in self.caches:
             cache.expect(counts)
-        with _evaluating(self.model), self._attached():
+        with evaluating(self.model), self._attached():
             hidden = self.model.hidden(padded)
             taken: Tensor | int = padded.shape[1]
             last = hidden[:, -1]
@@ -196,7 +196,7 @@ class _Whole:
         pairs = zip(self.texts or [tokens[:0] for tokens in new], new, strict=True)
         self.texts = [torch.cat(pair) for pair in pairs]
         found: dict[int, Tensor] = {}
-        with _evaluating(self.model):
+        with evaluating(self.model):
             for length in sorted({len(text) for text in self.texts}):
                 rows = [i for i, text in enumerate(self.texts) if len(text) == length]
                 hidden = self.model.hidden(torch.stack([self.texts[i] for i in rows]))
@@ -205,7 +205,7 @@ class _Whole:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; each module's own mode comes back."""
     training = [module for module in model.modules() if module.training]
     try:

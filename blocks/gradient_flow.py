@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from trilith.blocks.generation import evaluating
 from trilith.blocks.mlp import MLP, GatedMLP
 from trilith.blocks.spectrum import spectrum
 
@@ -99,8 +100,9 @@ def gradient_flow(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Grad
             `lambda model: cross_entropy(model(x), targets)`.
 
     Raises:
-        ValueError: the loss is not a scalar with a gradient.
-        TypeError: loss cannot be called.
+        ValueError: the loss is not a scalar with a gradient, or the model has no parameters that
+            require one.
+        TypeError: loss cannot be called, or returns no tensor.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
@@ -112,15 +114,22 @@ def gradient_flow(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Grad
             f"gradient_flow: loss must be callable as loss(model), got {type(loss).__name__}; "
             "give `lambda model: ...`"
         )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("gradient_flow: model must have parameters that require gradients")
     recorder = _Recorder(model, _blocks(model))
     with recorder.hooked():
         value = loss(model)
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"gradient_flow: loss must return a tensor, got {type(value).__name__}; leave its "
+                "item() out"
+            )
         if value.numel() != 1 or not value.requires_grad:
             raise ValueError(
                 "gradient_flow: loss must return a scalar that requires a gradient, "
                 f"got shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
             )
-        trained = [p for p in model.parameters() if p.requires_grad]
         found = torch.autograd.grad(value, trained, allow_unused=True)
         gradients: dict[int, Tensor | None] = dict(zip(map(id, trained), found, strict=True))
     return GradientFlow(tuple(recorder.row(call, gradients) for call in recorder.calls))
@@ -194,7 +203,7 @@ class _Recorder:
         found = [_norm(gradient) for gradient in own if gradient is not None]
         singular, radius = math.nan, math.nan
         if call.x is not None:
-            with _evaluated(call.module), sdpa_kernel(SDPBackend.MATH):
+            with evaluating(call.module), sdpa_kernel(SDPBackend.MATH):
                 singular, radius = spectrum(_widened(call.module), call.x)
         return Layer(
             call.name,
@@ -227,23 +236,9 @@ def _widened(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).float() if narrow else module
 
 
-@contextmanager
-def _evaluated(module: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
-
-
 def _norm(t: Tensor) -> float:
-    return torch.linalg.vector_norm(t.detach(), dtype=_wide(t)).item()
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
+    wide = torch.promote_types(t.dtype, torch.float32)
+    return torch.linalg.vector_norm(t.detach(), dtype=wide).item()
 
 
 def _dead(out: Tensor) -> float:

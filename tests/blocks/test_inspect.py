@@ -195,7 +195,16 @@ def test_loss_must_be_a_scalar_with_a_gradient():
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="scalar"):
         trilith.inspect.gradient_flow(model, lambda m: m(torch.zeros(1, 2)))
+    with pytest.raises(TypeError, match=r"loss must return a tensor, got float; leave its item\(\)"):
+        trilith.inspect.gradient_flow(model, lambda m: m(torch.zeros(1, 2)).sum().item())
     assert not model._forward_hooks
+
+
+def test_a_model_without_trained_parameters_is_refused():
+    model = nn.Linear(2, 2).requires_grad_(False)
+    x = torch.zeros(1, 2, requires_grad=True)
+    with pytest.raises(ValueError, match="model must have parameters that require gradients"):
+        trilith.inspect.gradient_flow(model, lambda m: m(x).sum())
 
 
 def test_jacobian_of_a_linear_layer_is_its_weight():
