@@ -306,6 +306,8 @@ def explain(
 
     The device is the GPU by default, the CPU where there is none.
     """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"explain: dtype must be a torch.dtype, got {dtype!r}")
     manager.load()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return registry.explain(op, torch.device(device), dtype)

@@ -108,8 +108,7 @@ class Implementation:
     priority: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.op, str):
-            raise TypeError(f"Implementation: op must be a name like 'a::b', got {self.op!r}")
+        _require_names("Implementation", op=self.op, provider=self.provider)
         who = f"Implementation of {self.op} by {self.provider!r}"
         pair = {"forward": self.forward, "backward": self.backward}
         _require_functions(who, optional=True, supports=self.supports, **pair)
@@ -216,6 +215,7 @@ class OpSpec:
     dtypes: tuple[torch.dtype, ...] | None = HALF_AND_SINGLE
 
     def __post_init__(self) -> None:
+        _require_names("OpSpec", name=self.name)
         namespace, sep, op = self.name.partition("::")
         if not (sep and namespace.isidentifier() and op.isidentifier()):
             raise ValueError(f"OpSpec: name must be 'namespace::op', got {self.name!r}")
@@ -242,6 +242,13 @@ class OpSpec:
     @property
     def provider(self) -> str:
         return self.name.partition("::")[0]
+
+
+def _require_names(who: str, **given: Any) -> None:
+    """Names are sorted and joined with those of all other plugins."""
+    for field, name in given.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{who}: {field} must be a str, got {name!r}")
 
 
 def _require_functions(who: str, *, optional: bool = False, **given: Any) -> None:
@@ -290,8 +297,10 @@ class ScoreMod:
     reference: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
     def __post_init__(self) -> None:
+        _require_names("ScoreMod", name=self.name)
         if not re.fullmatch(r"\w+(\.\w+)+", self.name):
             raise ValueError(f"ScoreMod: name must be 'vendor.name', got {self.name!r}")
+        _require_functions(f"ScoreMod {self.name!r}", reference=self.reference)
 
 
 @dataclass(frozen=True)
@@ -303,6 +312,7 @@ class ModuleSpec:
     build: Callable[[Any], nn.Module]
 
     def __post_init__(self) -> None:
+        _require_names("ModuleSpec", name=self.name)
         if self.slot not in SLOTS:
             raise ValueError(
                 f"ModuleSpec {self.name!r}: slot must be one of {SLOTS}, got {self.slot!r}"

@@ -195,7 +195,7 @@ def test_loss_must_be_a_scalar_with_a_gradient():
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="scalar"):
         trilith.inspect.gradient_flow(model, lambda m: m(torch.zeros(1, 2)))
-    with pytest.raises(TypeError, match=r"loss must return a tensor, got float; leave its item\(\)"):
+    with pytest.raises(TypeError, match=r"loss must return a tensor, got float; leave its item"):
         trilith.inspect.gradient_flow(model, lambda m: m(torch.zeros(1, 2)).sum().item())
     assert not model._forward_hooks
 

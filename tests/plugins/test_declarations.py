@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trilith.kernels import launch
-from trilith.plugins import Implementation, Op, OpSpec, Sample
+from trilith.plugins import Implementation, ModuleSpec, Op, OpSpec, Sample, ScoreMod
 from trilith.plugins.selection import forced
 
 CPU = torch.device("cpu")
@@ -61,7 +61,8 @@ def test_a_spec_is_refused_when_it_is_made(given, error, message):
     ("given", "message"),
     [
         ({"devices": ("gpu",)}, "devices must be types that torch.device.. knows"),
-        ({"op": SPEC}, "op must be a name like 'a::b', got OpSpec"),
+        ({"op": SPEC}, "op must be a str, got OpSpec"),
+        ({"provider": 3}, "provider must be a str, got 3"),
         ({"dtypes": torch.float32}, "dtypes must be a tuple of dtype, got torch.float32"),
         ({"devices": None}, "devices must be a tuple of str, got None"),
     ],
@@ -70,6 +71,20 @@ def test_an_implementation_is_refused_when_it_is_made(given, message):
     fields: dict[str, Any] = {"op": SPEC.name, "provider": "other", "forward": forward}
     with pytest.raises((TypeError, ValueError), match=message):
         Implementation(**{**fields, "backward": None, **given})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replace(SPEC, name=3), "OpSpec: name must be a str, got 3"),
+        (lambda: ModuleSpec("norm", 3, build=nn.Identity), "ModuleSpec: name must be a str, got 3"),
+        (lambda: ScoreMod(3, forward, forward, forward), "ScoreMod: name must be a str, got 3"),
+        (lambda: ScoreMod("a.b", forward, forward, 2), "'a.b': reference must be a function"),
+    ],
+)
+def test_what_would_break_a_list_of_names_is_refused_when_it_is_made(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("around", [nullcontext, lambda: torch.autocast("cpu")])

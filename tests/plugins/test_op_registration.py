@@ -233,6 +233,11 @@ def test_explain_takes_an_op_that_no_plugin_brought(make):
     assert trilith.explain(op, "cpu").startswith(f"{op.spec.name} on cpu")
 
 
+def test_explain_takes_no_dtype_for_another():
+    with pytest.raises(TypeError, match="explain: dtype must be a torch.dtype, got 'float32'"):
+        trilith.explain("trilith::rms_norm", "cuda", "float32")
+
+
 def test_what_is_neither_an_op_nor_a_name_is_told():
     for call in (
         trilith.op,
