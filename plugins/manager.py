@@ -343,7 +343,8 @@ def trace() -> AbstractContextManager[list[OpCalled]]:
     """Collect, and tell plugins that have `trilith_op_called`, every run of every op inside.
 
     Runs of all threads are seen, those of compiled code too, unless they take the reference there.
-    The backward of a reference is PyTorch's own and no event.
+    The backward of a reference is PyTorch's own and no event. Ops and implementations that come
+    after the scope was entered are not seen in it.
 
     Example:
         >>> with trace() as events:
