@@ -127,9 +127,7 @@ def causal_lm(module: Any, cls: type[nn.Module]) -> Any:
         return None
 
 
-def _agreeing(
-    cls: type[nn.Module], probe: Any, calls: list[dict[str, Any]]
-) -> FusedLossClass | None:
+def _agreeing(cls: Any, probe: Any, calls: list[dict[str, Any]]) -> FusedLossClass | None:
     output: Any = type(cls.forward(probe, **calls[0]))
     if not {field.name for field in dataclasses.fields(output)} <= _OUTPUT:
         return None
