@@ -18,13 +18,20 @@ from trilith.blocks.causal_lm import FusedLossClass, causal_lm, has_causal_parts
 from trilith.blocks.drop_in.activations import Activation
 from trilith.blocks.drop_in.swap import adopt, may_be_passed_over
 from trilith.blocks.drop_in.transformer import calls_its_own
-from trilith.blocks.lookalike import GatedMLP, gated_mlp, known_activation, rms_norm_like
+from trilith.blocks.lookalike import (
+    computes_gated,
+    gated_parts,
+    known_activation,
+    layer_norm_like,
+    rms_norm_like,
+)
 from trilith.blocks.sequential import FusedSequential, has_pattern
 
 _EXACT: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): getattr(drop_in, name) for name in drop_in.__all__
 }
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_GAINS = frozenset({"weight", "scale"})  # what norms call theirs
 _CLASSES = "_trilith_classes"
 _FUSED_LOSS = "fused_linear_cross_entropy"
 
@@ -72,10 +79,11 @@ def fuse(model: nn.Module, *, fused_linear_cross_entropy: bool = True) -> FuseRe
     """Give `model`'s layers Trilith's kernels, in place, instance by instance.
 
     Swapped: layers whose class is exactly one that `trilith.blocks.drop_in` has; an nn.Sequential
-    that holds Linear, activation, Linear or norm, Linear; and of other libraries RMS norms, gated
-    MLPs and activations, known by their parts and by computing on a probe what ours does. Left:
-    subclasses, parametrized layers, layers whose forward was replaced. A wrapped model (PEFT, DDP,
-    FSDP, torch.compile) is treated inside the wrapper. Doing it again changes nothing.
+    that holds Linear, activation, Linear or norm, Linear; and of other libraries RMS norms, layer
+    norms that cast, gated MLPs and activations, known by their parts and by computing on a probe
+    what ours does. Left: other subclasses, parametrized layers, layers whose forward was replaced.
+    A wrapped model (PEFT, DDP, FSDP, torch.compile) is treated inside the wrapper. Doing it again
+    changes nothing.
 
     A causal language model of transformers no longer makes its logits in training with labels, only
     the loss: its output's `logits` are None there, unless it is called with `logits=True`.
@@ -194,6 +202,10 @@ def _target(module: nn.Module, cls: type[nn.Module]) -> tuple[type[nn.Module] | 
             else (None, "")
         )
     ancestor = next((base for base in _EXACT if isinstance(module, base)), None)
+    if ancestor is nn.LayerNorm:
+        found = layer_norm_like(module)
+        if found is not None:
+            return found, "computes a LayerNorm"
     if ancestor is not None:
         return None, f"a subclass of {ancestor.__name__}, whose forward may be its own"
     if has_causal_parts(module):
@@ -203,13 +215,14 @@ def _target(module: nn.Module, cls: type[nn.Module]) -> tuple[type[nn.Module] | 
 
 
 def _lookalike(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
-    if "norm" in type(module).__name__.lower() and "weight" in module._parameters:
+    if "norm" in type(module).__name__.lower() and not _GAINS.isdisjoint(module._parameters):
         found = rms_norm_like(module)
         why = "computes an RMS norm" if found else "no RMS norm or LayerNorm that we know"
         return found, why
-    if "gate_proj" in module._modules:
-        fits = gated_mlp(module)
-        return (GatedMLP, "act(gate) * up") if fits else (None, "not down(act(gate) * up)")
+    gated = gated_parts(module)
+    if gated is not None:
+        fits = computes_gated(module)
+        return (gated, "act(gate) * up") if fits else (None, "not down(act(gate) * up)")
     if not (module._modules or module._parameters):
         name = known_activation(module)
         return (Activation, f"computes {name}") if name else (None, "")

@@ -10,7 +10,6 @@ from torch import nn
 from tests.support.compare import assert_like_eager
 from tests.support.devices import DEVICE
 from trilith.blocks import drop_in
-from trilith.kernels._runtime.launch import observers
 
 E, H, B, T, S = 16, 4, 2, 6, 5
 OPTIONS = (
@@ -24,14 +23,6 @@ OPTIONS = (
 options = pytest.mark.parametrize("options", OPTIONS, ids=str)
 NO_WEIGHTS = {"need_weights": False}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-
-
-@pytest.fixture
-def launches():
-    seen = []
-    observers.append(lambda kernel, *_: seen.append(kernel.__name__))
-    yield seen
-    observers.pop()
 
 
 def randn(*shape):
