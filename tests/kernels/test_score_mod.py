@@ -124,17 +124,21 @@ def test_packed_sequences_count_from_their_own_start():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_name)
 def test_a_relative_bias_is_the_bias_that_it_says(dtype):
-    q, k, v = (t.requires_grad_() for t in qkv(35, 43, dtype=dtype))
+    q, k, v = qkv(35, 43, dtype=dtype)
     rows, cols = (torch.arange(n, device=DEVICE) for n in (35, 43))
     share = torch.tensor([[1, 2], [3, 4]], device=DEVICE)[..., None, None]
     bias = -0.1 * share * (rows[:, None] - cols).abs()
-    found = attention(q, k, v, score_mod=RELATIVE.name, causal="top_left")
-    expected = attention(q, k, v, bias=bias, causal="top_left")
-    torch.testing.assert_close(found, expected)
-    dout = torch.randn_like(found)
-    grads = (torch.autograd.grad(out, (q, k, v), dout) for out in (found, expected))
-    for actual, wanted in zip(*grads, strict=True):
-        torch.testing.assert_close(actual, wanted)
+    dout = torch.randn_like(q)
+
+    def results(dtype, **given):
+        own = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        out = attention(*own, causal="top_left", **given)
+        return [out, *torch.autograd.grad(out, own, dout.to(dtype))]
+
+    found, biased = results(dtype, score_mod=RELATIVE.name), results(dtype, bias=bias)
+    exact = results(torch.float64, bias=bias.double())
+    for actual, expected, other in zip(found, exact, biased, strict=True):
+        assert_like_eager(actual, expected, other)
 
 
 def test_double_backward_and_double_precision_take_the_reference():

@@ -150,7 +150,12 @@ def test_ctrl_c_ends_it_in_one_line(tmp_path):
     """Sent to all of its processes, as a terminal does."""
     command = [sys.executable, "-u", "-m", "perf.counted", "--json", str(tmp_path / "figures.json")]
     running = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's "&" ignores it
     )
     assert running.stderr is not None
     said = running.stderr.read(20)  # of the progress bar
