@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.lm.memory import counted_with_kernels
+from examples.lm import memory
 from examples.lm.settings import PRESETS
 
 README = Path(__file__).parents[2] / "README.md"
@@ -22,8 +22,17 @@ README = Path(__file__).parents[2] / "README.md"
     ids=["small", "gpt2-small"],
 )
 def test_readme_tells_the_memory_of_a_step(preset, batch, unit, said):
-    counted = counted_with_kernels(PRESETS[preset].model, batch)
+    counted = memory.counted_with_kernels(PRESETS[preset].model, batch)
     told = re.search(said, README.read_text())
     for text, found in zip(told.groups(), (counted["fused"], counted["plain"]), strict=True):
         digits = len(text.partition(".")[2])
         assert f"{found / unit:.{digits}f}" == text
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="counts what kernels would need")
+def test_a_count_that_fails_is_told_and_ends_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(memory, "_ROOT", Path(__file__).parent)  # where there are no examples
+    assert memory.counted_with_kernels(PRESETS["small"].model, 1) is None
+    told = capsys.readouterr().err
+    assert told.startswith("train_lm: memory with kernels was not counted: ")
+    assert told.count("\n") == 1 and "examples" in told
