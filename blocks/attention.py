@@ -89,24 +89,25 @@ class SelfAttention(nn.Module):
 
     def finish(self, packed: Tensor) -> Tensor:
         """The rest of forward, from qkv(x)."""
-        qkv_BTHD = packed.unflatten(-1, (sum(self.heads), -1))
-        if self._stays_packed(qkv_BTHD):
-            mixed_BTHD = self._mix_packed(qkv_BTHD)
+        if self._stays_packed(packed):
+            mixed_BTHD = self._mix_packed(packed.unflatten(-1, (sum(self.heads), -1)))
         else:
             mixed_BTHD = self.mix(*self.heads_of(packed)).transpose(1, 2)
         return self.out(mixed_BTHD.flatten(2))
 
-    def _stays_packed(self, qkv: Tensor) -> bool:
+    def _stays_packed(self, packed: Tensor) -> bool:
         """Whether kernels that read q, k and v in one tensor do all there is to do."""
         own = type(self)
         is_own = own.mix is SelfAttention.mix and own.heads_of is SelfAttention.heads_of
-        if not is_own or self.cache is not None or self.ring is not None or not kernels_run(qkv):
+        if not is_own or self.cache is not None or self.ring is not None or not kernels_run(packed):
             return False
-        if qkv.shape[-1] > LARGEST_HEAD_DIM or not may_fuse(ATTENTION_QKVPACKED, qkv, ATTENTION):
+        if packed.shape[-1] > sum(self.heads) * LARGEST_HEAD_DIM:
+            return False
+        if not may_fuse(ATTENTION_QKVPACKED, packed, ATTENTION):
             return False
         if self.position is None or isinstance(self.position, Alibi):
             return True
-        return plain(self.position, Rotary) and may_fuse(ROTARY_QKVPACKED, qkv, ROTARY)
+        return plain(self.position, Rotary) and may_fuse(ROTARY_QKVPACKED, packed, ROTARY)
 
     def _mix_packed(self, qkv: Tensor) -> Tensor:
         """Attention (B, T, H, D)."""

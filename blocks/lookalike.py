@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,13 @@ class CastLayerNorm(nn.LayerNorm):
 
 
 class _LikeRMSNorm(nn.Module):
+    scale: Tensor  # of those that have no weight
+
     @property
     def gain(self) -> Tensor:
-        (own,) = self._parameters.values()
-        return cast(Tensor, own)
+        """Read by its name: replicas, FSDP and parametrizations keep it where no parameter is."""
+        weight: Tensor | None = getattr(self, "weight", None)
+        return self.scale if weight is None else weight
 
     def epsilon(self) -> float:
         own = vars(self)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import trilith
 from tests.blocks.test_fuse import CLOSE, OwnNorm, PlainRMSNorm, SwiGLU, results
@@ -95,6 +96,26 @@ def test_an_rms_norm_may_call_its_weight_scale(dtype, launches):
     assert_like_eager(norm(x), copy.deepcopy(norm).double()(x.double()), expected)
     assert launches and list(norm.state_dict()) == keys
     assert "(12,), eps=1e-06" in repr(norm)
+
+
+def as_a_replica(norm, name):
+    """DataParallel's replicas and FSDP1's layers have tensors where their parameters were."""
+    value = norm._parameters.pop(name)
+    setattr(norm, name, value.detach())
+
+
+def parametrized(norm, name):
+    parametrize.register_parametrization(norm, name, nn.Identity())
+
+
+@pytest.mark.parametrize("change", [as_a_replica, parametrized])
+@pytest.mark.parametrize(("make", "name"), [(PlainRMSNorm, "weight"), (ScaleRMSNorm, "scale")])
+def test_the_weight_need_not_stay_a_parameter(make, name, change):
+    norm, x = make(12).to(DEVICE), torch.randn(5, 12, device=DEVICE)
+    trilith.fuse(norm)
+    expected = norm(x)
+    change(norm, name)
+    torch.testing.assert_close(norm(x), expected, rtol=0, atol=0)
 
 
 class WideLayerNorm(nn.LayerNorm):
